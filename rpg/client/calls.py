@@ -1,0 +1,360 @@
+"""The calls of the service, written once for both clients."""
+
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from rpg.client.arriving import ArrivingFile, in_memory, is_there, partial_file
+from rpg.client.back_off import BackOff, Patience
+from rpg.client.errors import CallError, refused, unreachable
+from rpg.client.events import EventReader
+from rpg.client.transport import Answer, Transport
+from rpg.client.views import GeneratorInfo, Job, JobPage, ModelFile, ModelPage
+from rpg.errors import RPGError
+
+JobProgress = Callable[[Job], None]
+ByteProgress = Callable[[int, int], None]
+
+_POLL_SECONDS = 2.0
+_POLLS_WITHOUT_EVENTS = 30
+
+
+class Settings(TypedDict, total=False):
+    """How models are sampled; what is left out or None is the generator's own default.
+
+    Steps are evaluations of the denoiser; guidance 1 is off; eta 0 is deterministic; temperature scales the
+    starting noise. Jobs of higher priority (-100 to 100, 0 if not given) are made before all lower ones.
+    """
+
+    solver: str | None
+    steps: int | None
+    guidance: float | None
+    eta: float | None
+    temperature: float | None
+    priority: int | None
+
+
+class _Whole(NamedTuple):
+    status: int
+    body: bytes
+
+    def json(self) -> Any:
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise RPGError("the answer is not JSON: expected that of RPG's service") from None
+
+
+class Calls:
+    """The calls over a transport.
+
+    All of them raise a `CallError`, which is an `RPGError`, when the service refuses or cannot be reached,
+    the latter after trying again for as long as the patience lasts.
+    """
+
+    def __init__(self, server: str, transport: Transport, patience: Patience) -> None:
+        self._server = server
+        self._transport = transport
+        self._patience = patience
+
+    async def generators(self) -> list[GeneratorInfo]:
+        """The generators that are served."""
+        found = (await self._call("GET", "/v1/generators")).json()
+        try:
+            return [GeneratorInfo.from_json(each) for each in found["generators"]]
+        except (KeyError, TypeError):
+            raise RPGError("the answer lists no generators: expected that of RPG's service") from None
+
+    async def submit(
+        self,
+        generator: str,
+        conditions: Sequence[Sequence[float]] | None = None,
+        number: int = 1,
+        seed: int = 0,
+        **settings: Unpack[Settings],
+    ) -> Job:
+        """Ask for `number` models for each condition, or in all where the generator takes none.
+
+        However often it has to be sent, it makes one job.
+        """
+        asked: dict[str, Any] = {"generator": generator, "number": number, "seed": seed}
+        asked |= {key: value for key, value in settings.items() if value is not None}
+        if conditions is not None:
+            asked["conditions"] = _numbers(conditions)
+        headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex}
+        body = _encoded(asked)
+        return Job.from_json((await self._call("POST", "/v1/jobs", headers=headers, content=body)).json())
+
+    async def job(self, id: str) -> Job:
+        """One job."""
+        return Job.from_json((await self._call("GET", _job(id))).json())
+
+    async def jobs(
+        self,
+        state: str | None = None,
+        generator: str | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> JobPage:
+        """A page of at most `limit` jobs, newest first; `after` is `next` of the page before."""
+        asked = {"state": state, "generator": generator, "limit": limit, "after": after}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        return JobPage.from_json((await self._call("GET", "/v1/jobs", params=asked)).json())
+
+    async def wait(self, id: str, progress: JobProgress | None = None) -> Job:
+        """The job, once it has ended, well or not; `progress` is told whenever it has changed."""
+        seen: int | None = None
+
+        def tell(job: Job) -> None:
+            nonlocal seen
+            if job.version != seen:
+                seen = job.version
+                if progress is not None:
+                    progress(job)
+
+        while True:
+            before = seen
+            job = await self._follow(id, tell)
+            if job is not None and job.has_ended:
+                return job
+            # Where something on the way holds events back, asking now and then is quicker.
+            for _ in range(_POLLS_WITHOUT_EVENTS if seen == before else 1):
+                job = await self.job(id)
+                tell(job)
+                if job.has_ended:
+                    return job
+                await self._transport.sleep(_POLL_SECONDS)
+
+    async def cancel(self, id: str) -> Job:
+        """Stop a job within one denoising batch. One that has ended stays as it is, with its models."""
+        back_off = BackOff(self._patience)
+        while True:
+            # Each time: for a job that has ended, the same call to the service removes it.
+            job = await self.job(id)
+            if job.has_ended:
+                return job
+            try:
+                answer = await self._once("DELETE", _job(id))
+            except CallError as error:
+                await self._transport.sleep(back_off.seconds(error))
+                continue
+            if answer.status == 204:
+                raise RPGError(f"job {id} ended while it was being cancelled, and is removed")
+            return Job.from_json(answer.json())
+
+    async def download(self, id: str, directory: Path, progress: ByteProgress | None = None) -> list[Path]:
+        """Write all models of a job that are finished into `directory`, and return their paths by index.
+
+        A file that is there already is not fetched again, and one that was broken off is continued. Each is
+        checked against its SHA-256 before it takes its name. `progress` is told bytes done and to do.
+
+        Raises:
+            RPGError: naming the file that is damaged, cannot be written, or would replace another one.
+        """
+        models = await self._models(id)
+        total = sum(model.bytes for model in models)
+        done = 0
+        paths = []
+        tell = progress or (lambda done, total: None)
+        for model in models:
+            target = directory / f"model_{model.index:06d}.safetensors"
+            before = done
+
+            def arrived(size: int, before: int = before) -> None:
+                tell(before + size, total)
+
+            if not await self._transport.apart(lambda t=target, m=model: is_there(t, m)):  # type: ignore[misc]
+                with partial_file(target, model) as file:
+                    await self._transport.apart(file.read_what_is_there)
+                    await self._fetch(id, file, arrived)
+                    await self._transport.apart(file.sync)
+            done += model.bytes
+            tell(done, total)
+            paths.append(target)
+        return paths
+
+    async def generate(
+        self,
+        generator: str,
+        condition: Sequence[float] | None = None,
+        seed: int = 0,
+        **settings: Unpack[Settings],
+    ) -> bytes:
+        """Have one model made: the content of its .safetensors file, checked against its SHA-256.
+
+        It is a job like any other, so that a lost connection makes no second one and loses no work.
+
+        Raises:
+            RPGError: with the reason, if it could not be made.
+        """
+        job = await self.submit(generator, None if condition is None else [condition], 1, seed, **settings)
+        job = await self.wait(job.id)
+        if job.state != "succeeded":
+            raise RPGError(f"job {job.id}: {job.state}" + (f": {job.error}" if job.error else ""))
+        (model,) = await self._models(job.id)
+        file, buffer = in_memory(model)
+        await self._fetch(job.id, file, lambda size: None)
+        file.check()
+        return buffer.getvalue()
+
+    async def _follow(self, id: str, tell: JobProgress) -> Job | None:
+        """Tell of every event until there are no more; the last one's job, if there was any."""
+        job = None
+        try:
+            answer = await self._open("GET", f"{_job(id)}/events", headers={"Accept": "text/event-stream"})
+            try:
+                if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                    return None
+                reader = EventReader()
+                while block := await self._block(answer):
+                    for event in reader.feed(block):
+                        job = Job.from_json(_Whole(200, event.data.encode()).json())
+                        tell(job)
+                        if event.name == "end":
+                            return job
+            finally:
+                await answer.close()
+        except CallError as error:
+            if not error.is_temporary:
+                raise
+        return job
+
+    async def _models(self, id: str) -> list[ModelFile]:
+        found: list[ModelFile] = []
+        start: int | None = 0
+        while start is not None:
+            answer = await self._call("GET", f"{_job(id)}/models", params={"start": start})
+            page = ModelPage.from_json(answer.json())
+            found += page.models
+            start = page.next
+        return found
+
+    async def _fetch(self, id: str, file: ArrivingFile, arrived: Callable[[int], None]) -> None:
+        was_continued = file.size > 0
+        await self._fill(id, file, arrived)
+        if was_continued and not file.is_right:
+            # A machine that went down may have left anything in it.
+            file.restart()
+            await self._fill(id, file, arrived)
+
+    async def _fill(self, id: str, file: ArrivingFile, arrived: Callable[[int], None]) -> None:
+        back_off = BackOff(self._patience)
+        while file.size < file.model.bytes:
+            before = file.size
+            try:
+                await self._fill_once(id, file, arrived)
+            except CallError as error:
+                if file.size > before:
+                    back_off.reset()
+                await self._transport.sleep(back_off.seconds(error))
+
+    async def _fill_once(self, id: str, file: ArrivingFile, arrived: Callable[[int], None]) -> None:
+        headers = {"Accept-Encoding": "identity"}
+        if file.size:
+            headers |= {"Range": f"bytes={file.size}-", "If-Range": f'"{file.model.sha256}"'}
+        answer = await self._open("GET", f"{_job(id)}/models/{file.model.index}", headers=headers)
+        try:
+            continues = answer.headers.get("content-range", "").startswith(f"bytes {file.size}-")
+            if file.size and not (answer.status == 206 and continues):
+                file.restart()
+            while block := await self._block(answer):
+                file.write(block)
+                arrived(file.size)
+        finally:
+            await answer.close()
+        if file.size < file.model.bytes:
+            raise CallError(f"{file.name}: broke off after {file.size} bytes", None, True)
+
+    async def _call(self, method: str, path: str, **request: Any) -> _Whole:
+        back_off = BackOff(self._patience)
+        while True:
+            try:
+                return await self._once(method, path, **request)
+            except CallError as error:
+                await self._transport.sleep(back_off.seconds(error))
+
+    async def _once(self, method: str, path: str, **request: Any) -> _Whole:
+        answer = await self._open(method, path, **request)
+        try:
+            return _Whole(answer.status, await self._rest(answer))
+        finally:
+            await answer.close()
+
+    async def _open(self, method: str, path: str, **request: Any) -> Answer:
+        try:
+            answer = await self._transport.send(method, self._server + path, **request)
+        except httpx.TransportError as error:
+            raise unreachable(self._server, error) from error
+        if 200 <= answer.status < 300:
+            return answer
+        try:
+            body = await self._rest(answer)
+        finally:
+            await answer.close()
+        raise refused(f"{method} {self._server}{path}", answer.status, answer.headers, body)
+
+    async def _rest(self, answer: Answer) -> bytes:
+        blocks = []
+        while block := await self._block(answer):
+            blocks.append(block)
+        return b"".join(blocks)
+
+    async def _block(self, answer: Answer) -> bytes:
+        try:
+            return await answer.block()
+        except httpx.TransportError as error:
+            raise unreachable(self._server, error) from error
+
+
+def checked_server(server: str) -> str:
+    """The address without a slash at its end.
+
+    Raises:
+        RPGError: if it is none.
+    """
+    parts = urlsplit(server)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise RPGError(f"'{server}': expected the address of a service, such as http://127.0.0.1:8000")
+    try:
+        httpx.URL(server)
+    except httpx.InvalidURL as error:
+        raise RPGError(f"'{server}': {error}") from error
+    return server.rstrip("/")
+
+
+def common_headers(token: str | None) -> Mapping[str, str]:
+    """What every request carries.
+
+    Raises:
+        RPGError: for a token that no header can carry.
+    """
+    if token is None:
+        return {}
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise RPGError("the token: expected letters, digits and signs of ASCII without blanks")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _job(id: str) -> str:
+    if not id or id.strip(".") == "":
+        raise RPGError(f"'{id}': expected a job's id")
+    return f"/v1/jobs/{quote(id, safe='')}"
+
+
+def _numbers(conditions: Sequence[Sequence[float]]) -> list[list[float]]:
+    try:
+        return [[float(value) for value in condition] for condition in conditions]
+    except (TypeError, ValueError) as error:
+        raise RPGError(f"conditions: expected lists of numbers: {error}") from None
+
+
+def _encoded(asked: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(asked, allow_nan=False).encode()
+    except ValueError:
+        raise RPGError("expected finite numbers alone in what is asked for") from None

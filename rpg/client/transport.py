@@ -1,0 +1,130 @@
+"""The one thing in which the two clients differ: who waits, a thread or a task.
+
+All calls are written once, as coroutines over a `Transport`. Those of the blocking one never suspend, so that
+`finished` can run such a coroutine to its end without an event loop, also inside of one.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import httpx
+
+T = TypeVar("T")
+
+# A job's events bring a line every 10 s, so that this much silence is a dead connection.
+TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+
+
+class Answer(Protocol):
+    """An HTTP answer whose body is still to come. All methods may raise an `httpx.TransportError`."""
+
+    status: int
+    headers: Mapping[str, str]
+
+    async def block(self) -> bytes:
+        """The next part of the body; empty at its end."""
+        ...
+
+    async def close(self) -> None:
+        """Give the connection back."""
+        ...
+
+
+class Transport(Protocol):
+    """Sends requests, and waits."""
+
+    async def send(self, method: str, url: str, **request: Any) -> Answer:
+        """The answer, as soon as its headers are there. May raise an `httpx.TransportError`."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
+    async def apart(self, work: Callable[[], T]) -> T:
+        """Do what takes the disk or the processor long, without holding up other tasks."""
+        ...
+
+
+class BlockingTransport:
+    """A transport whose methods block the thread."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+
+    async def send(self, method: str, url: str, **request: Any) -> Answer:
+        """See `Transport`."""
+        return _BlockingAnswer(
+            self.client.send(self.client.build_request(method, url, **request), stream=True)
+        )
+
+    async def sleep(self, seconds: float) -> None:
+        """See `Transport`."""
+        time.sleep(seconds)
+
+    async def apart(self, work: Callable[[], T]) -> T:
+        """See `Transport`."""
+        return work()
+
+
+class AsyncTransport:
+    """A transport for an event loop."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+    async def send(self, method: str, url: str, **request: Any) -> Answer:
+        """See `Transport`."""
+        asked = self.client.build_request(method, url, **request)
+        return _AsyncAnswer(await self.client.send(asked, stream=True))
+
+    async def sleep(self, seconds: float) -> None:
+        """See `Transport`."""
+        await asyncio.sleep(seconds)
+
+    async def apart(self, work: Callable[[], T]) -> T:
+        """See `Transport`."""
+        return await asyncio.to_thread(work)
+
+
+def finished(call: Coroutine[Any, Any, T]) -> T:
+    """The result of a call over a `BlockingTransport`."""
+    try:
+        call.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("a blocking call was suspended")
+
+
+# Bodies are read raw: what a digest or a range counts are the bytes on the wire.
+
+
+class _BlockingAnswer:
+    def __init__(self, response: httpx.Response) -> None:
+        self.status = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        self._response = response
+        self._blocks: Iterator[bytes] = response.iter_raw()
+
+    async def block(self) -> bytes:
+        return next(self._blocks, b"")
+
+    async def close(self) -> None:
+        self._response.close()
+
+
+class _AsyncAnswer:
+    def __init__(self, response: httpx.Response) -> None:
+        self.status = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        self._response = response
+        self._blocks: AsyncIterator[bytes] = response.aiter_raw()
+
+    async def block(self) -> bytes:
+        return await anext(self._blocks, b"")
+
+    async def close(self) -> None:
+        await self._response.aclose()

@@ -1,0 +1,1 @@
+"""Checkpoint files, layouts, tokens and Arrow shards."""

@@ -1,0 +1,283 @@
+"""Checkpoint files: reading and writing a `state_dict`, without ever executing a pickle.
+
+Three forms are read: `.safetensors`, PyTorch's own `.pt`/`.pth` (zip and legacy, tensors only), and the
+directories that PEFT saves adapters in. Generated models are always written as `.safetensors`.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rpg.collection.state_dicts import check_entries
+from rpg.errors import RPGError
+from rpg.files import AnyPath, replacing_file, sha256
+from rpg.storage import fetched
+from rpg.storage_errors import naming
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+NESTED_KEYS = ("state_dict", "model", "model_state_dict")
+ORDER_KEY = "tensor_order"
+"""Metadata key of written files: JSON list of tensor names, as safetensors itself forgets their order."""
+
+_REFUSED = (
+    "holds Python objects besides tensors; RPG never executes a pickle: "
+    "save a plain state_dict or .safetensors"
+)
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+
+
+def read_checkpoint(path: AnyPath) -> dict[str, Tensor]:
+    """Read a `state_dict` on the CPU from a checkpoint file or a PEFT adapter directory.
+
+    `.pt`/`.pth` may hold the `state_dict` itself or a dict with one of the mappings `state_dict`, `model`,
+    `model_state_dict`; order and tied tensors (shared storage) are kept. `.safetensors` come in the order
+    that `write_checkpoint` recorded, or else in natural order of their names (`layers.2` before `layers.10`).
+    Tensors are memory-mapped where the format allows it: reading is cheap until their values are used. One
+    behind a URI is brought to a temporary file, which lasts as long as its tensors.
+
+    Raises:
+        RPGError: naming the file, if it is missing, unreadable, empty, truncated, not a checkpoint, or
+            holds anything but tensors.
+    """
+    with fetched(path) as local:
+        return _read(local)
+
+
+def read_checkpoint_and_sha256(path: AnyPath) -> tuple[dict[str, Tensor], str]:
+    """`read_checkpoint` and `checkpoint_sha256` of one transfer."""
+    with fetched(path) as local:
+        return _read(local), _sha256(local)
+
+
+def is_adapter(path: AnyPath) -> bool:
+    """Whether `path` is a directory as PEFT's `save_pretrained` makes it."""
+    with naming(path):
+        return bool((path / ADAPTER_CONFIG).is_file())
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files that make up a checkpoint: itself, or an adapter's configuration and weights."""
+    weights = _weights_file(path)
+    return [path / ADAPTER_CONFIG, weights] if weights != path else [path]
+
+
+def checkpoint_sha256(path: AnyPath) -> str:
+    """SHA-256 of a checkpoint file; of an adapter directory, that of its files' names and digests.
+
+    Raises:
+        RPGError: naming the file, if it cannot be read.
+    """
+    with fetched(path) as local:
+        return _sha256(local)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        digests = {file.name: sha256(file) for file in checkpoint_files(path)}
+    except OSError as error:
+        raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_finite(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
+    """Check that every value of every floating-point tensor is finite.
+
+    Raises:
+        RPGError: naming file and tensor, at the first tensor with NaN or Inf.
+    """
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point():
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            nans = int(torch.isnan(tensor).sum())
+            infinities = int((~torch.isfinite(tensor)).sum()) - nans
+            raise RPGError(
+                f"{path}: tensor '{name}' holds {nans} NaN and {infinities} Inf; expected finite values"
+            )
+
+
+def write_checkpoint(path: AnyPath, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a `state_dict` as `.safetensors`, as a whole or not at all.
+
+    Tied tensors are written once each, non-contiguous ones contiguously; `load_state_dict(strict=True)`
+    takes the result. Equal arguments give equal bytes.
+
+    Raises:
+        RPGError: naming the file, if the file system refuses, or a tensor is not an ordinary dense one.
+    """
+    _check(state_dict, path)
+    prepared: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in state_dict.items():
+        values = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory.
+        storage = values.untyped_storage().data_ptr()
+        if storage in storages and values.numel():
+            values = values.clone()
+        storages.add(storage)
+        prepared[name] = values
+    header = {**metadata, ORDER_KEY: json.dumps(list(prepared))}
+    with replacing_file(path) as temporary:
+        # safetensors makes files that only their owner may read, whatever the umask.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(prepared, temporary, metadata=header)
+            temporary.chmod(mode)
+        except SafetensorError as error:
+            raise RPGError(f"{path}: cannot be written: {_one_line(error)}") from error
+        _sort_metadata(temporary)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    weights = _weights_file(path)
+    _check_readable(weights)
+    state_dict = (
+        _read_safetensors(weights) if weights.suffix.lower() == ".safetensors" else _read_torch(weights)
+    )
+    _check(state_dict, weights)
+    return {name: tensor.detach() for name, tensor in state_dict.items()}
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if not is_adapter(path):
+        raise RPGError(
+            f"{path}: is a directory without {ADAPTER_CONFIG}; expected a checkpoint file or a PEFT adapter"
+        )
+    for name in ADAPTER_WEIGHTS:
+        if (path / name).is_file():
+            return path / name
+    raise RPGError(f"{path}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_WEIGHTS)}")
+
+
+def _check_readable(path: Path) -> None:
+    # Opening a FIFO would wait for its writer.
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RPGError(f"{path}: not a regular file; expected a checkpoint")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except FileNotFoundError as error:
+        raise RPGError(f"{path}: not found; expected a checkpoint") from error
+    except OSError as error:
+        raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
+    if path.suffix.lower() not in CHECKPOINT_SUFFIXES and path.name not in ADAPTER_WEIGHTS:
+        raise RPGError(f"{path}: not a checkpoint; expected one of {', '.join(CHECKPOINT_SUFFIXES)}")
+    if empty:
+        raise RPGError(f"{path}: is empty (0 bytes); expected a checkpoint")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = _in_order(file.keys(), file.metadata() or {})
+            return {name: file.get_tensor(name) for name in names}
+    # A corrupt header can make the reader fail in any way.
+    except Exception as error:
+        raise RPGError(f"{path}: truncated or not a .safetensors file: {_one_line(error)}") from error
+
+
+def _in_order(names: list[str], metadata: dict[str, str]) -> list[str]:
+    try:
+        recorded = json.loads(metadata.get(ORDER_KEY, "null"))
+    except ValueError:
+        recorded = None
+    if (
+        isinstance(recorded, list)
+        and len(recorded) == len(names)
+        and set(names) == {str(n) for n in recorded}
+    ):
+        return recorded
+    return sorted(names, key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    is_zip = magic == _ZIP_MAGIC
+    if not is_zip and not magic.startswith(_PICKLE_MAGIC):
+        raise RPGError(f"{path}: truncated or not a PyTorch checkpoint")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise RPGError(f"{path}: {_REFUSED}") from error
+    # A corrupt file can make the reader fail in any way.
+    except Exception as error:
+        if is_zip and _is_torchscript(path):
+            raise RPGError(f"{path}: {_REFUSED}") from error
+        raise RPGError(f"{path}: truncated or corrupt; expected a PyTorch checkpoint") from error
+    return _state_dict(loaded, path)
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise RPGError(f"{path}: holds a {type(loaded).__name__}; expected a state_dict")
+    nested = [key for key in NESTED_KEYS if isinstance(loaded.get(key), Mapping)]
+    if len(nested) > 1:
+        raise RPGError(f"{path}: holds {' and '.join(repr(k) for k in nested)}; expected one state_dict")
+    if nested:
+        loaded = loaded[nested[0]]
+    for name in loaded:
+        if not isinstance(name, str):
+            raise RPGError(f"{path}: key {name!r} is not a tensor name; expected a state_dict")
+    return dict(loaded)
+
+
+def _check(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
+    if not state_dict:
+        raise RPGError(f"{path}: the state_dict is empty; expected at least one tensor")
+    try:
+        check_entries(state_dict)
+    except RPGError as error:
+        raise RPGError(f"{path}: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    # safetensors writes metadata in random order, so equal models would differ in their bytes.
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(encoded) <= length:
+            file.seek(8)
+            file.write(encoded.ljust(length))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

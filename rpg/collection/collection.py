@@ -1,0 +1,219 @@
+"""Collections: checkpoints of one architecture, listed in `collection.json` beside them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_checkpoint_and_sha256
+from rpg.collection.json_numbers import is_float32, is_number
+from rpg.errors import RPGError
+from rpg.files import AnyPath, read_json, write_json
+from rpg.storage_errors import naming
+
+COLLECTION_FILE = "collection.json"
+VERSION = 1
+SPLITS = ("train", "validation", "heldout")
+"""Generators learn from `train` alone; `validation` chooses settings; `heldout` is for the report."""
+
+
+@dataclass
+class Entry:
+    """One checkpoint of a collection."""
+
+    file: str
+    """Path of the checkpoint relative to the collection's directory, with forward slashes."""
+    sha256: str
+    """As `rpg.collection.checkpoint.checkpoint_sha256`."""
+    condition: list[float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    split: str = "train"
+
+
+class Collection:
+    """Checkpoints of one architecture with their conditions, metrics and splits."""
+
+    def __init__(self, root: AnyPath, architecture: dict[str, Any], entries: Sequence[Entry]) -> None:
+        """Describe the checkpoints under `root`; `architecture` says how to build the network, if known.
+
+        Raises:
+            RPGError: if an entry or `architecture.family` is invalid, a file is listed twice, or conditions
+                differ in width.
+        """
+        self.root = root
+        self.architecture = architecture
+        self.entries = list(entries)
+        self._names: frozenset[str] | None = None
+        self._validate()
+
+    @classmethod
+    def load(cls, path: AnyPath) -> "Collection":
+        """Read a collection from its directory or URI, or from its `collection.json`.
+
+        Raises:
+            RPGError: if the file is missing, is of another version, or does not describe a collection.
+        """
+        with naming(path):
+            is_file = path.name == COLLECTION_FILE and not path.is_dir()
+        path = path if is_file else path / COLLECTION_FILE
+        content = read_json(path, "a collection (`rpg register` makes one)")
+        if not isinstance(content, dict):
+            raise RPGError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        if content.get("version") != VERSION:
+            raise RPGError(f"{path}: version: expected {VERSION}, got {content.get('version')!r}")
+        keys = {"version", "architecture", "entries"}
+        _check_keys(content, keys, keys, str(path))
+        architecture, entries = content["architecture"], content["entries"]
+        if not isinstance(architecture, dict):
+            raise RPGError(f"{path}: architecture: expected an object, got {architecture!r}")
+        if not isinstance(entries, list):
+            raise RPGError(f"{path}: entries: expected a list, got {entries!r}")
+        return cls(
+            path.parent, architecture, [_entry(e, f"{path}: entry {i}") for i, e in enumerate(entries)]
+        )
+
+    def save(self) -> None:
+        """Write `collection.json`, as a whole or not at all."""
+        self._validate()
+        write_json(
+            self.root / COLLECTION_FILE,
+            {
+                "version": VERSION,
+                "architecture": self.architecture,
+                "entries": [
+                    {f.name: getattr(entry, f.name) for f in fields(entry)} for entry in self.entries
+                ],
+            },
+        )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def condition_width(self) -> int | None:
+        """Numbers in a condition; None for a collection without conditions."""
+        if not self.entries or self.entries[0].condition is None:
+            return None
+        return len(self.entries[0].condition)
+
+    @property
+    def splits(self) -> dict[str, list[Entry]]:
+        """The entries of each split, in order; a split without entries has an empty list."""
+        return {split: [e for e in self.entries if e.split == split] for split in SPLITS}
+
+    def path(self, entry: Entry) -> AnyPath:
+        """Where the entry's checkpoint lies."""
+        return self.root / entry.file
+
+    def read(self, entry: Entry) -> dict[str, Tensor]:
+        """Read an entry's checkpoint.
+
+        Raises:
+            RPGError: as `read_checkpoint`, or if its tensor names differ from those of the first checkpoint.
+        """
+        return self._checked_names(entry, read_checkpoint(self.path(entry)))
+
+    def read_checked(self, entry: Entry) -> dict[str, Tensor]:
+        """`check` and `read` an entry's checkpoint, bringing it once where it lies behind a URI."""
+        state_dict, found = read_checkpoint_and_sha256(self.path(entry))
+        self._check_sha256(entry, found)
+        return self._checked_names(entry, state_dict)
+
+    def check(self, entry: Entry) -> None:
+        """Check that an entry's checkpoint is the one that was registered.
+
+        Raises:
+            RPGError: if it is missing or its SHA-256 differs.
+        """
+        self._check_sha256(entry, checkpoint_sha256(self.path(entry)))
+
+    def _checked_names(self, entry: Entry, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._names is None:
+            first = self.entries[0]
+            self._names = frozenset(state_dict if entry is first else read_checkpoint(self.path(first)))
+        different = sorted(self._names.symmetric_difference(state_dict))
+        if different:
+            says = "is missing" if different[0] in self._names else "is not expected"
+            raise RPGError(
+                f"{self.path(entry)}: tensor '{different[0]}' {says}; "
+                f"expected the names of {self.path(self.entries[0])}"
+            )
+        return state_dict
+
+    def _check_sha256(self, entry: Entry, found: str) -> None:
+        if found != entry.sha256:
+            raise RPGError(
+                f"{self.path(entry)}: changed since it was registered: expected sha256 {entry.sha256}, "
+                f"got {found}"
+            )
+
+    def _validate(self) -> None:
+        source = self.root / COLLECTION_FILE
+        family = self.architecture.get("family", "")
+        if not isinstance(family, str):
+            raise RPGError(f"{source}: architecture.family: expected text, got {family!r:.80}")
+        seen: set[str] = set()
+        for entry in self.entries:
+            where = f"{source}: '{entry.file}'"
+            _check_entry(entry, where)
+            if entry.file in seen:
+                raise RPGError(f"{where}: listed twice")
+            seen.add(entry.file)
+        if not self.entries:
+            return
+        first = self.entries[0]
+        for entry in self.entries:
+            if _width(entry) != _width(first):
+                raise RPGError(
+                    f"{source}: '{entry.file}': expected {_described(first)} as '{first.file}' has, "
+                    f"got {_described(entry)}"
+                )
+
+
+def _width(entry: Entry) -> int | None:
+    return None if entry.condition is None else len(entry.condition)
+
+
+def _described(entry: Entry) -> str:
+    width = _width(entry)
+    return "no condition" if width is None else f"a condition of width {width}"
+
+
+def _entry(value: Any, where: str) -> Entry:
+    if not isinstance(value, dict):
+        raise RPGError(f"{where}: expected an object, got {value!r}")
+    _check_keys(value, {f.name for f in fields(Entry)}, {"file", "sha256"}, where)
+    return Entry(**value)
+
+
+def _check_keys(value: dict[str, Any], known: set[str], required: set[str], where: str) -> None:
+    if unknown := sorted(set(value) - known):
+        raise RPGError(f"{where}: unknown key '{unknown[0]}'; expected {', '.join(sorted(known))}")
+    if missing := sorted(required - set(value)):
+        raise RPGError(f"{where}: key '{missing[0]}' is missing")
+
+
+def _check_entry(entry: Entry, where: str) -> None:
+    if not isinstance(entry.file, str) or not _stays_inside(entry.file):
+        raise RPGError(f"{where}: file: expected a relative path that stays inside the collection")
+    if not isinstance(entry.sha256, str):
+        raise RPGError(f"{where}: sha256: expected text, got {entry.sha256!r}")
+    if entry.condition is not None and not (
+        isinstance(entry.condition, list) and entry.condition and all(map(is_float32, entry.condition))
+    ):
+        raise RPGError(
+            f"{where}: condition: expected null or a list of finite float32 numbers, got {entry.condition!r}"
+        )
+    if not isinstance(entry.metrics, dict) or not all(map(is_number, entry.metrics.values())):
+        raise RPGError(f"{where}: metrics: expected finite numbers by name, got {entry.metrics!r}")
+    if entry.split not in SPLITS:
+        raise RPGError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {entry.split!r}")
+
+
+def _stays_inside(file: str) -> bool:
+    path = PurePosixPath(file)
+    # Backslashes would be separators to another system's reader.
+    odd = "\\" in file or "\0" in file
+    return bool(path.parts) and not odd and not path.is_absolute() and ".." not in path.parts

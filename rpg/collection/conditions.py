@@ -1,0 +1,302 @@
+"""Conditions of a collection's checkpoints: from a CSV or JSON file, or from a pattern over file names.
+
+A pattern is a brace template such as `{index}_acc{acc}_class{class:bits10}_{rest}` or a regular expression
+with named groups, where two underscores take the place of the colon: `(?P<class__bits10>[0-9]+)`. The kind
+after the colon says what a field is:
+
+| kind     | text         | gives                                                                      |
+| -------- | ------------ | -------------------------------------------------------------------------- |
+| `bits10` | `0314`       | condition: the number in ten bits, highest first: 0 1 0 0 1 1 1 0 1 0      |
+| `digits` | `0100111010` | condition: one number a digit                                              |
+| `value`  | `-0.5`       | condition: one number                                                      |
+| `metric` | `0.9613`     | a metric under the field's name; the fields `acc` and `loss` need no kind   |
+| none     | `0000`       | nothing                                                                    |
+
+Several condition fields are joined in the order of the pattern. A pattern has to match the whole name; a
+template may leave out the suffix.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES
+from rpg.collection.json_numbers import is_float32
+from rpg.errors import RPGError
+
+UPSTREAM_PATTERN = r"[0-9]+_acc(?P<acc>[0-9]+(\.[0-9]+)?)_class(?P<class__bits10>[0-9]+)([_.].*)?"
+"""The published model's naming, `0000_acc0.9613_class0314_….pth`: class bits of CIFAR-10, airplane first."""
+
+METRICS = ("acc", "loss")
+
+
+@dataclass(frozen=True)
+class NameFacts:
+    """What a file's name says: its condition, if the pattern has condition fields, and its metrics."""
+
+    condition: list[float] | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint's condition in a conditions file; `where` names file and row for messages."""
+
+    condition: list[float]
+    where: str
+
+
+class NamePattern:
+    """A compiled pattern over file names."""
+
+    def __init__(self, pattern: str) -> None:
+        """Compile a template or regular expression.
+
+        Raises:
+            RPGError: naming the pattern, if it is malformed, has no named field or an unknown kind.
+        """
+        self.pattern = pattern
+        self._regex, self._fields = _compile(pattern)
+        self.has_condition = any(_is_condition(kind) for _, _, kind in self._fields)
+
+    def read(self, name: str) -> NameFacts | None:
+        """Read a file's name (its last component); None if the pattern does not match it.
+
+        Raises:
+            RPGError: naming file and field, if a field's text is not what its kind expects.
+        """
+        match = self._regex.fullmatch(name)
+        if match is None:
+            return None
+        condition: list[float] = []
+        metrics: dict[str, float] = {}
+        for group, field, kind in self._fields:
+            text = match.group(group)
+            if not kind:
+                continue
+            if text is None:
+                raise RPGError(
+                    f"{name}: pattern '{self.pattern}' found no '{field}'; expected one in every name"
+                )
+            values = _read_field(text, kind, f"{name}: '{field}'")
+            if kind == "metric":
+                metrics[field] = values[0]
+            else:
+                condition += values
+        return NameFacts(condition if self.has_condition else None, metrics)
+
+
+def bits(number: int, width: int) -> list[float]:
+    """A set of `width` classes as values 0 and 1: the binary digits of `number`, first class first.
+
+    Raises:
+        RPGError: unless 1 ≤ number ≤ 2^width − 2: a task is neither no class nor every class.
+    """
+    if not 1 <= number <= 2**width - 2:
+        raise RPGError(f"class number {number}: expected 1 to {2**width - 2} for {width} classes")
+    return [float(bit) for bit in format(number, f"0{width}b")]
+
+
+def read_conditions(path: Path) -> dict[str, Row]:
+    """Read conditions by file name from `.csv` or `.json`.
+
+    CSV: a header `file,…` and numeric columns; a single column may instead hold the condition as bits, such
+    as `0101` (every value of two or more 0s and 1s, or any value with a leading 0).
+    JSON: `{file: [numbers]}` or `[{"file": …, "condition": [numbers]}]`.
+
+    Raises:
+        RPGError: naming file and row, for duplicates, values that are not finite numbers, differing widths.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".json"):
+        raise RPGError(f"{path}: expected conditions as .csv or .json")
+    try:
+        # utf-8-sig: spreadsheets like to begin a CSV with a byte-order mark.
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise RPGError(f"{path}: not found; expected conditions as .csv or .json") from error
+    except UnicodeDecodeError as error:
+        raise RPGError(f"{path}: not UTF-8 text; expected conditions as .csv or .json") from error
+    except OSError as error:
+        raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
+    rows: dict[str, Row] = {}
+    for file, row in _csv_rows(text, path) if suffix == ".csv" else _json_rows(text, path):
+        if file in rows:
+            raise RPGError(f"{row.where}: '{file}' is listed twice, first in {rows[file].where}")
+        first = next(iter(rows.values()), row)
+        if len(row.condition) != len(first.condition):
+            raise RPGError(
+                f"{row.where}: '{file}': expected {len(first.condition)} values as in {first.where}, "
+                f"got {len(row.condition)}"
+            )
+        if not all(map(is_float32, row.condition)):
+            raise RPGError(f"{row.where}: '{file}': expected values that are finite as float32")
+        rows[file] = row
+    if not rows:
+        raise RPGError(f"{path}: holds no conditions")
+    return rows
+
+
+def check_files(rows: Mapping[str, Row], files: Sequence[str], source: Path) -> None:
+    """Check that conditions and checkpoints name the same files.
+
+    Raises:
+        RPGError: naming the row whose file is missing, or the checkpoint without a row.
+    """
+    known = set(files)
+    for file, row in rows.items():
+        if file not in known:
+            raise RPGError(f"{row.where}: '{file}' is not among the checkpoints of the folder")
+    for file in files:
+        if file not in rows:
+            raise RPGError(f"{source}: no row for '{file}'; expected a condition for every checkpoint")
+
+
+def _compile(pattern: str) -> tuple[re.Pattern[str], list[tuple[str, str, str]]]:
+    """The regular expression and, for every field, its group, name and kind ("" for none)."""
+    expression = pattern if "(?P<" in pattern else _template(pattern)
+    try:
+        regex = re.compile(expression)
+    except re.error as error:
+        raise RPGError(f"pattern '{pattern}': not a valid pattern: {error}") from error
+    groups = []
+    for group in regex.groupindex:
+        name, _, kind = group.partition("__")
+        if not kind and name in METRICS:
+            kind = "metric"
+        if kind not in ("", "metric", "value", "digits") and _bit_width(kind) < 2:
+            raise RPGError(
+                f"pattern '{pattern}': field '{name}': unknown kind '{kind}'; "
+                "expected bits2 or more, digits, value or metric"
+            )
+        groups.append((group, name, kind))
+    if not groups:
+        raise RPGError(
+            f"pattern '{pattern}': no named field; expected one such as {{class:bits10}} or "
+            "(?P<class__bits10>[0-9]+)"
+        )
+    return regex, groups
+
+
+def _template(pattern: str) -> str:
+    expression = ""
+    for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):
+        if i % 2 == 0:
+            if "{" in part or "}" in part:
+                raise RPGError(f"pattern '{pattern}': unmatched brace")
+            expression += re.escape(part)
+            continue
+        field = re.fullmatch(r"([A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*)(?::([a-z]+[0-9]*))?", part)
+        if field is None:
+            raise RPGError(f"pattern '{pattern}': field '{{{part}}}': expected {{name}} or {{name:kind}}")
+        name, kind = field.groups()
+        # Numbers do not swallow what follows them; other fields take as little as they can.
+        number = r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+        text = number if kind in ("value", "metric") or (not kind and name in METRICS) else ".+?"
+        text = "[0-9]+" if kind and (kind == "digits" or _bit_width(kind)) else text
+        expression += f"(?P<{name}{'__' + kind if kind else ''}>{text})"
+    suffixes = "|".join(re.escape(suffix) for suffix in CHECKPOINT_SUFFIXES)
+    return f"{expression}(?:{suffixes})?"
+
+
+def _bit_width(kind: str) -> int:
+    match = re.fullmatch(r"bits([0-9]{1,4})", kind)
+    return int(match.group(1)) if match else 0
+
+
+def _is_condition(kind: str) -> bool:
+    return kind not in ("", "metric")
+
+
+def _read_field(text: str, kind: str, where: str) -> list[float]:
+    width = _bit_width(kind)
+    if width or kind == "digits":
+        if not re.fullmatch("[0-9]+", text):
+            raise RPGError(f"{where}: expected digits, got '{text}'")
+        try:
+            return bits(int(text), width) if width else [float(digit) for digit in text]
+        except (RPGError, ValueError) as error:
+            raise RPGError(f"{where}: {error}") from error
+    return [_number(text, where)]
+
+
+def _csv_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
+    reader = csv.reader(io.StringIO(text), strict=True)
+    rows: list[tuple[str, list[str]]] = []
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                rows.append((f"{path}, row {reader.line_num}", cells))
+    except csv.Error as error:
+        raise RPGError(f"{path}, row {reader.line_num}: not valid CSV: {error}") from error
+    if not rows or rows[0][1][0] != "file" or len(rows[0][1]) < 2:
+        raise RPGError(f"{path}, row 1: expected a header 'file,...' with at least one column of values")
+    header, *body = rows
+    for where, cells in body:
+        if len(cells) != len(header[1]):
+            raise RPGError(f"{where}: expected {len(header[1])} cells as in the header, got {len(cells)}")
+    single = [cells[1] for _, cells in body] if len(header[1]) == 2 else []
+    are_bits = bool(single) and (
+        all(re.fullmatch("[01]{2,}", cell) for cell in single)
+        or any(re.fullmatch("0[01]+", cell) for cell in single)
+    )
+    for where, (file, *cells) in body:
+        if not file:
+            raise RPGError(f"{where}: expected a file name")
+        if are_bits:
+            if not re.fullmatch("[01]+", cells[0]):
+                raise RPGError(f"{where}: '{file}': expected bits such as 0101, got '{cells[0]}'")
+            yield file, Row([float(bit) for bit in cells[0]], where)
+        else:
+            columns = zip(header[1][1:], cells, strict=True)
+            yield file, Row([_number(cell, f"{where}: column '{name}'") for name, cell in columns], where)
+
+
+def _json_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
+    try:
+        # Pairs, not a dict: a dict would silently keep the last of two equal keys.
+        content = json.loads(text, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
+        raise RPGError(f"{path}: not valid JSON: {error}") from error
+    if isinstance(content, _Pairs):
+        items: list[tuple[Any, Any]] = list(content)
+    elif isinstance(content, list):
+        items = []
+        for i, item in enumerate(content, start=1):
+            if not isinstance(item, _Pairs) or sorted(key for key, _ in item) != ["condition", "file"]:
+                raise RPGError(f'{path}, row {i}: expected {{"file": ..., "condition": [...]}}')
+            keyed = dict(item)
+            items.append((keyed["file"], keyed["condition"]))
+    else:
+        raise RPGError(f"{path}: expected {{file: [numbers]}} or a list of file and condition")
+    for i, (file, values) in enumerate(items, start=1):
+        where = f"{path}, row {i}"
+        if not isinstance(file, str) or not file:
+            raise RPGError(f"{where}: file: expected text, got {file!r}")
+        if not isinstance(values, list) or isinstance(values, _Pairs) or not values:
+            raise RPGError(f"{where}: '{file}': expected a list of numbers")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RPGError(f"{where}: '{file}': expected numbers, got {json.dumps(value)}")
+        yield file, Row([_number(value, f"{where}: '{file}'") for value in values], where)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object's keys and values, duplicates kept."""
+
+
+def _number(value: str | int | float, where: str) -> float:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError) as error:
+        raise RPGError(f"{where}: expected a number, got '{value}'") from error
+    if not math.isfinite(number):
+        raise RPGError(f"{where}: expected a finite number, got '{value}'")
+    return number

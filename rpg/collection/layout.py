@@ -1,0 +1,312 @@
+"""The layout: everything that turns a `state_dict` of one architecture into tokens and back."""
+
+import bisect
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
+from rpg.collection.normalise import denormalise, normalise
+from rpg.collection.state_dicts import check_structure, check_ties, owned
+from rpg.collection.tensor_spec import TensorKind, TensorSpec, spec_from_json
+from rpg.collection.tokens import count_tokens, cut, join, token_lengths
+from rpg.config import Normalisation
+from rpg.errors import RPGError
+from rpg.files import AnyPath, read_json, write_json
+
+LAYOUT_FILE = "layout.json"
+CENTRE_FILE = "centre.safetensors"
+VERSION = 1
+
+
+class Encoded(NamedTuple):
+    """A checkpoint as numbers.
+
+    Attributes:
+        tokens: float32 [layout.tokens, token_size]; padding is 0.
+        constants: the checkpoint's own values of the tensors that are not tokens; tied ones are left out.
+    """
+
+    tokens: Tensor
+    constants: dict[str, Tensor]
+
+
+class Layout:
+    """The ordered tensors of one architecture, and how each is normalised.
+
+    Made by `LayoutStatistics.layout` from a collection, or by `Layout.load`. All work is done on the CPU.
+
+    Attributes:
+        normalisation: residual (to the collection's centre) or z-score (per tensor, as published).
+        token_size: values in a token.
+        specs: one for each tensor, in state_dict order.
+        tokens: total number of tokens of a checkpoint.
+        centre: the mean checkpoint, a state_dict in weight space and each tensor's own dtype; constants have
+            the values of the collection's first checkpoint.
+    """
+
+    def __init__(
+        self,
+        normalisation: Normalisation,
+        token_size: int,
+        specs: Sequence[TensorSpec],
+        centre: Mapping[str, Tensor],
+    ) -> None:
+        """Put a layout together; `specs` and `centre` are expected to belong together."""
+        self.normalisation = normalisation
+        self.token_size = token_size
+        self.specs = tuple(specs)
+        self.tokens = sum(spec.tokens for spec in self.specs)
+        self.centre = dict(centre)
+        self._ties = [(spec.name, spec.alias_of) for spec in self.specs if spec.alias_of is not None]
+        self._tokenised = [spec for spec in self.specs if spec.tokens]
+        self._first_tokens = [spec.first_token for spec in self._tokenised]
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Values that generated checkpoints get for tensors that are not tokens: the first checkpoint's."""
+        return {spec.name: self.centre[spec.name] for spec in self.specs if _is_constant(spec)}
+
+    def with_token_size(self, token_size: int) -> "Layout":
+        """The same tensors, equally normalised, cut into tokens of another size.
+
+        Raises:
+            RPGError: if a token would hold more values than the whole network.
+        """
+        values = sum(spec.numel for spec in self._tokenised)
+        if not 1 <= token_size <= values:
+            raise RPGError(
+                f"shard.token_size: expected 1 to {values}, the values in the whole network, got {token_size}"
+            )
+        specs, next_token = [], 0
+        for spec in self.specs:
+            tokens = count_tokens(spec.numel, token_size) if spec.tokens else 0
+            specs.append(replace(spec, first_token=next_token, tokens=tokens))
+            next_token += tokens
+        return Layout(self.normalisation, token_size, specs, self.centre)
+
+    def encode(self, state_dict: Mapping[str, Tensor]) -> Encoded:
+        """Turn a checkpoint into tokens; the order of its tensors does not matter.
+
+        Raises:
+            RPGError: naming the tensor, if names, shapes or dtypes differ from the layout's, if tied tensors
+                differ, or if a running variance is negative.
+        """
+        check_structure(state_dict, {spec.name: (spec.shape, spec.dtype) for spec in self.specs})
+        check_ties(state_dict, self._ties)
+        tokens = torch.zeros(self.tokens, self.token_size)
+        for spec in self._tokenised:
+            flat = state_dict[spec.name].detach().to("cpu").reshape(-1)
+            values = normalise(spec, flat, self._centre_of(spec))
+            tokens[spec.first_token : spec.first_token + spec.tokens] = cut(values, self.token_size)
+        constants = {spec.name: owned(state_dict[spec.name]) for spec in self.specs if _is_constant(spec)}
+        return Encoded(tokens, constants)
+
+    def decode(self, encoded: Encoded) -> dict[str, Tensor]:
+        """Turn tokens back into a checkpoint with the layout's order, names, shapes, dtypes and ties.
+
+        Raises:
+            RPGError: if the tokens' shape is not the layout's, or naming a constant that is missing or of
+                another shape or dtype.
+        """
+        tokens = encoded.tokens.detach().to("cpu")
+        if tuple(tokens.shape) != (self.tokens, self.token_size):
+            raise RPGError(
+                f"tokens: expected shape [{self.tokens}, {self.token_size}], found {list(tokens.shape)}"
+            )
+        constants = {spec.name: (spec.shape, spec.dtype) for spec in self.specs if _is_constant(spec)}
+        check_structure(encoded.constants, constants)
+        state_dict: dict[str, Tensor] = {}
+        for spec in self.specs:
+            if spec.alias_of is not None:
+                state_dict[spec.name] = state_dict[spec.alias_of]
+            elif spec.tokens:
+                rows = tokens[spec.first_token : spec.first_token + spec.tokens]
+                state_dict[spec.name] = self._decode_rows(spec, rows).reshape(spec.shape)
+            else:
+                state_dict[spec.name] = owned(encoded.constants[spec.name])
+        return state_dict
+
+    def decode_token(self, index: int, values: Tensor) -> tuple[TensorSpec, int, Tensor]:
+        """Turn one token into weights, without touching any other; bit for bit as `decode` does.
+
+        Args:
+            index: of the token, 0 … tokens − 1.
+            values: [token_size], of any float dtype.
+
+        Returns:
+            The tensor's spec, where in the flattened tensor the values start, and the values without padding,
+            in the tensor's dtype.
+        """
+        spec = self.spec_of(index)
+        start = (index - spec.first_token) * self.token_size
+        values = values.detach().to("cpu")[: spec.numel - start]
+        return spec, start, self._decode_slice(spec, start, values)
+
+    def spec_of(self, index: int) -> TensorSpec:
+        """The tensor that a token is part of."""
+        if not 0 <= index < self.tokens:
+            raise IndexError(f"token {index}: the layout has {self.tokens} tokens")
+        return self._tokenised[bisect.bisect_right(self._first_tokens, index) - 1]
+
+    def positions(self) -> Tensor:
+        """Int64 [tokens, 2]: index among the tokenised tensors, and index of the token within its tensor."""
+        counts = torch.tensor([spec.tokens for spec in self._tokenised], dtype=torch.int64)
+        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        first = torch.tensor(self._first_tokens, dtype=torch.int64)
+        return torch.stack([tensor, torch.arange(self.tokens) - first[tensor]], dim=1)
+
+    def lengths(self) -> Tensor:
+        """Int64 [tokens]: values in each token, without padding."""
+        lengths = [token_lengths(spec.numel, self.token_size) for spec in self._tokenised]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *lengths])
+
+    def mask(self) -> Tensor:
+        """Bool [tokens, token_size]: True where a token holds a value, False where padding."""
+        return torch.arange(self.token_size) < self.lengths()[:, None]
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 over everything that the layout says, centre included."""
+        return self._digest
+
+    def save(self, directory: AnyPath) -> None:
+        """Write `layout.json` and `centre.safetensors`.
+
+        Raises:
+            RPGError: naming the file, if the file system refuses.
+        """
+        write_checkpoint(directory / CENTRE_FILE, self.centre, {"kind": "centre"})
+        write_json(directory / LAYOUT_FILE, self._to_json())
+
+    @classmethod
+    def load(cls, directory: AnyPath) -> "Layout":
+        """Read what `save` wrote.
+
+        Raises:
+            RPGError: naming the file, if it is missing, of another version, not consistent in itself, or if
+                the centre is not the layout's own.
+        """
+        path = directory / LAYOUT_FILE
+        content = read_json(path, "a layout")
+        specs = _read_specs(content, str(path))
+        centre_path = directory / CENTRE_FILE
+        # Owned, so that the layout does not change with a file that it was mapped from.
+        stored = {name: owned(tensor) for name, tensor in read_checkpoint(centre_path).items()}
+        try:
+            check_structure(stored, {spec.name: (spec.shape, spec.dtype) for spec in specs})
+        except RPGError as error:
+            raise RPGError(f"{centre_path}: not the centre of {LAYOUT_FILE}: {error}") from error
+        centre: dict[str, Tensor] = {}
+        for spec in specs:
+            centre[spec.name] = stored[spec.name] if spec.alias_of is None else centre[spec.alias_of]
+        layout = cls(Normalisation(content["normalisation"]), content["token_size"], specs, centre)
+        if layout._centre_digest != content["centre_sha256"]:
+            raise RPGError(
+                f"{centre_path}: expected the centre that {LAYOUT_FILE} was written with, found another"
+            )
+        return layout
+
+    def _centre_of(self, spec: TensorSpec) -> Tensor | None:
+        if self.normalisation == Normalisation.zscore:
+            return None
+        return self.centre[spec.name].view(-1)
+
+    def _decode_rows(self, spec: TensorSpec, rows: Tensor) -> Tensor:
+        values = join(rows, spec.numel)
+        if spec.kind != TensorKind.running_var:
+            return self._decode_slice(spec, 0, values)
+        # exp and log may round differently at the end of a vector than within it; token by token, this
+        # agrees with decode_token bit for bit.
+        starts = range(0, spec.numel, self.token_size)
+        return torch.cat([self._decode_slice(spec, i, values[i : i + self.token_size]) for i in starts])
+
+    def _decode_slice(self, spec: TensorSpec, start: int, values: Tensor) -> Tensor:
+        centre = self._centre_of(spec)
+        if centre is not None:
+            centre = centre[start : start + values.numel()]
+        return denormalise(spec, values, centre)
+
+    @cached_property
+    def _centre_digest(self) -> str:
+        digest = hashlib.sha256()
+        for spec in self.specs:
+            if spec.alias_of is None and spec.numel:
+                digest.update(self.centre[spec.name].view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self._to_json(), sort_keys=True).encode()).hexdigest()
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "normalisation": self.normalisation.value,
+            "token_size": self.token_size,
+            "tokens": self.tokens,
+            "centre_sha256": self._centre_digest,
+            "tensors": [spec.to_json() for spec in self.specs],
+        }
+
+
+def _is_constant(spec: TensorSpec) -> bool:
+    return spec.kind == TensorKind.constant and spec.alias_of is None
+
+
+def _read_specs(content: Any, source: str) -> list[TensorSpec]:
+    if not isinstance(content, dict):
+        raise RPGError(f"{source}: expected a layout, a JSON object, found {type(content).__name__}")
+    if content.get("version") != VERSION:
+        raise RPGError(f"{source}: version: expected {VERSION}, got {content.get('version')!r}")
+    keys = {"version", "normalisation", "token_size", "tokens", "centre_sha256", "tensors"}
+    if missing := sorted(keys - set(content)):
+        raise RPGError(f"{source}: key '{missing[0]}' is missing")
+    if unknown := sorted(set(content) - keys):
+        raise RPGError(f"{source}: unknown key '{unknown[0]}'")
+    if content["normalisation"] not in list(Normalisation):
+        raise RPGError(
+            f"{source}: normalisation: expected one of {', '.join(Normalisation)}, "
+            f"got {content['normalisation']!r}"
+        )
+    token_size = content["token_size"]
+    if type(token_size) is not int or token_size < 1:
+        raise RPGError(f"{source}: token_size: expected an integer of at least 1, got {token_size!r}")
+    if not isinstance(content["tensors"], list) or not content["tensors"]:
+        raise RPGError(f"{source}: tensors: expected a list of at least one tensor")
+    specs = [spec_from_json(value, source) for value in content["tensors"]]
+    _check_consistent(specs, token_size, content["tokens"], source)
+    return specs
+
+
+def _check_consistent(specs: list[TensorSpec], token_size: int, tokens: Any, source: str) -> None:
+    earlier: dict[str, TensorSpec] = {}
+    next_token = 0
+    for spec in specs:
+        if spec.name in earlier:
+            raise RPGError(f"{source}: tensor '{spec.name}' is listed twice")
+        if spec.alias_of is not None:
+            first = earlier.get(spec.alias_of)
+            if first is None or (first.alias_of, first.shape, first.dtype) != (None, spec.shape, spec.dtype):
+                raise RPGError(
+                    f"{source}: tensor '{spec.name}': alias_of: expected an earlier tensor of the same shape "
+                    f"and dtype, got '{spec.alias_of}'"
+                )
+        tokenised = spec.kind != TensorKind.constant and spec.alias_of is None
+        if tokenised and not spec.dtype.is_floating_point:
+            raise RPGError(f"{source}: tensor '{spec.name}': kind: expected constant, got {spec.kind}")
+        expected = (next_token, count_tokens(spec.numel, token_size) if tokenised else 0)
+        if (spec.first_token, spec.tokens) != expected:
+            raise RPGError(
+                f"{source}: tensor '{spec.name}': expected first_token and tokens {expected}, "
+                f"got {(spec.first_token, spec.tokens)}"
+            )
+        next_token += spec.tokens
+        earlier[spec.name] = spec
+    if tokens != next_token:
+        raise RPGError(f"{source}: tokens: expected {next_token}, the sum over tensors, got {tokens!r}")

@@ -1,0 +1,213 @@
+"""What makes a directory of shards complete: `shards.json`, written last, and `entries.arrow`.
+
+The manifest names the shards with their sizes and digests; the entries are a row a checkpoint: name, SHA-256,
+shard, record batch, split, condition.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rpg.collection.collection import Entry
+from rpg.collection.layout import Layout
+from rpg.collection.shard_file import ShardInfo
+from rpg.config import TokenDtype
+from rpg.errors import RPGError
+from rpg.files import AnyPath, read_json, replacing_file, sha256, write_json
+from rpg.storage_errors import naming
+
+MANIFEST_FILE = "shards.json"
+ENTRIES_FILE = "entries.arrow"
+VERSION = 2
+_KEYS = {"version", "dtype", "token_size", "layout", "fitted", "entries_sha256", "shards"}
+_SHARD_KEYS = {"file", "bytes", "sha256", "checkpoints"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete directory of shards."""
+
+    dtype: TokenDtype
+    layout: str
+    """Digest of the layout that the tokens were made with."""
+    fitted: int
+    """Number of checkpoints, the first ones, that layout and centre were computed from."""
+    shards: list[ShardInfo]
+    names: list[str]
+    """The checkpoints', in order."""
+    sha256: dict[str, str]
+    """Of each checkpoint, by name, as `Entry.sha256`."""
+    places: list[tuple[int, int]]
+    """Shard and record batch of each checkpoint."""
+    conditions: Tensor | None
+    """Float32 [checkpoints, width]; None if the collection has none."""
+
+
+def write_manifest(
+    directory: AnyPath,
+    layout: Layout,
+    shards: Sequence[ShardInfo],
+    entries: Sequence[Entry],
+    dtype: TokenDtype,
+    fitted: int | None = None,
+) -> None:
+    """Make a directory of shards complete: write layout, entries and, last, the manifest.
+
+    Args:
+        directory: where the shards already are.
+        layout: that they were written with.
+        shards: in the order that their checkpoints shall have.
+        entries: one for each checkpoint in the shards (matched by name = `file`); others are left out.
+        dtype: that they were written with.
+        fitted: how many checkpoints, the first ones, the layout was computed from; default all.
+
+    Raises:
+        RPGError: naming the shard or checkpoint, if a shard has another layout or dtype, a checkpoint has no
+            entry or is there twice, or conditions differ in width; naming the file that cannot be written.
+    """
+    if not shards:
+        raise RPGError(f"{directory / MANIFEST_FILE}: expected at least one shard")
+    for shard in shards:
+        if (shard.layout, shard.dtype) != (layout.digest(), dtype):
+            raise RPGError(
+                f"{directory / shard.file}: was written with another layout or dtype than the manifest's"
+            )
+    table = _entries_table(directory, shards, {entry.file: entry for entry in entries})
+    layout.save(directory)
+    with replacing_file(directory / ENTRIES_FILE) as temporary:
+        with temporary.open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        entries_sha256 = sha256(temporary)
+    write_json(
+        directory / MANIFEST_FILE,
+        {
+            "version": VERSION,
+            "dtype": dtype.value,
+            "token_size": layout.token_size,
+            "layout": layout.digest(),
+            "fitted": len(table) if fitted is None else fitted,
+            "entries_sha256": entries_sha256,
+            "shards": [
+                {
+                    "file": shard.file,
+                    "bytes": shard.bytes,
+                    "sha256": shard.sha256,
+                    "checkpoints": len(shard.checkpoints),
+                }
+                for shard in shards
+            ],
+        },
+    )
+
+
+def read_manifest(directory: AnyPath) -> Manifest:
+    """Read what `write_manifest` wrote, but for the layout.
+
+    Raises:
+        RPGError: naming the file that is missing, damaged, of another version, or not what it should be.
+    """
+    path = directory / MANIFEST_FILE
+    content = read_json(path, "the manifest of a directory of shards")
+    _check(content, str(path))
+    entries = _read_entries(directory, content["entries_sha256"])
+    names: list[str] = entries.column("name").to_pylist()
+    places = list(zip(entries.column("shard").to_pylist(), entries.column("batch").to_pylist(), strict=True))
+    in_shards: list[dict[int, str]] = [{} for _ in content["shards"]]
+    for name, (shard, batch) in zip(names, places, strict=True):
+        if not (0 <= shard < len(in_shards) and 0 <= batch < content["shards"][shard]["checkpoints"]):
+            raise RPGError(
+                f"{directory / ENTRIES_FILE}: '{name}': no record batch {batch} in shard {shard}; "
+                f"expected a place within the shards that {MANIFEST_FILE} lists"
+            )
+        in_shards[shard][batch] = name
+    dtype = TokenDtype(content["dtype"])
+    shards = [
+        ShardInfo(
+            shard["file"], shard["bytes"], shard["sha256"],
+            tuple(found.get(batch, "") for batch in range(shard["checkpoints"])), content["layout"], dtype,
+        )
+        for shard, found in zip(content["shards"], in_shards, strict=True)
+    ]  # fmt: skip
+    digests = dict(zip(names, entries.column("sha256").to_pylist(), strict=True))
+    return Manifest(
+        dtype, content["layout"], content["fitted"], shards, names, digests, places, _conditions(entries)
+    )
+
+
+def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dict[str, Entry]) -> Any:
+    names = [name for shard in shards for name in shard.checkpoints]
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise RPGError(f"{directory}: checkpoint '{name}' is in the shards twice")
+        seen.add(name)
+        if name not in entries:
+            raise RPGError(f"{directory}: checkpoint '{name}' is in the shards but not in the collection")
+    conditions = [entries[name].condition for name in names]
+    width = None if conditions[0] is None else len(conditions[0])
+    for name, condition in zip(names, conditions, strict=True):
+        found = None if condition is None else len(condition)
+        if found != width:
+            raise RPGError(
+                f"'{name}': expected a condition of width {width}, as '{names[0]}' has, found {found}"
+            )
+    columns = {
+        "name": pa.array(names, pa.string()),
+        "sha256": pa.array([entries[name].sha256 for name in names], pa.string()),
+        "shard": pa.array([i for i, shard in enumerate(shards) for _ in shard.checkpoints], pa.int32()),
+        "batch": pa.array([i for shard in shards for i, _ in enumerate(shard.checkpoints)], pa.int32()),
+        "split": pa.array([entries[name].split for name in names], pa.string()),
+        "condition": pa.array(conditions, pa.null() if width is None else pa.list_(pa.float32(), width)),
+    }
+    return pa.table(columns)
+
+
+def _read_entries(directory: AnyPath, expected: str) -> Any:
+    path = directory / ENTRIES_FILE
+    try:
+        with naming(path):
+            content = path.read_bytes()
+    except OSError as error:
+        raise RPGError(
+            f"{path}: cannot be read: {error.strerror}; expected the checkpoints' entries"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise RPGError(f"{path}: damaged, or of other shards: its SHA-256 is not the one in {MANIFEST_FILE}")
+    return pa.ipc.open_file(content).read_all()
+
+
+def _conditions(entries: Any) -> Tensor | None:
+    column = entries.column("condition").combine_chunks()
+    if pa.types.is_null(column.type):
+        return None
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(values.reshape(len(column), column.type.list_size).copy())
+
+
+def _check(manifest: Any, source: str) -> None:
+    if not isinstance(manifest, dict):
+        raise RPGError(f"{source}: expected a manifest, a JSON object, found {type(manifest).__name__}")
+    if manifest.get("version") != VERSION:
+        raise RPGError(f"{source}: version: expected {VERSION}, got {manifest.get('version')!r}")
+    if missing := sorted(_KEYS - set(manifest)):
+        raise RPGError(f"{source}: key '{missing[0]}' is missing")
+    if manifest["dtype"] not in list(TokenDtype):
+        raise RPGError(f"{source}: dtype: expected one of {', '.join(TokenDtype)}, got {manifest['dtype']!r}")
+    if type(manifest["fitted"]) is not int or manifest["fitted"] < 1:
+        raise RPGError(f"{source}: fitted: expected a positive integer, got {manifest['fitted']!r}")
+    shards = manifest["shards"]
+    if not isinstance(shards, list) or not shards:
+        raise RPGError(f"{source}: shards: expected a list of at least one shard")
+    for i, shard in enumerate(shards):
+        if not isinstance(shard, dict) or not set(shard) >= _SHARD_KEYS:
+            raise RPGError(f"{source}: shard {i}: expected the keys {', '.join(sorted(_SHARD_KEYS))}")
+        if not isinstance(shard["file"], str) or PurePosixPath(shard["file"]).name != shard["file"]:
+            raise RPGError(f"{source}: shard {i}: file: expected a name without a directory")
+        if not all(type(shard[key]) is int and shard[key] > 0 for key in ("bytes", "checkpoints")):
+            raise RPGError(f"{source}: shard {i}: expected positive integers for 'bytes' and 'checkpoints'")

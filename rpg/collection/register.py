@@ -1,0 +1,179 @@
+"""Registering: making a collection of a plain folder of checkpoints."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rpg.collection.checkpoint import (
+    CHECKPOINT_SUFFIXES,
+    check_finite,
+    is_adapter,
+    read_checkpoint_and_sha256,
+)
+from rpg.collection.collection import COLLECTION_FILE, Collection, Entry
+from rpg.collection.conditions import (
+    UPSTREAM_PATTERN,
+    NameFacts,
+    NamePattern,
+    Row,
+    check_files,
+    read_conditions,
+)
+from rpg.collection.state_dicts import check_structure, check_ties, find_ties
+from rpg.errors import RPGError
+from rpg.storage import AnyPath, exists, is_remote
+from rpg.storage_errors import StorageError, naming
+
+MINIMUM = 2
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the first good checkpoint is like."""
+
+    file: str
+    form: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    ties: dict[str, str]
+
+
+class BadCheckpointsError(RPGError):
+    """Checkpoints that cannot be part of a collection: `problems` has one line for each."""
+
+    def __init__(self, message: str, problems: list[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+def register(
+    directory: AnyPath,
+    conditions: Path | None = None,
+    pattern: str | None = None,
+    skip_bad: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Collection, list[str]]:
+    """Write `collection.json` for the checkpoints that lie directly in `directory`, sorted by name.
+
+    Every checkpoint is read and compared with the first good one in names, shapes and dtypes. Conditions come
+    from the `conditions` file (`read_conditions`), else from `pattern` over the file names (`NamePattern`),
+    else from the published model's naming where all names follow it. Splits, and whatever is not given
+    anew, are kept from an earlier `collection.json`, so that held-out checkpoints stay held out.
+
+    Args:
+        directory: folder or URI of `.safetensors`, `.pt`/`.pth` and PEFT adapter directories; others are
+            ignored.
+        conditions: CSV or JSON file.
+        pattern: template or regular expression; not together with `conditions`.
+        skip_bad: leave bad checkpoints out.
+        progress: called with the numbers of checkpoints done and of all.
+
+    Returns:
+        The collection and, for each checkpoint left out, the line that says why.
+
+    Raises:
+        BadCheckpointsError: if checkpoints are bad and `skip_bad` is off.
+        RPGError: if fewer than two checkpoints are left, or conditions are wrong.
+    """
+    if conditions is not None and pattern is not None:
+        raise RPGError("conditions: expected either a file or a pattern, got both")
+    paths = _candidates(directory)
+    names = [path.name for path in paths]
+    facts = _name_facts(names, pattern)
+    rows: dict[str, Row] = {}
+    if conditions is not None:
+        rows = read_conditions(conditions)
+        check_files(rows, names, conditions)
+    has_earlier = exists(directory / COLLECTION_FILE)
+    earlier = Collection.load(directory) if has_earlier else Collection(directory, {}, [])
+    known = {entry.file: entry for entry in earlier.entries}
+
+    entries: list[Entry] = []
+    problems: list[str] = []
+    reference: _Reference | None = None
+    for done, path in enumerate(paths):
+        if progress is not None:
+            progress(done, len(paths))
+        try:
+            state_dict, digest = read_checkpoint_and_sha256(path)
+            if reference is not None:
+                _compare(state_dict, path, reference)
+            check_finite(state_dict, path)
+        except StorageError:
+            # Says nothing of the checkpoint: it must not be left out for it.
+            raise
+        except RPGError as error:
+            problems.append(str(error))
+            continue
+        if reference is None:
+            form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
+            reference = _Reference(path.name, form, find_ties(state_dict))
+        entry = known.get(path.name, Entry(path.name, digest))
+        entry.sha256 = digest
+        if (fact := facts.get(path.name)) is not None:
+            entry.condition = fact.condition if fact.condition is not None else entry.condition
+            entry.metrics |= fact.metrics
+        if path.name in rows:
+            entry.condition = rows[path.name].condition
+        entries.append(entry)
+    if progress is not None:
+        progress(len(paths), len(paths))
+
+    if problems and not skip_bad:
+        raise BadCheckpointsError(
+            f"{directory}: {len(problems)} of {len(paths)} checkpoints cannot be used; "
+            "--skip-bad leaves them out",
+            problems,
+        )
+    if len(entries) < MINIMUM:
+        found = f"{len(entries)} of {len(paths)} can be used" if problems else f"found {len(entries)}"
+        raise BadCheckpointsError(
+            f"{directory}: a collection needs at least {MINIMUM} checkpoints, {found}", problems
+        )
+    collection = Collection(directory, earlier.architecture, entries)
+    collection.save()
+    return collection, problems
+
+
+def _candidates(directory: AnyPath) -> list[AnyPath]:
+    try:
+        with naming(directory):
+            if not directory.is_dir():
+                raise RPGError(f"{directory}: not a directory; expected a folder of checkpoints")
+            paths = sorted(
+                (path for path in directory.iterdir() if not path.name.startswith(".")),
+                key=lambda path: path.name,
+            )
+    except OSError as error:
+        raise RPGError(f"{directory}: cannot be read: {error.strerror}") from error
+    return [path for path in paths if _is_candidate(path)]
+
+
+def _is_candidate(path: AnyPath) -> bool:
+    if is_remote(path):
+        # By the name alone, without asking the storage about each.
+        return path.suffix.lower() in CHECKPOINT_SUFFIXES or is_adapter(path)
+    # A link to nothing is a checkpoint that is missing, and named as such.
+    is_ordinary = path.is_file() or path.is_dir() or not path.exists()
+    return is_adapter(path) or (is_ordinary and path.suffix.lower() in CHECKPOINT_SUFFIXES)
+
+
+def _name_facts(names: list[str], pattern: str | None) -> Mapping[str, NameFacts]:
+    compiled = NamePattern(UPSTREAM_PATTERN if pattern is None else pattern)
+    facts = {name: compiled.read(name) for name in names}
+    unmatched = [name for name, fact in facts.items() if fact is None]
+    if pattern is None and len(unmatched) == len(names):
+        return {}
+    if unmatched:
+        given = f"pattern '{pattern}'" if pattern is not None else "the naming of the others (class number)"
+        raise RPGError(f"{unmatched[0]}: name does not match {given}; expected it of every checkpoint")
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _compare(state_dict: Mapping[str, Tensor], path: AnyPath, reference: "_Reference") -> None:
+    try:
+        check_structure(state_dict, reference.form)
+        check_ties(state_dict, reference.ties.items())
+    except RPGError as error:
+        raise RPGError(f"{path}: {error} (as in {reference.file})") from error

@@ -1,0 +1,81 @@
+"""A sharded collection seen at another token size, without writing it anew."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rpg.collection.shards import ShardedCollection
+
+
+class Retokenised:
+    """The same checkpoints, cut into tokens of another size as they are read.
+
+    A tensor's values lie one after another in the tokens that hold it, with padding only at its end. So each
+    token of another size is one stretch of the stored values of its checkpoint.
+
+    Attributes:
+        layout: the collection's, at the new token size.
+        names: the checkpoints', in order.
+        conditions: float32 [checkpoints, width], or None if the collection has none.
+    """
+
+    def __init__(self, shards: ShardedCollection, token_size: int) -> None:
+        """See `shards` at `token_size`.
+
+        Raises:
+            RPGError: if a token would be larger than the network.
+        """
+        self.layout = shards.layout.with_token_size(token_size)
+        self.names = shards.names
+        self.conditions = shards.conditions
+        self._shards = shards
+        stored = {spec.name: spec.first_token for spec in shards.layout.specs}
+        # Where each token's values begin in the row of all stored values of a checkpoint.
+        starts = [
+            stored[spec.name] * shards.layout.token_size + token * token_size
+            for spec in self.layout.specs
+            for token in range(spec.tokens)
+        ]
+        self._starts = np.array(starts, dtype=np.int64)
+        self._lengths = self.layout.lengths().numpy()
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def read(self, checkpoint: int, tokens: Tensor | Sequence[int]) -> Tensor:
+        """Read some tokens of one checkpoint: float32 [K, token_size]."""
+        return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0]
+
+    def read_batch(self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64]) -> Tensor:
+        """Read K tokens of each of B checkpoints; touches only the pages they lie on.
+
+        Args:
+            checkpoints: [B], indices into `names`.
+            tokens: int64 [B, K], token indices, those of a checkpoint a row.
+
+        Returns:
+            float32 [B, K, token_size], padding 0.
+
+        Raises:
+            IndexError: if there is no such checkpoint or token.
+        """
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.layout.tokens:
+            raise IndexError(f"tokens: expected 0 <= index < {self.layout.tokens}")
+        old, new = self._shards.layout.token_size, self.layout.token_size
+        starts, lengths = self._starts[tokens], self._lengths[tokens]
+        # The stored tokens that a stretch of `new` values can touch, wherever it begins.
+        touched = np.arange((new + old - 2) // old + 1)
+        last = self._shards.layout.tokens - 1
+        rows = np.minimum(starts[..., None] // old + touched, last)
+        values = self._shards.read_batch(checkpoints, rows.reshape(len(rows), -1))
+        values = values.view(*tokens.shape, len(touched) * old)
+        at = torch.from_numpy(starts % old)[..., None] + torch.arange(new)
+        real = torch.arange(new) < torch.from_numpy(lengths)[..., None]
+        return values.gather(-1, at).masked_fill_(~real, 0.0)
+
+
+AnyShards = ShardedCollection | Retokenised
+"""Checkpoints as tokens, of the stored size or another."""

@@ -1,0 +1,177 @@
+"""One shard: an uncompressed Arrow IPC file of tokens, a record batch a checkpoint, a row a token.
+
+It is memory-mapped for reading, so that a token costs the pages that it lies on and nothing else.
+"""
+
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from rpg.collection.layout import Layout
+from rpg.config import TokenDtype
+from rpg.errors import RPGError
+from rpg.files import AnyPath, replacing_file, sha256
+
+COLUMN = "tokens"
+DTYPE_KEY = b"rpg.token_dtype"
+LAYOUT_KEY = b"rpg.layout"
+
+# Arrow has no bfloat16: its bit patterns are stored as uint16, and the schema's metadata says so.
+_ARROW_TYPES = {
+    TokenDtype.float32: pa.float32(),
+    TokenDtype.float16: pa.float16(),
+    TokenDtype.bfloat16: pa.uint16(),
+}
+_TORCH_DTYPES = {
+    TokenDtype.float32: torch.float32,
+    TokenDtype.float16: torch.float16,
+    TokenDtype.bfloat16: torch.bfloat16,
+}
+_NUMPY_DTYPES: dict[TokenDtype, npt.DTypeLike] = {
+    TokenDtype.float32: np.float32,
+    TokenDtype.float16: np.float16,
+    TokenDtype.bfloat16: np.uint16,
+}
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest needs to know about a shard that was written."""
+
+    file: str
+    """Name within the shards' directory."""
+    bytes: int
+    sha256: str
+    checkpoints: tuple[str, ...]
+    """Names in the order of the record batches."""
+    layout: str
+    """Digest of the layout that the tokens were made with."""
+    dtype: TokenDtype
+
+
+def write_shard(
+    path: AnyPath, layout: Layout, checkpoints: Iterable[tuple[str, Mapping[str, Tensor]]], dtype: TokenDtype
+) -> ShardInfo:
+    """Write checkpoints, as (name, state_dict) pairs, to one shard; one is held in memory at a time.
+
+    Raises:
+        RPGError: naming the checkpoint and tensor, if one does not fit the layout or has values that are not
+            finite in `dtype`; naming the file, if there are no checkpoints or the file system refuses; if the
+            layout has no tokens. An earlier file stays as it was.
+    """
+    if layout.tokens == 0:
+        raise RPGError(
+            f"{path}: nothing to write: no tensor differs between checkpoints, so there are no tokens"
+        )
+    schema = _schema(layout, dtype)
+    names = []
+    with replacing_file(path) as temporary:
+        with temporary.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for name, state_dict in checkpoints:
+                writer.write_batch(_record_batch(name, state_dict, layout, dtype, schema))
+                names.append(name)
+        if not names:
+            raise RPGError(f"{path}: nothing to write: expected at least one checkpoint")
+        size, digest = temporary.stat().st_size, sha256(temporary)
+    return ShardInfo(path.name, size, digest, tuple(names), layout.digest(), dtype)
+
+
+def open_shard(path: Path, layout: Layout, dtype: TokenDtype, checkpoints: int) -> npt.NDArray[Any]:
+    """Map a shard: a read-only array [checkpoints, tokens, token_size] of stored values over the file.
+
+    Raises:
+        RPGError: naming the file, if it is missing, not an Arrow file, or not a shard of this layout, dtype
+            and number of checkpoints.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            # Without it the kernel reads ahead, by megabytes on some systems, at each new place.
+            mapped.madvise(mmap.MADV_RANDOM)
+        buffer = pa.py_buffer(mapped)
+        reader = pa.ipc.open_file(buffer)
+        schema, batches = reader.schema, reader.num_record_batches
+    except FileNotFoundError as error:
+        raise RPGError(f"{path}: not found; expected a shard") from error
+    except (OSError, ValueError) as error:
+        raise RPGError(f"{path}: not an Arrow file: {' '.join(str(error).split())}") from error
+    if not schema.equals(_schema(layout, dtype), check_metadata=True):
+        raise RPGError(
+            f"{path}: expected {dtype} tokens of {layout.token_size} values, made with {layout.digest()}"
+        )
+    if batches != checkpoints:
+        raise RPGError(f"{path}: expected {checkpoints} record batches, found {batches}")
+    return _strided(path, mapped, buffer.address, reader, layout, dtype)
+
+
+def token_bytes(layout: Layout, dtype: TokenDtype) -> int:
+    """Bytes of one checkpoint's tokens."""
+    return layout.tokens * layout.token_size * np.dtype(_NUMPY_DTYPES[dtype]).itemsize
+
+
+def to_float32(stored: npt.NDArray[Any], dtype: TokenDtype) -> Tensor:
+    """Stored token values, in memory of their own, as a float32 tensor of the same shape."""
+    if dtype == TokenDtype.bfloat16:
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).to(torch.float32)
+    return torch.from_numpy(stored).to(torch.float32)
+
+
+def _schema(layout: Layout, dtype: TokenDtype) -> Any:
+    metadata = {DTYPE_KEY: dtype.value.encode(), LAYOUT_KEY: layout.digest().encode()}
+    value = pa.field("item", _ARROW_TYPES[dtype], nullable=False)
+    column = pa.field(COLUMN, pa.list_(value, layout.token_size), nullable=False)
+    return pa.schema([column], metadata=metadata)
+
+
+def _record_batch(
+    name: str, state_dict: Mapping[str, Tensor], layout: Layout, dtype: TokenDtype, schema: Any
+) -> Any:
+    try:
+        tokens = layout.encode(state_dict).tokens.to(_TORCH_DTYPES[dtype])
+    except RPGError as error:
+        raise RPGError(f"{name}: {error}") from error
+    finite = torch.isfinite(tokens).all(dim=1)
+    if not bool(finite.all()):
+        tensor = layout.spec_of(int((~finite).nonzero()[0])).name
+        raise RPGError(f"{name}: tensor '{tensor}': expected values that are finite as {dtype} tokens")
+    stored = tokens.view(torch.int16).numpy() if dtype == TokenDtype.bfloat16 else tokens.numpy()
+    arrow_type = schema.field(COLUMN).type
+    values = pa.Array.from_buffers(arrow_type.value_type, stored.size, [None, pa.py_buffer(stored)])
+    column = pa.FixedSizeListArray.from_arrays(values, type=arrow_type)
+    return pa.record_batch([column], schema=schema)
+
+
+def _strided(
+    path: Path, mapped: mmap.mmap, address: int, reader: Any, layout: Layout, dtype: TokenDtype
+) -> npt.NDArray[Any]:
+    """All record batches as one array: they have the same size, so their values lie at equal distances."""
+    count = reader.num_record_batches
+
+    def offset(batch: int) -> int:
+        column = reader.get_batch(batch).column(0)
+        if len(column) != layout.tokens:
+            raise RPGError(
+                f"{path}: record batch {batch}: expected {layout.tokens} rows, found {len(column)}"
+            )
+        return int(column.flatten().buffers()[1].address) - address
+
+    try:
+        first, second, last = (offset(min(batch, count - 1)) for batch in (0, 1, count - 1))
+    except (OSError, ValueError) as error:
+        raise RPGError(f"{path}: not an Arrow file: {' '.join(str(error).split())}") from error
+    stride = second - first
+    if last - first != stride * (count - 1):
+        raise RPGError(f"{path}: expected record batches of equal size, as shards have them")
+    item = np.dtype(_NUMPY_DTYPES[dtype])
+    row = layout.token_size * item.itemsize
+    shape = (count, layout.tokens, layout.token_size)
+    return np.ndarray(shape, item, buffer=mapped, offset=first, strides=(stride, row, item.itemsize))

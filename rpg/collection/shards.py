@@ -1,0 +1,122 @@
+"""A collection as tokens on disk: Arrow shards, their manifest, and random access to any tokens.
+
+A directory holds `shards.json` and `entries.arrow` (`rpg.collection.manifest`), the shards that they name,
+`layout.json` and `centre.safetensors`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from rpg.collection.layout import Layout
+from rpg.collection.manifest import ENTRIES_FILE, MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from rpg.collection.shard_file import ShardInfo, open_shard, to_float32, write_shard
+from rpg.collection.verified import damage
+from rpg.errors import RPGError
+
+__all__ = [
+    "ENTRIES_FILE",
+    "MANIFEST_FILE",
+    "ShardInfo",
+    "ShardedCollection",
+    "write_manifest",
+    "write_shard",
+]
+
+
+class ShardedCollection:
+    """Random access to the tokens of a collection's checkpoints.
+
+    Attributes:
+        directory: where the shards are.
+        layout: that turns tokens back into checkpoints.
+        dtype: the tokens' storage type.
+        names: the checkpoints', in order.
+        conditions: float32 [checkpoints, width], or None if the collection has none.
+    """
+
+    def __init__(self, directory: Path, layout: Layout, manifest: Manifest) -> None:
+        """Map the shards of a directory; `open` reads what this needs."""
+        self.directory = directory
+        self.layout = layout
+        self.dtype = manifest.dtype
+        self.names = manifest.names
+        self.conditions = manifest.conditions
+        self._shards = manifest.shards
+        self._places = manifest.places
+        self._stored = [
+            open_shard(directory / shard.file, layout, shard.dtype, len(shard.checkpoints))
+            for shard in manifest.shards
+        ]
+
+    @classmethod
+    def open(cls, directory: Path, verify: bool = True) -> "ShardedCollection":
+        """Open a directory of shards; tokens are read when asked for.
+
+        Args:
+            directory: of the shards, on a local file system.
+            verify: compare the SHA-256 of every shard that has changed, or was never read, since it was last
+                found to be right.
+
+        Raises:
+            RPGError: naming the file that is missing, cut short, damaged, of another version, not what it
+                should be, or does not belong to the others.
+        """
+        manifest = read_manifest(directory)
+        layout = Layout.load(directory)
+        if layout.digest() != manifest.layout:
+            raise RPGError(
+                f"{directory / MANIFEST_FILE}: the shards were made with another layout "
+                "than the one beside them"
+            )
+        if verify:
+            _refuse(damage(directory, manifest.shards))
+        return cls(directory, layout, manifest)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, checkpoint: int, tokens: Tensor | Sequence[int]) -> Tensor:
+        """Read some tokens of one checkpoint: float32 [K, token_size]. Touches only the pages they lie on."""
+        return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0]
+
+    def read_batch(self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64]) -> Tensor:
+        """Read K tokens of each of B checkpoints. Touches only the pages they lie on.
+
+        Args:
+            checkpoints: [B], indices into `names`.
+            tokens: int64 [B, K], token indices, those of a checkpoint a row.
+
+        Returns:
+            float32 [B, K, token_size].
+
+        Raises:
+            IndexError: if there is no such checkpoint or token.
+        """
+        if len(checkpoints) and not 0 <= min(checkpoints) <= max(checkpoints) < len(self):
+            raise IndexError(f"checkpoints: expected 0 <= index < {len(self)}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.layout.tokens:
+            raise IndexError(f"tokens: expected 0 <= index < {self.layout.tokens}")
+        result = np.empty((*tokens.shape, self.layout.token_size), self._stored[0].dtype)
+        for rows, checkpoint, indices in zip(result, checkpoints, tokens, strict=True):
+            shard, batch = self._places[checkpoint]
+            values = self._stored[shard][batch]
+            # The indices are in range; by default numpy would take into a second buffer to check them first.
+            values.take(indices, 0, rows, "clip")
+        return to_float32(result, self.dtype)
+
+    def verify(self) -> None:
+        """Read all shards, whether they have changed or not, and compare them with the manifest.
+
+        Raises:
+            RPGError: naming the first shard that cannot be read or whose SHA-256 differs.
+        """
+        _refuse(damage(self.directory, self._shards, again=True))
+
+
+def _refuse(damaged: dict[str, str]) -> None:
+    for line in damaged.values():
+        raise RPGError(line)

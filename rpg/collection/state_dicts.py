@@ -1,0 +1,128 @@
+"""What a `state_dict` must be, so that it can be turned into numbers and back: checks and tied tensors."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from rpg.errors import RPGError
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
+}
+"""The dtypes that a state_dict may hold, by name."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as in `DTYPES`, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_entries(state_dict: Mapping[str, Tensor]) -> None:
+    """Check that a state_dict holds ordinary dense tensors only.
+
+    Raises:
+        RPGError: naming the first entry that is not a tensor, or is complex, sparse, quantized, without data,
+            or of another dtype that has no place in a safetensors file.
+    """
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise RPGError(f"'{name}': expected a tensor, found {type(tensor).__name__}")
+        if tensor.is_quantized:
+            raise RPGError(f"tensor '{name}': expected a dense tensor, found a quantized one")
+        if tensor.layout != torch.strided:
+            raise RPGError(f"tensor '{name}': expected a dense tensor, found a sparse one ({tensor.layout})")
+        if tensor.dtype not in _KNOWN:
+            raise RPGError(
+                f"tensor '{name}': dtype {dtype_name(tensor.dtype)} is not supported; "
+                f"expected one of {', '.join(DTYPES)}"
+            )
+        if tensor.is_meta:
+            raise RPGError(f"tensor '{name}': expected values, found a meta tensor")
+
+
+def check_structure(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    """Check that a state_dict has exactly the expected names, shapes and dtypes, in any order.
+
+    Raises:
+        RPGError: naming the first tensor that is missing, unexpected or different; as `check_entries` too.
+    """
+    check_entries(state_dict)
+    for name, (shape, dtype) in expected.items():
+        tensor = state_dict.get(name)
+        if tensor is None:
+            raise RPGError(f"tensor '{name}' is missing; expected {_describe(shape, dtype)}")
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise RPGError(
+                f"tensor '{name}': expected {_describe(shape, dtype)}, "
+                f"found {_describe(tuple(tensor.shape), tensor.dtype)}"
+            )
+    if len(state_dict) != len(expected):
+        name = next(name for name in state_dict if name not in expected)
+        raise RPGError(f"tensor '{name}' is unexpected; the layout has no tensor of that name")
+
+
+def check_ties(state_dict: Mapping[str, Tensor], ties: Iterable[tuple[str, str]]) -> None:
+    """Check that tied tensors hold the same values; `ties` are (alias, name of the first) pairs.
+
+    A checkpoint that went through safetensors has lost its ties, so equality is all that can be asked for.
+
+    Raises:
+        RPGError: naming two tied tensors that differ.
+    """
+    for alias, first in ties:
+        if not same_bits(state_dict[alias], state_dict[first]):
+            raise RPGError(
+                f"tensor '{alias}': expected the values of '{first}', to which it is tied, found others"
+            )
+
+
+def find_ties(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tied tensors: the name of each that is an earlier one's very memory, to the name of the earliest."""
+    first_of: dict[tuple[object, ...], str] = {}
+    ties = {}
+    for name, tensor in state_dict.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        first = first_of.setdefault(key, name)
+        if first != name:
+            ties[name] = first
+    return ties
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype agree in shape and in every bit (so NaN equals NaN, but 0 not -0)."""
+    bits = _BITS[a.dtype.itemsize]
+    return torch.equal(a.detach().view(bits), b.detach().to(a.device).view(bits))
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """A detached contiguous copy in main memory, with a storage of its own size."""
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} {list(shape)}"
+
+
+_KNOWN = frozenset(DTYPES.values())

@@ -1,0 +1,91 @@
+"""Whether shards are what the manifest says; a file is read for that once, and again when it has changed.
+
+`.verified.json` beside the shards remembers size, modification time and inode of every file whose SHA-256
+was right, so that opening tens of gigabytes again costs nothing. Damage that leaves all three as they were is
+found by `ShardedCollection.verify` (`rpg inspect --verify`), which reads everything.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rpg.collection.manifest import MANIFEST_FILE
+from rpg.collection.shard_file import ShardInfo
+from rpg.errors import RPGError
+from rpg.files import AnyPath, sha256, write_json
+
+VERIFIED_FILE = ".verified.json"
+_THREADS = 8
+
+Mark = list[int | str]
+
+
+def damage(directory: AnyPath, shards: Sequence[ShardInfo], again: bool = False) -> dict[str, str]:
+    """The shards that are not what they should be, by file name, each with a line that says why.
+
+    Behind a URI sizes alone are compared: reading would be fetching everything.
+
+    Args:
+        directory: where they are.
+        shards: as the manifest has them.
+        again: read all files, whatever is remembered of them.
+    """
+    found = {shard.file: _wrong_size(directory, shard) for shard in shards}
+    remembered = {} if again else _remembered(directory)
+    local = isinstance(directory, Path)
+    marks = {shard.file: _mark(directory, shard) for shard in shards if local and not found[shard.file]}
+    unread = [s for s in shards if s.file in marks and remembered.get(s.file) != marks[s.file]]
+    if unread:
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            for shard, wrong in zip(
+                unread, pool.map(lambda shard: _wrong_content(directory, shard), unread), strict=True
+            ):
+                found[shard.file] = wrong
+        # Where the record cannot be written, the files are read each time.
+        with suppress(RPGError):
+            write_json(directory / VERIFIED_FILE, {n: mark for n, mark in marks.items() if not found[n]})
+    return {name: wrong for name, wrong in found.items() if wrong}
+
+
+def remember(directory: AnyPath, shards: Sequence[ShardInfo]) -> None:
+    """Note that these shards, just written, are what they should be."""
+    with suppress(RPGError, OSError):
+        write_json(directory / VERIFIED_FILE, {shard.file: _mark(directory, shard) for shard in shards})
+
+
+def _wrong_size(directory: AnyPath, shard: ShardInfo) -> str:
+    path = directory / shard.file
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return f"{path}: not found; expected a shard that {MANIFEST_FILE} names"
+    if size == shard.bytes:
+        return ""
+    says = "cut short" if size < shard.bytes else "too long"
+    return f"{path}: {says}: expected {shard.bytes} bytes, found {size}"
+
+
+def _wrong_content(directory: AnyPath, shard: ShardInfo) -> str:
+    path = directory / shard.file
+    try:
+        found = sha256(path)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return "" if found == shard.sha256 else f"{path}: damaged: its SHA-256 is not the one in {MANIFEST_FILE}"
+
+
+def _mark(directory: AnyPath, shard: ShardInfo) -> Mark:
+    status = (directory / shard.file).stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino, shard.sha256]
+
+
+def _remembered(directory: AnyPath) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / VERIFIED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

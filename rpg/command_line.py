@@ -1,0 +1,41 @@
+"""What every command of RPG does about errors: one line on stderr, and the exit status."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from rpg.errors import RPGError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def run_command(main: Callable[[], None], program: str) -> int:
+    """Run a command's body and return the process's exit status.
+
+    0 if it ends well; 2 after `program: error: ...` in one line on stderr for an `RPGError` or `OSError`;
+    130 after Ctrl-C; 141 if the reader of its output is gone. Any other exception is a bug and keeps its
+    traceback.
+    """
+    try:
+        main()
+        # Here, so that a full disk behind stdout is reported like any other.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (RPGError, OSError) as error:
+        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

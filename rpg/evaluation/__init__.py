@@ -1,0 +1,1 @@
+"""How good generated networks are, and whether they are copies: accuracy, similarity, baselines, report."""

@@ -1,0 +1,416 @@
+"""The report of a run: `report.json`, `report.html`, and short tables for the terminal and the model card."""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from rpg.evaluation.figures import (
+    DARK,
+    LIGHT,
+    Points,
+    TaskRow,
+    Theme,
+    accuracy_per_task,
+    distance_histogram,
+    loss_curve,
+    similarity_scatter,
+)
+from rpg.evaluation.results import (
+    Evaluated,
+    Results,
+    Split,
+    check_results,
+    condition_label,
+    of_split,
+    predictions,
+)
+from rpg.evaluation.similarity import Similarity, similarity
+from rpg.files import AnyPath, write_json, write_text
+
+BASELINES = {
+    "ridge_3": "ridge regression, order 3",
+    "ridge_2": "ridge regression, order 2",
+    "ridge_1": "ridge regression, order 1",
+    "nearest_task": "nearest training task",
+    "centre": "mean checkpoint",
+    "majority": "majority class",
+}
+"""Baselines that are known by name, strongest kind first; others are shown under their own key."""
+
+STAGES = ("collect", "shard", "train", "generate", "evaluate")
+
+FIGURES = {
+    "similarity": (
+        "Similarity and accuracy",
+        "Every network at its largest similarity to an original of its task; noised: originals with noise "
+        "added. New networks as good as the originals lie at their height, copies at the right edge.",
+    ),
+    "tasks": (
+        "Accuracy per task",
+        "Each unseen task: trained originals, generated networks with their range, and the baselines.",
+    ),
+    "distances": (
+        "Distance to the nearest training checkpoint",
+        "In normalised weights. A memorising generator would pile up at 0, left of the distances that "
+        "training checkpoints of the same task keep from each other.",
+    ),
+    "loss": ("Training loss", "As logged, and smoothed over a twentieth of the run."),
+}
+"""Title and caption of each figure, in the order of the page."""
+
+
+def build_report(results: Results) -> dict[str, Any]:
+    """Everything that `report.json` holds, as plain JSON values; what was not measured is null or left out.
+
+    `accuracy.originals` are those of the unseen tasks, which `accuracy.ratio` compares with; a run without
+    unseen tasks takes the seen ones for both.
+
+    Raises:
+        RPGError: naming the network whose accuracy or predictions make no sense.
+    """
+    check_results(results)
+    unseen = bool(of_split(results.generated, Split.unseen))
+    subject = Split.unseen if unseen else Split.seen
+    originals = [network.accuracy for network in of_split(results.originals, subject)]
+    subjects = [network.accuracy for network in of_split(results.generated, subject)]
+    report = {
+        "name": results.name,
+        "seed": results.seed,
+        "accuracy": {
+            "originals": _statistics(originals),
+            "originals_seen": _statistics([n.accuracy for n in of_split(results.originals, Split.seen)]),
+            "generated_unseen": _statistics([n.accuracy for n in of_split(results.generated, Split.unseen)]),
+            "generated_seen": _statistics([n.accuracy for n in of_split(results.generated, Split.seen)]),
+            "ratio": float(np.mean(subjects) / np.mean(originals))
+            if subjects and originals and np.mean(originals) > 0
+            else None,
+            "ratio_of": f"generated_{subject}",
+            "baselines": {
+                key: _statistics(list(results.baselines[key].values())) for key in _ordered(results.baselines)
+            },
+        },
+        "similarity": {
+            str(split): _similarity_json(results, split)
+            for split in (Split.unseen, Split.seen)
+            if of_split(results.generated, split)
+        },
+        "distance": _distance_json(results),
+        "per_task": _per_task(results),
+        "timing_seconds": {
+            **{stage: results.timing_seconds[stage] for stage in STAGES if stage in results.timing_seconds},
+            **results.timing_seconds,
+        },
+        "conditions": any(network.condition is not None for network in results.generated),
+        "config": results.config,
+        "versions": results.versions,
+    }
+    plain: dict[str, Any] = _plain(report)
+    plain["summary"] = _summary(plain)
+    return plain
+
+
+def build_figures(results: Results, theme: Theme = LIGHT) -> dict[str, Figure]:
+    """The figures that the results allow, by the keys of `FIGURES`."""
+    check_results(results)
+    figures = {}
+    split = Split.unseen if of_split(results.generated, Split.unseen) else Split.seen
+    networks, originals = of_split(results.generated, split), of_split(results.originals, split)
+    if networks and originals:
+        noised = {level: of_split(group, split) for level, group in results.noised.items()}
+        measured = _similarity(results, split)
+        figures["similarity"] = similarity_scatter(
+            Points(measured.maxima_originals, _accuracies(originals)),
+            Points(measured.maxima_generated, _accuracies(networks)),
+            {level: Points(measured.maxima_noised[level], _accuracies(noised[level])) for level in noised},
+            theme,
+        )
+    rows = [row for row in _per_task(results) if row["split"] == split]
+    if len(rows) > 1:
+        figures["tasks"] = accuracy_per_task(
+            [
+                TaskRow(
+                    label=f"{row['task']} {condition_label(row['condition'])}".strip(),
+                    originals=[n.accuracy for n in originals if n.task == row["task"]],
+                    generated=[n.accuracy for n in networks if n.task == row["task"]],
+                    baselines=row["baselines"],
+                )
+                for row in rows
+            ],
+            {key: baseline_name(key) for key in _ordered(results.baselines)},
+            theme,
+        )
+    distances = _distances(results)
+    if distances["unseen"] or distances["seen"]:
+        figures["distances"] = distance_histogram(distances, theme)
+    if results.losses:
+        figures["loss"] = loss_curve(results.losses, theme)
+    return figures
+
+
+def write_report(
+    directory: AnyPath, report: Mapping[str, Any], figures: Mapping[str, tuple[bytes, bytes]]
+) -> None:
+    """Write `report.json` and `report.html`, each as a whole or not at all.
+
+    Args:
+        directory: where to; made if missing.
+        report: from `build_report`.
+        figures: SVG in the light and in the dark theme, by the keys of `FIGURES` (`figure_pairs`).
+
+    Raises:
+        RPGError: naming the file, if it cannot be written.
+    """
+    write_json(directory / "report.json", report)
+    write_text(directory / "report.html", render_html(report, figures))
+
+
+def figure_pairs(results: Results, convert: Callable[[Figure], bytes]) -> dict[str, tuple[bytes, bytes]]:
+    """Every figure in the light and the dark theme, through `to_svg` (for the page) or `to_png`."""
+    light, dark = build_figures(results, LIGHT), build_figures(results, DARK)
+    return {key: (convert(light[key]), convert(dark[key])) for key in light}
+
+
+def render_html(report: Mapping[str, Any], figures: Mapping[str, tuple[bytes, bytes]]) -> str:
+    """The page: self-contained, without scripts; everything from the report is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["seconds"] = _seconds
+    return environment.get_template("report.html").render(
+        report=report,
+        accuracies=_accuracy_rows(report),
+        baseline_names={key: baseline_name(key) for key in report["accuracy"]["baselines"]},
+        figures=[
+            (title, caption, *(base64.b64encode(image).decode() for image in figures[key]))
+            for key, (title, caption) in FIGURES.items()
+            if key in figures
+        ],
+        condition_label=condition_label,
+        noise_levels=_noise_levels(report["similarity"]),
+        config=json.dumps(report["config"], indent=2, ensure_ascii=False),
+    )
+
+
+def terminal_table(report: Mapping[str, Any]) -> Table:
+    """The accuracies, for a terminal."""
+    table = Table(title="Accuracy on held-out images", title_justify="left", caption_justify="left")
+    table.add_column("networks", no_wrap=True)
+    for heading in ("mean", "min", "max", "n"):
+        table.add_column(heading, justify="right")
+    for kind, name, row in _accuracy_rows(report):
+        style = "bold" if kind == "generated" else "dim" if kind == "baseline" else ""
+        cells = [_number(row["mean"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
+        table.add_row(name, *cells, style=style)
+    ratio = report["accuracy"]["ratio"]
+    if ratio is not None:
+        table.caption = f"generated / originals: {ratio:.3f}"
+    return table
+
+
+def model_card_table(report: Mapping[str, Any]) -> str:
+    """The accuracies as a Markdown table, for the generator's README."""
+    lines = ["| networks | mean accuracy | min | max | n |", "| --- | ---: | ---: | ---: | ---: |"]
+    for kind, name, row in _accuracy_rows(report):
+        mark = "**" if kind == "generated" else ""
+        cells = [_number(row["mean"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
+        safe = name.replace("|", "\\|")
+        lines.append(f"| {mark}{safe}{mark} | {mark}{cells[0]}{mark} | {' | '.join(cells[1:])} |")
+    return "\n".join(lines) + "\n"
+
+
+def baseline_name(key: str) -> str:
+    """A baseline's key in words."""
+    return BASELINES.get(key, key.replace("_", " "))
+
+
+def _ordered(baselines: Mapping[str, Any]) -> list[str]:
+    return [key for key in BASELINES if key in baselines] + sorted(set(baselines) - set(BASELINES))
+
+
+def _accuracy_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(kind, name, statistics) of every line of the accuracy table."""
+    accuracy = report["accuracy"]
+    where = "seen" if accuracy["ratio_of"] == "generated_seen" else "unseen"
+    rows = [("original", f"originals, {where} tasks", accuracy["originals"])]
+    rows.append(("generated", "generated, unseen tasks", accuracy["generated_unseen"]))
+    rows += [("baseline", baseline_name(key), row) for key, row in accuracy["baselines"].items()]
+    if where == "unseen":
+        rows.append(("original", "originals, seen tasks", accuracy["originals_seen"]))
+    rows.append(("generated", "generated, seen tasks", accuracy["generated_seen"]))
+    return [row for row in rows if row[2]["n"]]
+
+
+def _similarity(results: Results, split: Split) -> Similarity:
+    noised = {level: predictions(of_split(group, split)) for level, group in results.noised.items()}
+    return similarity(
+        predictions(of_split(results.generated, split)),
+        predictions(of_split(results.originals, split)),
+        {level: group for level, group in noised.items() if group.tasks},
+    )
+
+
+def _similarity_json(results: Results, split: Split) -> dict[str, Any]:
+    measured = _similarity(results, split)
+    accuracies = {
+        f"{level:g}": _statistics([network.accuracy for network in of_split(group, split)])["mean"]
+        for level, group in results.noised.items()
+    }
+    return {
+        "generated_original": measured.generated_original,
+        "generated_original_max": measured.generated_original_max,
+        "generated_generated": measured.generated_generated,
+        "original_original": measured.original_original,
+        "original_original_max": measured.original_original_max,
+        "noised_original_max": {f"{level:g}": value for level, value in measured.noised_original_max.items()},
+        "noised_accuracy": {f"{level:g}": accuracies[f"{level:g}"] for level in measured.noised_original_max},
+    }
+
+
+def _distances(results: Results) -> dict[str, list[float]]:
+    def known(networks: Sequence[Evaluated]) -> list[float]:
+        distances = [network.distance for network in networks if network.distance is not None]
+        return [float(distance) for distance in distances if math.isfinite(distance)]
+
+    return {
+        "siblings": [float(distance) for distance in results.sibling_distances],
+        "heldout": known(of_split(results.originals, Split.unseen)),
+        "unseen": known(of_split(results.generated, Split.unseen)),
+        "seen": known(of_split(results.generated, Split.seen)),
+    }
+
+
+def _distance_json(results: Results) -> dict[str, Any]:
+    """Statistics of distances; `closer_than_siblings` counts networks nearer than any two siblings are."""
+    distances = _distances(results)
+    closest = min(distances["siblings"], default=0.0)
+    return {
+        **{
+            f"generated_{split}": {
+                **_statistics(distances[split]),
+                "closer_than_siblings": sum(distance < closest for distance in distances[split]),
+            }
+            for split in Split
+        },
+        "heldout_originals": _statistics(distances["heldout"]),
+        "training_siblings": _statistics(distances["siblings"]),
+    }
+
+
+def _per_task(results: Results) -> list[dict[str, Any]]:
+    """A row for every task that was generated for, unseen first, in the order of the results."""
+    rows = []
+    for split in (Split.unseen, Split.seen):
+        generated, originals = of_split(results.generated, split), of_split(results.originals, split)
+        for task in dict.fromkeys(network.task for network in generated):
+            members = [network for network in generated if network.task == task]
+            rows.append(
+                {
+                    "task": task,
+                    "condition": members[0].condition,
+                    "split": str(split),
+                    "originals": _statistics([n.accuracy for n in originals if n.task == task]),
+                    "generated": _statistics([n.accuracy for n in members]),
+                    "baselines": {
+                        key: results.baselines[key][task]
+                        for key in _ordered(results.baselines)
+                        if task in results.baselines[key]
+                    },
+                }
+            )
+    return rows
+
+
+def _accuracies(networks: Sequence[Evaluated]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([network.accuracy for network in networks], dtype=np.float64)
+
+
+def _noise_levels(by_split: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(level for row in by_split.values() for level in row["noised_original_max"]))
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    if not values:
+        return {"mean": None, "median": None, "min": None, "max": None, "std": None, "n": 0}
+    array = np.asarray(values, dtype=np.float64)
+    return {
+        "mean": float(array.mean()),
+        "median": float(np.median(array)),
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "std": float(array.std()),
+        "n": len(array),
+    }
+
+
+def _summary(report: Mapping[str, Any]) -> list[str]:
+    """The result in words: what was reached, and whether it was copied."""
+    accuracy = report["accuracy"]
+    split = accuracy["ratio_of"].removeprefix("generated_")
+    generated, originals = accuracy[accuracy["ratio_of"]], accuracy["originals"]
+    sentences = []
+    if generated["n"]:
+        tasks = sum(1 for row in report["per_task"] if row["split"] == split)
+        sentence = (
+            f"{_counted(generated['n'], 'network')} generated for {_counted(tasks, f'{split} task')} "
+            f"{'reach' if generated['n'] > 1 else 'reaches'} a mean accuracy of {generated['mean']:.3f}"
+        )
+        if accuracy["ratio"] is not None:
+            sentence += f", {accuracy['ratio']:.1%} of the {originals['mean']:.3f} of trained originals"
+        sentences.append(sentence + ".")
+    known = {key: row["mean"] for key, row in accuracy["baselines"].items() if row["mean"] is not None}
+    if known:
+        best = max(known, key=lambda key: known[key])
+        sentences.append(f"The strongest baseline, {baseline_name(best)}, reaches {known[best]:.3f}.")
+    near, siblings = report["distance"][f"generated_{split}"], report["distance"]["training_siblings"]
+    if near["n"] and siblings["n"]:
+        comparison = "farther than" if near["median"] > siblings["median"] else "no farther than"
+        closer = near["closer_than_siblings"]
+        sentences.append(
+            f"The median generated network is {near['median']:.2f} from the nearest training checkpoint, "
+            f"{comparison} training checkpoints of one task are from each other ({siblings['median']:.2f}); "
+            f"{closer or 'none'} of {near['n']} {'are' if closer > 1 else 'is'} closer than any two of those."
+        )
+    return sentences
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{value:.1f} s" if value < 59.5 else f"{minutes} min {seconds:02d} s"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values alone: NumPy scalars and tuples converted, NaN and infinities null, keys text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    return str(value)

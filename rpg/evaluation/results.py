@@ -1,0 +1,106 @@
+"""What the evaluation stage measures and hands over: the report's and the figures' only input."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rpg.errors import RPGError
+from rpg.evaluation.similarity import Predictions
+
+
+class Split(StrEnum):
+    """Whether the generator was trained on checkpoints of a network's task."""
+
+    seen = "seen"
+    unseen = "unseen"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One network, trained or generated or noised, evaluated on held-out images."""
+
+    name: str
+    """What to call it: its file."""
+    task: str
+    """The task's id; networks of one task share it. Any one value for collections without tasks."""
+    split: Split
+    accuracy: float
+    """Share of right predictions, 0…1."""
+    wrong: npt.NDArray[np.bool_]
+    """[images]: True where the prediction is wrong; the same images in the same order for all networks."""
+    condition: tuple[float, ...] | None = None
+    """The task's condition; None for collections without conditions."""
+    distance: float | None = None
+    """To the nearest training checkpoint, relative (`rpg.evaluation.distance`); None where not measured."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run's evaluation. What is missing (no conditions, no noise levels) is left empty."""
+
+    name: str
+    """The run."""
+    seed: int
+    config: Mapping[str, Any]
+    """The whole configuration, as plain dictionaries."""
+    versions: Mapping[str, str]
+    """Package or code version by name."""
+    timing_seconds: Mapping[str, float]
+    """By stage: collect, shard, train, generate, evaluate."""
+    originals: Sequence[Evaluated]
+    """Trained networks, of unseen tasks and of the seen ones that were generated for."""
+    generated: Sequence[Evaluated]
+    noised: Mapping[float, Sequence[Evaluated]] = field(default_factory=dict)
+    """Per noise level, originals with noise added."""
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Accuracy by baseline (centre, nearest_task, ridge_1, ridge_2, ridge_3, majority), then by unseen task.
+    For a collection without unseen tasks: by any task."""
+    sibling_distances: Sequence[float] = ()
+    """Of training checkpoints to the nearest other of the same task, relative."""
+    losses: Sequence[tuple[int, float]] = ()
+    """Training curve: (step, loss)."""
+
+
+def check_results(results: Results) -> None:
+    """Refuse what cannot be summarised.
+
+    Raises:
+        RPGError: naming the network at fault: an accuracy outside 0…1, or predictions on other images.
+    """
+    everything = [*results.originals, *results.generated]
+    everything += [network for group in results.noised.values() for network in group]
+    for network in everything:
+        if not 0 <= network.accuracy <= 1:
+            raise RPGError(f"{network.name}: expected an accuracy in 0…1, got {network.accuracy}")
+        if network.wrong.ndim != 1 or network.wrong.shape != everything[0].wrong.shape:
+            raise RPGError(
+                f"{network.name}: expected predictions on the same {len(everything[0].wrong)} images as "
+                f"{everything[0].name}, got shape {list(network.wrong.shape)}"
+            )
+
+
+def of_split(networks: Sequence[Evaluated], split: Split) -> list[Evaluated]:
+    """The networks of one split, in order."""
+    return [network for network in networks if network.split == split]
+
+
+def predictions(networks: Sequence[Evaluated]) -> Predictions:
+    """Networks as the matrix that similarities are computed from."""
+    if not networks:
+        return Predictions(np.zeros((0, 0), dtype=np.bool_), [])
+    wrong = np.stack([network.wrong for network in networks]).astype(np.bool_)
+    return Predictions(wrong, [network.task for network in networks])
+
+
+def condition_label(condition: Sequence[float] | None) -> str:
+    """A condition in a few characters: its bits, or its first values. Empty for none."""
+    if condition is None:
+        return ""
+    if all(value in (0, 1) for value in condition) and len(condition) <= 16:
+        return "".join(str(int(value)) for value in condition)
+    shown = ", ".join(f"{value:.3g}" for value in condition[:3])
+    return f"{shown}, …" if len(condition) > 3 else shown

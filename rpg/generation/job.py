@@ -1,0 +1,193 @@
+"""A generation job: N models made from one generator, each written as soon as its last token is sampled."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rpg.config import ConditionKind, SamplingConfig
+from rpg.errors import RPGError
+from rpg.generation.model_file import ModelFile, remote_metadata
+from rpg.generation.noise import permutation_state
+from rpg.generation.sampler import ModelRequest, PackedSampler, check_condition
+from rpg.generator.generator import Generator
+from rpg.storage import AnyPath, is_remote
+from rpg.storage_errors import naming
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What is asked for: `number` models for each condition, or `number` in all where there are none.
+
+    Model i belongs to condition i // number. It is determined by the generator, its condition, the seed, i
+    and the sampling settings alone.
+
+    Raises:
+        RPGError: if `number` is less than 1.
+    """
+
+    conditions: list[list[float]] | None
+    number: int
+    seed: int
+    sampling: SamplingConfig
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise RPGError(f"number: expected at least 1 model, got {self.number}")
+
+    def __len__(self) -> int:
+        """Models in the job."""
+        return self.number * (1 if self.conditions is None else len(self.conditions))
+
+    def condition_of(self, index: int) -> list[float] | None:
+        """The condition that model `index` is asked for."""
+        return None if self.conditions is None else self.conditions[index // self.number]
+
+    def file_name(self, index: int) -> str:
+        """The file name of model `index`."""
+        return f"model_{index:06d}.safetensors"
+
+
+class JobPlan:
+    """How `generator` makes the models of `job`: checked as a whole, then asked model by model."""
+
+    def __init__(self, generator: Generator, job: GenerationJob, digest: str | None = None) -> None:
+        """`digest` is the generator's, where it is known already.
+
+        Raises:
+            RPGError: for a condition that does not fit the generator.
+        """
+        needed = generator.config.condition.size
+        if generator.config.condition.kind == ConditionKind.vector and job.conditions is None:
+            raise RPGError(f"condition: this generator needs one of {needed} values")
+        self.job = job
+        self._generator = generator
+        self._conditions = [check_condition(generator, condition) for condition in job.conditions or []]
+        digest = digest or generator.digest()
+        sampling = json.dumps(dataclasses.asdict(job.sampling))
+        asked = json.dumps([digest, job.conditions, job.number, job.seed, sampling])
+        # `rpg.job` is a digest of all that was asked for.
+        self._identity = {
+            "format": "pt",
+            "rpg.generator": digest,
+            "rpg.job": hashlib.sha256(asked.encode()).hexdigest(),
+            "rpg.sampling": sampling,
+        }
+
+    def request(self, index: int) -> ModelRequest:
+        """What to sample for model `index`."""
+        return ModelRequest(index, self._condition_row(index))
+
+    def metadata(self, index: int) -> dict[str, str]:
+        """Provenance, as model `index` carries it in its file."""
+        return {
+            **self._identity,
+            "rpg.index": str(index),
+            "rpg.seed": str(self.job.seed),
+            "rpg.condition": json.dumps(self.job.condition_of(index)),
+        }
+
+    def file(self, index: int, out: AnyPath) -> ModelFile:
+        """The file of model `index` in the directory `out`, to be written."""
+        return ModelFile(out / self.job.file_name(index), self._generator.layout, self.metadata(index))
+
+    def _condition_row(self, index: int) -> Tensor:
+        if self._conditions:
+            return self._conditions[index // self.job.number]
+        if self._generator.config.condition.kind == ConditionKind.permutation:
+            return torch.tensor(
+                permutation_state(self.job.seed, index, self._generator.config.condition.size)
+            )
+        return torch.zeros(0)
+
+
+def generate_models(
+    generator: Generator,
+    conditions: list[list[float]] | None,
+    number: int,
+    seed: int,
+    out: AnyPath,
+    sampling: SamplingConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[AnyPath]:
+    """Generate `number` models a condition into the directory `out`; see `run_job`."""
+    job = GenerationJob(conditions, number, seed, sampling)
+    return run_job(generator, job, range(len(job)), out, progress)
+
+
+def run_job(
+    generator: Generator,
+    job: GenerationJob,
+    indices: Sequence[int],
+    out: AnyPath,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[AnyPath]:
+    """Make the models `indices` of `job` and write them into the directory `out`.
+
+    Models that are there already, with the same provenance, are left as they are: a job that was interrupted
+    goes on where it stopped, and makes the same files.
+
+    Args:
+        generator: on the device that it should run on.
+        job: what is asked for.
+        indices: ascending; all of `range(len(job))`, or one worker's share of it.
+        out: directory or URI, made if need be.
+        progress: called with (models finished, models asked for).
+
+    Returns:
+        The paths of all `indices`, in order.
+
+    Raises:
+        RPGError: for a condition that does not fit the generator, or if a file cannot be written.
+    """
+    plan = JobPlan(generator, job)
+    layout, report = generator.layout, progress or (lambda finished, asked: None)
+    finished = 0
+
+    def count() -> None:
+        nonlocal finished
+        finished += 1
+        report(finished, len(indices))
+
+    def missing() -> Iterator[ModelRequest]:
+        for index in indices:
+            if _metadata(out / job.file_name(index)) == plan.metadata(index):
+                count()
+            elif layout.tokens == 0:
+                with plan.file(index, out):
+                    count()
+            else:
+                yield plan.request(index)
+
+    report(finished, len(indices))
+    sampler = PackedSampler(generator, job.sampling, job.seed)
+    with ExitStack() as stack:
+        for sampled in sampler.sample(missing()):
+            values = sampled.values.float().cpu()
+            pairs = zip(sampled.models.tolist(), sampled.tokens.tolist(), strict=True)
+            for row, (model, token) in enumerate(pairs):
+                if token == 0:
+                    file = stack.enter_context(plan.file(model, out))
+                file.write_token(token, values[row])
+                if token == layout.tokens - 1:
+                    stack.close()
+                    count()
+    return [out / job.file_name(index) for index in indices]
+
+
+def _metadata(path: AnyPath) -> dict[str, str] | None:
+    if is_remote(path):
+        with naming(path):
+            return remote_metadata(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] | None = file.metadata()
+            return metadata
+    except (OSError, SafetensorError):
+        return None

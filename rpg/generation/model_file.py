@@ -1,0 +1,117 @@
+"""Writing one generated model token by token into a `.safetensors` file of known size.
+
+The file format lets every tensor's place be known beforehand (an 8-byte length, a JSON header, then the raw
+values), so finished tokens are written where they belong and no model is ever held in memory as a whole.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from upath import UPath
+
+from rpg.collection.layout import Layout
+from rpg.errors import RPGError
+from rpg.files import AnyPath, replacing_file, sha256
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+_FIRST_READ = 2**16
+_LARGEST_HEADER = 100_000_000
+"""As in the reference implementation of the format."""
+
+
+class ModelFile:
+    """A context manager: the file appears under its name when all went well, and not at all otherwise.
+
+    Tied tensors are written under each of their names, since the format knows no ties.
+
+    Attributes:
+        size: bytes of the whole file.
+    """
+
+    def __init__(self, path: AnyPath, layout: Layout, metadata: Mapping[str, str]) -> None:
+        """Write to `path` a model of `layout`, with `metadata` in the file's header."""
+        self.path = path
+        self.layout = layout
+        self._offsets: dict[str, int] = {}
+        self._names: dict[str, list[str]] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        # Wide types first keeps every tensor aligned to its element size.
+        for spec in sorted(layout.specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
+            size = spec.numel * spec.dtype.itemsize
+            header[spec.name] = {
+                "dtype": _DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [end, end + size],
+            }
+            self._offsets[spec.name] = end
+            self._names.setdefault(spec.alias_of or spec.name, []).append(spec.name)
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        self.size = len(self._header) + end
+
+    def __enter__(self) -> "ModelFile":
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(replacing_file(self.path))
+            self._file = stack.enter_context(self._temporary.open("wb"))
+            self._file.write(self._header)
+            self._file.truncate(self.size)
+            for name, value in self.layout.constants.items():
+                self._write(name, 0, value.flatten())
+            # Kept open only if all went well so far: a file that cannot be begun is cleared away at once.
+            self._stack = stack.pop_all()
+        return self
+
+    def write_token(self, index: int, values: Tensor) -> None:
+        """Write the token `index` of the layout, given its normalised `values` [token_size].
+
+        Raises:
+            RPGError: naming file and tensor, if the weights are not finite.
+        """
+        spec, start, weights = self.layout.decode_token(index, values)
+        if not weights.isfinite().all():
+            raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
+        self._write(spec.name, start, weights)
+
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the file, once all its tokens are written and before the block ends."""
+        self._file.flush()
+        return sha256(self._temporary)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        data = values.contiguous().view(torch.uint8).numpy().tobytes()
+        for each in self._names.get(name, ()):
+            self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
+            self._file.write(data)
+
+
+def remote_metadata(path: UPath) -> dict[str, str] | None:
+    """The metadata of a model behind a URI, read from its beginning alone; None if there is no model."""
+    try:
+        head = path.fs.cat_file(path.path, start=0, end=_FIRST_READ)
+        (length,) = struct.unpack("<Q", head[:8])
+        if 8 + length > len(head):
+            head = path.fs.cat_file(path.path, start=0, end=min(8 + length, _LARGEST_HEADER))
+        metadata: dict[str, str] = json.loads(head[8 : 8 + length])["__metadata__"]
+        return metadata
+    # What is no model is replaced by one.
+    except (FileNotFoundError, struct.error, ValueError, KeyError, TypeError):
+        return None

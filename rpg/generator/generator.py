@@ -1,0 +1,221 @@
+"""The generator: condition, recurrent network and denoiser with their layout; all that is needed to make
+a checkpoint (arXiv 2501.11587)."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rpg.collection.checkpoint import write_checkpoint
+from rpg.collection.layout import Layout
+from rpg.config import ConditionKind, GeneratorConfig, generator_config_from_yaml, save_config, to_plain
+from rpg.errors import RPGError
+from rpg.files import AnyPath, replacing_directory, write_text
+from rpg.generator.condition import VectorCondition, build_condition
+from rpg.generator.denoiser import build_denoiser
+from rpg.generator.diffusion import Diffusion
+from rpg.generator.model_card import model_card
+from rpg.generator.positions import position_embedding
+from rpg.generator.recurrent import build_recurrent
+from rpg.storage import fetched, location
+from rpg.storage_errors import naming
+
+CONFIG_FILE = "config.yaml"
+WEIGHTS_FILE = "generator.safetensors"
+CARD_FILE = "README.md"
+LAYOUT_KEY = "layout"
+"""Metadata key of the weights: the layout's digest. Behind a URI the files are not replaced at once."""
+
+
+class Generator(nn.Module):
+    """p(token | its position, condition) for every token of a layout.
+
+    The recurrent network turns position embeddings plus the embedded condition into prototypes; the denoiser
+    models each token given its prototype.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: GeneratorConfig, layout: Layout) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        width = config.recurrent.width
+        self.condition = build_condition(config.condition, width)
+        self.recurrent = build_recurrent(config.recurrent)
+        self.denoiser = build_denoiser(config.denoiser, layout.token_size, width)
+        self.diffusion = Diffusion(config.diffusion)
+        embedding = position_embedding(layout.positions(), width)
+        self.register_buffer("positions", embedding, persistent=False)
+
+    @classmethod
+    def for_collection(
+        cls, config: GeneratorConfig, layout: Layout, conditions: Tensor | None, checkpoints: int
+    ) -> "Generator":
+        """A fresh generator for a sharded collection of `checkpoints` with `conditions` [checkpoints, size].
+
+        Raises:
+            RPGError: if the condition's kind or size does not fit the collection.
+        """
+        kind, asked = config.condition.kind, config.condition.size
+        if kind == ConditionKind.vector and conditions is None:
+            raise RPGError(
+                "generator.condition.kind: 'vector' needs a collection with conditions; "
+                "this one has none: use 'permutation' or 'none'"
+            )
+        size = 0
+        if kind == ConditionKind.permutation:
+            size = checkpoints
+        elif kind == ConditionKind.vector:
+            assert conditions is not None
+            size = conditions.shape[1]
+        if asked not in (0, size):
+            raise RPGError(f"generator.condition.size: the collection has {size}, got {asked}")
+        config = dataclasses.replace(config, condition=dataclasses.replace(config.condition, size=size))
+        generator = cls(config, layout)
+        if isinstance(generator.condition, VectorCondition):
+            assert conditions is not None
+            generator.condition.fit(conditions)
+        return generator
+
+    def prototypes(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Prototypes of every token, [B, tokens, width], for B conditions (see `rpg.generator.condition`)."""
+        embedded = self.condition(condition, dropped)
+        prototypes: Tensor
+        prototypes, _ = self.recurrent(self.positions + embedded[:, None], keep_state=False)
+        return prototypes
+
+    def loss(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        indices: Tensor,
+        condition: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error of the prediction over real values, one value for each checkpoint, [B].
+
+        Args:
+            tokens: sampled tokens [B, K, token_size].
+            mask: bool, like `tokens`: true at real values, false at padding.
+            indices: int64 [B, K], which tokens of the layout they are.
+            condition: one a checkpoint, B rows.
+            t: int64 timesteps [B].
+            noise: like `tokens`.
+            dropped: bool [B], conditions to leave out.
+        """
+        prototypes = self.prototypes(condition, dropped)
+        batch = torch.arange(len(indices), device=indices.device)[:, None]
+        chosen = prototypes[batch, indices].flatten(0, 1)
+        each = t[:, None].expand(indices.shape)
+        noised = self.diffusion.diffuse(tokens, noise, each)
+        target = self.diffusion.target(tokens, noise, each)
+        prediction: Tensor = self.denoiser(noised.flatten(0, 1), t, chosen).view_as(target)
+        error = ((prediction.float() - target) ** 2) * mask
+        return error.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+    def digest(self) -> str:
+        """SHA-256 of everything that determines what is generated: weights, layout and architecture."""
+        hashed = hashlib.sha256()
+        architecture = to_plain(self.config)
+        del architecture["sampling"]
+        hashed.update(json.dumps(architecture, sort_keys=True).encode())
+        hashed.update(self.layout.digest().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            hashed.update(name.encode())
+            hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return hashed.hexdigest()
+
+    def card(self, accuracy_table: str = "") -> str:
+        """The model card, with a report's Markdown table where there is one."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        layout = self.layout
+        return model_card(
+            self.config, len(layout.specs), layout.tokens, layout.token_size, parameters, accuracy_table
+        )
+
+    def save_pretrained(self, directory: AnyPath | str) -> None:
+        """Write config.yaml, generator.safetensors, the layout with its centre, and a model card.
+
+        An earlier generator in a local `directory` is replaced as a whole or not at all; behind a URI its
+        files are replaced one by one, the weights last.
+        """
+        directory = location(directory) if isinstance(directory, str) else directory
+        with naming(directory):
+            foreign = (
+                directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS_FILE).is_file()
+            )
+        if foreign:
+            raise RPGError(
+                f"{directory}: holds other files, which saving would replace; "
+                "expected a new directory or a generator's"
+            )
+        with replacing_directory(directory) as temporary:
+            save_config(self.config, temporary / CONFIG_FILE)
+            self.layout.save(temporary)
+            write_text(temporary / CARD_FILE, self.card())
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            metadata = {"format": "pt", LAYOUT_KEY: self.layout.digest()}
+            write_checkpoint(temporary / WEIGHTS_FILE, weights, metadata)
+
+    @classmethod
+    def from_pretrained(cls, directory: AnyPath | str) -> "Generator":
+        """Load a saved generator from a directory or URI, in evaluation mode, on the CPU.
+
+        Raises:
+            RPGError: naming the file that is missing, damaged or does not fit the others.
+        """
+        directory = location(directory) if isinstance(directory, str) else directory
+        with fetched(directory) as local:
+            return cls._load(local)
+
+    @classmethod
+    def _load(cls, directory: Path) -> "Generator":
+        if not directory.is_dir():
+            raise RPGError(f"{directory}: not found; expected a generator's directory")
+        config = generator_config_from_yaml(directory / CONFIG_FILE)
+        layout = Layout.load(directory)
+        path = directory / WEIGHTS_FILE
+        if not path.is_file():
+            raise RPGError(f"{path}: not found; expected the generator's weights")
+        try:
+            generator = cls(config, layout)
+        except RPGError as error:
+            raise RPGError(f"{directory / CONFIG_FILE}: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            # PyTorch's allocator refuses absurd sizes with a RuntimeError.
+            reason = str(error).splitlines()[0]
+            raise RPGError(f"{directory / CONFIG_FILE}: cannot be built: {reason}") from error
+        try:
+            with safe_open(path, framework="pt") as file:
+                made_with = (file.metadata() or {}).get(LAYOUT_KEY, layout.digest())
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise RPGError(f"{path}: not a readable safetensors file: {error}") from error
+        if made_with != layout.digest():
+            raise RPGError(f"{path}: was saved with another layout than the one beside it")
+        _check_weights(path, generator.state_dict(), weights)
+        generator.load_state_dict(weights)
+        return generator.eval()
+
+
+def _check_weights(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        if name not in found:
+            raise RPGError(f"{path}: tensor '{name}' is missing")
+        if found[name].shape != tensor.shape:
+            raise RPGError(
+                f"{path}: tensor '{name}': expected shape {list(tensor.shape)} by config.yaml "
+                f"and layout.json, found {list(found[name].shape)}"
+            )
+        if not found[name].isfinite().all():
+            raise RPGError(f"{path}: tensor '{name}' holds NaN or infinite values")
+    extra = sorted(set(found) - set(expected))
+    if extra:
+        raise RPGError(f"{path}: unexpected tensor '{extra[0]}'")

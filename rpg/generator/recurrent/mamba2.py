@@ -1,0 +1,285 @@
+"""Mamba-2 in plain PyTorch: the layer (`Mamba2`) and the published stack of layers (`Mamba2Stack`).
+
+The layer has the parameters of `mamba_ssm.Mamba2`, so that upstream checkpoints load, but needs neither a GPU
+nor a compiled kernel. Its sequence is scanned in chunks (state-space duality, arXiv 2405.21060, section 6):
+quadratic products within a chunk, a recurrent state between chunks. Where mamba_ssm's own kernels are
+installed they are used on a GPU.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpg.errors import RPGError
+
+
+class Mamba2State(NamedTuple):
+    """What a layer remembers of the sequence so far."""
+
+    conv: Tensor
+    """[B, d_conv - 1, channels]: the convolution's last inputs."""
+    ssm: Tensor
+    """[B, ngroups, d_state, heads per group * headdim]: the state-space model's state, at least float32."""
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x · silu(gate)) · weight over groups of channels: mamba_ssm's `norm_before_gate=False`."""
+
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Both [..., width] -> [..., width], at least float32."""
+        accurate = _accurate(x)
+        gated = torch.unflatten(x.to(accurate) * F.silu(gate.to(accurate)), -1, (self.groups, -1))
+        return F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class Mamba2(nn.Module):
+    """One Mamba-2 layer (arXiv 2405.21060, section 7), without residual connection.
+
+    Names, shapes and initial values of the parameters are those of `mamba_ssm.Mamba2`; so are the arguments'
+    names. The result does not depend on `chunk_size`, only speed and memory do: memory grows with
+    sequence · chunk_size. On a CPU 64 was fastest for sequences of 10 to 1,000.
+
+    Raises:
+        RPGError: if `headdim` does not divide expand · d_model, or `ngroups` the number of heads.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        chunk_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.d_inner = expand * d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.headdim = headdim
+        self.ngroups = ngroups
+        self.chunk_size = chunk_size
+        if self.d_inner % headdim:
+            raise RPGError(
+                f"Mamba2: headdim: expected a divisor of expand * d_model = {self.d_inner}, got {headdim}"
+            )
+        self.nheads = self.d_inner // headdim
+        if self.nheads % ngroups:
+            raise RPGError(f"Mamba2: ngroups: expected a divisor of {self.nheads} heads, got {ngroups}")
+        self.conv_channels = self.d_inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_channels + self.nheads, bias=False)
+        self.conv1d = nn.Conv1d(self.conv_channels, self.conv_channels, d_conv, groups=self.conv_channels)
+        step = torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_bias = nn.Parameter(step.expm1().log())  # the inverse of softplus: the layer starts at `step`
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = GatedRMSNorm(self.d_inner, ngroups)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(
+        self, u: Tensor, state: Mamba2State | None = None, keep_state: bool = True
+    ) -> tuple[Tensor, Mamba2State | None]:
+        """Scan a sequence, or its continuation.
+
+        Args:
+            u: [B, L, d_model], L at least 1.
+            state: what an earlier call returned; None at the start of a sequence.
+            keep_state: False saves the time and memory of the final state, B · d_state · expand · d_model
+                values: more than the activations of a short sequence.
+
+        Returns:
+            [B, L, d_model] in u's dtype (autocast's under autocast), and the state after the last element, or
+            None without `keep_state`.
+        """
+        projected = self.in_proj(u)
+        a = -self.A_log.to(_accurate(projected)).exp()
+        kernel = _fused_kernel() if self._kernel_serves(projected, state) else None
+        if kernel is not None:
+            return self._forward_kernel(kernel, projected, a, keep_state)
+        gate, inputs, dt = torch.split(projected, [self.d_inner, self.conv_channels, self.nheads], dim=-1)
+        inputs, conv_state = self._convolve(inputs, None if state is None else state.conv)
+        group_states = self.ngroups * self.d_state
+        x, b, c = torch.split(F.silu(inputs), [self.d_inner, group_states, group_states], dim=-1)
+        dt = F.softplus(dt.to(a.dtype) + self.dt_bias)
+        y, ssm_state = scan(
+            torch.unflatten(x, -1, (self.nheads, self.headdim)),
+            dt,
+            a,
+            torch.unflatten(b, -1, (self.ngroups, self.d_state)),
+            torch.unflatten(c, -1, (self.ngroups, self.d_state)),
+            self.chunk_size,
+            None if state is None else state.ssm,
+            keep_state,
+        )
+        y = y + x * self.D.repeat_interleave(self.headdim).to(x.dtype)
+        out = self.out_proj(self.norm(y, gate).to(gate.dtype))
+        return out, None if ssm_state is None else Mamba2State(conv_state, ssm_state)
+
+    def _convolve(self, inputs: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Causal depthwise convolution of [B, L, C], and the inputs that the next call needs."""
+        if before is None:
+            extended = F.pad(inputs, (0, 0, self.d_conv - 1, 0))
+        else:
+            extended = torch.cat([before.to(inputs.dtype), inputs], dim=1)
+        # A 2-D convolution of height 1 reads [B, L, C] as it lies in memory (channels last); on a CPU it
+        # takes a third of the time of conv1d, which rearranges its input and output.
+        image = extended.transpose(1, 2).unsqueeze(2)
+        out = F.conv2d(image, self.conv1d.weight.unsqueeze(2), self.conv1d.bias, groups=self.conv_channels)
+        return out.squeeze(2).transpose(1, 2), extended[:, inputs.shape[1] :].clone()
+
+    def _kernel_serves(self, projected: Tensor, state: Mamba2State | None) -> bool:
+        # For training alone: a fresh process tunes the kernels for over ten seconds, more than the prototypes
+        # of a generation job take without them. Older causal_conv1d kernels refuse rows that are not a
+        # multiple of eight values.
+        fits = projected.dtype != torch.float64 and projected.shape[-1] % 8 == 0
+        return projected.is_cuda and fits and state is None and torch.is_grad_enabled()
+
+    def _forward_kernel(
+        self, kernel: Callable[..., Any], projected: Tensor, a: Tensor, keep_state: bool
+    ) -> tuple[Tensor, Mamba2State | None]:
+        result = kernel(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            a,
+            D=self.D,
+            chunk_size=256,
+            return_final_states=keep_state,
+            activation="silu",
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.eps,
+            outproj_weight=self.out_proj.weight,
+            headdim=self.headdim,
+            ngroups=self.ngroups,
+            norm_before_gate=False,
+        )
+        if not keep_state:
+            return result, None
+        out, ssm_state = result
+        inputs = projected[..., self.d_inner : self.d_inner + self.conv_channels]
+        kept = self.d_conv - 1
+        last = inputs[:, max(inputs.shape[1] - kept, 0) :]
+        conv_state = F.pad(last, (0, 0, kept - last.shape[1], 0))
+        grouped = torch.unflatten(ssm_state, 1, (self.ngroups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
+        return out, Mamba2State(conv_state, grouped)
+
+
+class Mamba2Stack(nn.Module):
+    """The published recurrent network: Mamba-2 layers one after the other, no residual connections, no norms.
+
+    Source: the published code of arXiv 2501.11587, an `nn.Sequential` of `mamba_ssm.Mamba2`; its names behind
+    the prefix are these behind `layers.`: `0.in_proj.weight` and so on.
+    """
+
+    def __init__(self, width: int, depth: int, d_state: int, d_conv: int, expand: int, headdim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Mamba2(width, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim)
+            for _ in range(depth)
+        )
+
+    def forward(
+        self, x: Tensor, state: tuple[Mamba2State, ...] | None = None, keep_state: bool = True
+    ) -> tuple[Tensor, tuple[Mamba2State, ...] | None]:
+        """[B, L, width] -> [B, L, width] and one state a layer, or None without `keep_state`."""
+        states = []
+        for index, layer in enumerate(self.layers):
+            x, after = layer(x, None if state is None else state[index], keep_state)
+            states.append(after)
+        return x, tuple(states) if keep_state else None
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    chunk_size: int,
+    state: Tensor | None = None,
+    keep_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The selective state-space model h_t = exp(dt_t · a) h_{t-1} + dt_t · b_t x_t, y_t = c_t h_t, in chunks.
+
+    Source: arXiv 2405.21060, section 6 (block decomposition). Chunks run one after the other, so that memory
+    without gradients is that of one chunk.
+
+    Args:
+        x: [B, L, heads, P], the inputs.
+        dt: [B, L, heads], step sizes, positive, at least float32.
+        a: [heads], negative, at least float32.
+        b: [B, L, G, N], input projections, each shared by heads / G consecutive heads.
+        c: [B, L, G, N], output projections.
+        chunk_size: elements handled by one quadratic product.
+        state: [B, G, N, heads / G * P], h before the first element; None is zero.
+        keep_state: whether h after the last element is wanted.
+
+    Returns:
+        y, [B, L, heads * P] in x's dtype (autocast's under autocast), and h after the last element, at least
+        float32, or None.
+    """
+    groups = b.shape[2]
+    x, dt, log_decay = (torch.unflatten(values, 2, (groups, -1)) for values in (x, dt, dt * a))
+    pieces = [torch.split(values, chunk_size, dim=1) for values in (x, dt, log_decay, b, c)]
+    outputs = []
+    last = len(pieces[0]) - 1
+    for index, (x, dt, log_decay, b, c) in enumerate(zip(*pieces, strict=True)):
+        y, state = _scan_chunk(x, dt, log_decay, b, c, state, keep_state or index < last)
+        outputs.append(y)
+    return outputs[0] if last == 0 else torch.cat(outputs, dim=1), state
+
+
+def _scan_chunk(
+    x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None, keep_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One chunk of `scan`: x [B, Q, G, R, P], dt and log_decay [B, Q, G, R], b and c [B, Q, G, N]."""
+    length, per_value = x.shape[1], x.shape[-1]
+    total = log_decay.cumsum(dim=1)
+    b, c = b.transpose(1, 2), c.transpose(1, 2)
+    # weights[i, j] = exp(log decay from j to i) · dt_j · (c_i · b_j) for j <= i. The exponent is a
+    # difference, never a quotient of exponentials: those overflow for a long chunk or a large step.
+    by_head = total.permute(0, 2, 3, 1)
+    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+    between = (by_head[..., :, None] - by_head[..., None, :]).masked_fill(future, -math.inf)
+    weights = between.exp() * (c @ b.transpose(2, 3)).unsqueeze(2) * dt.permute(0, 2, 3, 1).unsqueeze(3)
+    y = (weights.to(x.dtype) @ x.permute(0, 2, 3, 1, 4)).permute(0, 3, 1, 2, 4).flatten(2)
+    if state is not None:
+        carried = torch.unflatten((c @ state.to(c.dtype)).transpose(1, 2), 3, (-1, per_value))
+        y = y + (carried * total.exp().to(c.dtype).unsqueeze(-1)).flatten(2)
+    if not keep_state:
+        return y, None
+    to_end = (total[:, -1:] - total).exp() * dt
+    weighted = (x * to_end.to(x.dtype).unsqueeze(-1)).transpose(1, 2).flatten(3)
+    after = (b.transpose(2, 3) @ weighted).to(dt.dtype)
+    if state is not None:
+        after = after + state * total[:, -1].exp().repeat_interleave(per_value, dim=-1).unsqueeze(2)
+    return y, after
+
+
+def _accurate(values: Tensor) -> torch.dtype:
+    """Dtype for decays: half precision would lose the difference of two long sums."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+@cache
+def _fused_kernel() -> Callable[..., Any] | None:
+    try:
+        import causal_conv1d  # noqa: F401  (the kernel calls it, but imports without it)
+        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+    except ImportError:
+        return None
+    kernel: Callable[..., Any] = mamba_split_conv1d_scan_combined
+    return kernel

@@ -1,0 +1,82 @@
+"""Failures of remote storage as one line that names the URI and what to do."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upath import UPath
+
+from rpg.errors import RPGError
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""The extra of RPG that brings a protocol's package."""
+
+# A copy on its way fills the local disk, not the storage.
+_LOCAL = {errno.ENOSPC, errno.EDQUOT}
+_UNREACHABLE = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError"}
+_REFUSED_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+
+
+class StorageError(RPGError):
+    """The storage behind a URI failed, or what is asked for is not there."""
+
+
+@contextmanager
+def naming(path: Path | UPath, failure: str = "cannot be read") -> Iterator[None]:
+    """Tell whatever a storage's package raises in the block as a `StorageError` that names `path`.
+
+    Only for calls to the storage: each package has exceptions of its own, so all are taken for failures of
+    the storage. Blocks about a local path raise what they raise.
+
+    Args:
+        path: what the block reads or writes.
+        failure: what to say of it, such as "cannot be written".
+    """
+    try:
+        yield
+    except RPGError:
+        raise
+    except Exception as error:
+        if isinstance(path, Path) or (isinstance(error, OSError) and error.errno in _LOCAL):
+            raise
+        raise storage_error(path, failure, error) from error
+
+
+def storage_error(path: UPath | str, failure: str, error: Exception) -> StorageError:
+    """The line that tells `error`, which a storage's package raised."""
+    # By name: the packages are optional, and share no classes but Python's own.
+    names = {each.__name__ for each in type(error).__mro__}
+    reason = _reason(error)
+    if isinstance(error, ImportError):
+        protocol = str(path).partition("://")[0]
+        extra = EXTRAS.get(protocol)
+        hint = f"pip install 'rpg[{extra}]'" if extra else reason
+        return StorageError(f"{path}: the package for {protocol}:// is not installed: {hint}")
+    if any("Credentials" in name for name in names):
+        return StorageError(
+            f"{path}: {failure}: no credentials; expected them in the environment or in the provider's "
+            f"configuration files ({reason})"
+        )
+    if _code(error) in _REFUSED_CREDENTIALS:
+        return StorageError(f"{path}: {failure}: credentials refused: {reason}")
+    if isinstance(error, PermissionError):
+        return StorageError(f"{path}: {failure}: permission denied: {reason}")
+    if names & _UNREACHABLE:
+        return StorageError(f"{path}: {failure}: the storage cannot be reached: {reason}")
+    if isinstance(error, FileNotFoundError):
+        says = f": {reason}" if _code(error) == "NoSuchBucket" else ""
+        return StorageError(f"{path}: {failure}: not found{says}")
+    return StorageError(f"{path}: {failure}: {reason}")
+
+
+def _code(error: Exception) -> str:
+    """The code of an S3 answer that a Python exception was made of."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,43 @@
+"""Binary tasks "is the class one of this set?" over ten classes, as upstream numbers them.
+
+A task's id is its ten class bits read as a binary number, class 0 first: 1 … 1022 (0 and 1023 ask nothing).
+"""
+
+import random
+from collections.abc import Sequence
+
+from rpg.collection.conditions import bits
+from rpg.errors import RPGError
+
+CLASSES = 10
+ALL_TASKS = range(1, 2**CLASSES - 1)
+HELD_OUT_TASKS = (
+    314, 482, 589, 197, 462, 111, 101, 278, 793, 279, 653, 238, 1001, 141, 884, 592, 502, 643, 383, 128,
+)  # fmt: skip
+"""The twenty tasks that upstream holds out as unseen."""
+
+
+def class_bits(task: int) -> list[float]:
+    """The condition of a task: one value a class, 1 where the class is in the set."""
+    return bits(task, CLASSES)
+
+
+def task_of(condition: Sequence[float]) -> int:
+    """The id of the task that a condition names."""
+    return int("".join("1" if value else "0" for value in condition), 2)
+
+
+def task_splits(validation_tasks: int, seed: int) -> dict[int, str]:
+    """Every task's split: `heldout` for the twenty, `validation` for some drawn ones, else `train`."""
+    free = [task for task in ALL_TASKS if task not in HELD_OUT_TASKS]
+    if not 0 <= validation_tasks <= len(free) - 2:
+        raise RPGError(
+            f"collect.validation_tasks: expected 0 to {len(free) - 2}, so that some are left to train on, "
+            f"got {validation_tasks}"
+        )
+    validation = set(random.Random(seed).sample(free, validation_tasks))
+    splits = {}
+    for task in ALL_TASKS:
+        kept_apart = "heldout" if task in HELD_OUT_TASKS else "validation"
+        splits[task] = kept_apart if task in HELD_OUT_TASKS or task in validation else "train"
+    return splits

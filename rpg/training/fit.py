@@ -1,0 +1,201 @@
+"""The training loop over a sharded collection."""
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg.collection.retokenised import AnyShards
+from rpg.config import ConditionKind, GeneratorConfig, TrainConfig
+from rpg.errors import RPGError
+from rpg.generator.generator import Generator
+from rpg.seeds import derived_seed
+from rpg.training.batch import Batch, BatchSource
+from rpg.training.optimiser import learning_rate
+from rpg.training.trainer import Trainer
+
+NOISE_LEVELS = 4
+"""Equal ranges of timesteps whose losses are reported apart."""
+
+
+@dataclass
+class Progress:
+    """Where training stands: means since the last report, over all workers."""
+
+    step: int
+    steps: int
+    loss: float
+    loss_by_noise: list[float | None]
+    """From the least noise to the most; None where no timestep fell into the range."""
+    gradient_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    waiting_share: float
+    """Share of the time spent waiting for data."""
+    memory_bytes: int
+    """The most that the first worker has held: on its GPU, or in all where it has none."""
+    workers: int
+    seconds: float
+    """Spent on training since step 0, without saving and validation."""
+    validation_accuracy: float | None = None
+    """Of networks generated for the validation tasks, where they were at this step."""
+
+
+def new_trainer(
+    shards: AnyShards,
+    generator: GeneratorConfig,
+    config: TrainConfig,
+    seed: int,
+    device: torch.device,
+) -> Trainer:
+    """A trainer at step 0, its weights drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "weights", 0))
+        fresh = Generator.for_collection(generator, shards.layout, shards.conditions, len(shards))
+    return Trainer(fresh, config, device)
+
+
+def fit(
+    trainer: Trainer,
+    shards: AnyShards,
+    seed: int,
+    on_log: Callable[[Progress], None],
+    on_save: Callable[[Trainer, Progress], None],
+    validate: Callable[[Generator], float] | None = None,
+    seconds: float = 0.0,
+) -> None:
+    """Train from `trainer.step` to the configured number of steps; all workers must call this.
+
+    Args:
+        trainer: fresh or resumed.
+        shards: the training checkpoints.
+        seed: of the run; with the step number it determines every batch.
+        on_log: called every `log_every` steps, and before `on_save`.
+        on_save: called every `save_every` steps, after the last, and after every validation.
+        validate: the accuracy of the moving average, which the first worker asks for every `validate_every`
+            steps and after the last; None: never.
+        seconds: already spent on training, if resumed.
+
+    Raises:
+        RPGError: if the loss stops being a number, or a step has fewer checkpoints than there are workers.
+    """
+    config, generator = trainer.config, trainer.generator.config
+    source = BatchSource(
+        shards,
+        condition_inputs(shards, generator.condition.kind),
+        config,
+        seed,
+        generator.diffusion.timesteps,
+        generator.condition.dropout,
+        trainer.workers,
+        trainer.device,
+    )
+
+    def next_batch(step: int) -> Batch:
+        batch = source.batch(step)
+        return batch.pinned() if trainer.device.type == "cuda" else batch
+
+    meter = _Meter(trainer, source, seconds)
+    # One batch is read while the one before is trained on.
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = reader.submit(next_batch, trainer.step)
+        while trainer.step < config.steps:
+            with meter.waiting():
+                batch = pending.result()
+            if trainer.step + 1 < config.steps:
+                pending = reader.submit(next_batch, trainer.step + 1)
+            meter.add(batch, trainer.train_step(batch))
+            last = trainer.step == config.steps
+            check = validate and config.validate_every and (last or trainer.step % config.validate_every == 0)
+            save = last or trainer.step % config.save_every == 0
+            if not (save or check or trainer.step % config.log_every == 0):
+                continue
+            progress = meter.read()
+            if not math.isfinite(progress.loss):
+                raise RPGError(
+                    f"train: the loss is {progress.loss} at step {trainer.step}: "
+                    "lower train.learning_rate or train.gradient_clip"
+                )
+            if check and validate:
+                average = trainer.whole_average()
+                accuracy = validate(average) if average else 0.0
+                progress.validation_accuracy = trainer.workers.from_first(accuracy)
+            on_log(progress)
+            if save or check:
+                on_save(trainer, progress)
+            meter.start()
+
+
+class _Meter:
+    """Collects what `Progress` tells."""
+
+    def __init__(self, trainer: Trainer, source: BatchSource, seconds: float) -> None:
+        self._trainer = trainer
+        self._source = source
+        self._seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        """Begin anew, from the trainer's step."""
+        self._since, self._waited, self._began = self._trainer.step, 0.0, time.perf_counter()
+        # The loss, and for every noise level the weighted sum of losses and the sum of weights.
+        self._sums = torch.zeros(1 + 2 * NOISE_LEVELS, device=self._trainer.device)
+        self._norms = torch.zeros((), device=self._trainer.device)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    def add(self, batch: Batch, result: dict[str, Tensor]) -> None:
+        """Take in a finished step."""
+        level = (batch.t * NOISE_LEVELS // self._source.timesteps).to(self._trainer.device)
+        self._sums[0] += result["loss"]
+        self._sums.index_add_(0, 1 + level, result["losses"].float() * result["weights"])
+        self._sums.index_add_(0, 1 + NOISE_LEVELS + level, result["weights"])
+        self._norms += result["gradient_norm"]
+
+    def read(self) -> Progress:
+        """Means since the start; all workers must call this."""
+        trainer, source = self._trainer, self._source
+        sums, norms = trainer.workers.sum(self._sums).tolist(), float(self._norms)
+        count, elapsed = trainer.step - self._since, time.perf_counter() - self._began
+        self._seconds += elapsed
+        losses, weights = sums[1 : 1 + NOISE_LEVELS], sums[1 + NOISE_LEVELS :]
+        return Progress(
+            step=trainer.step,
+            steps=trainer.config.steps,
+            loss=sums[0] / count,
+            loss_by_noise=[a / b if b else None for a, b in zip(losses, weights, strict=True)],
+            gradient_norm=norms / count,
+            learning_rate=learning_rate(trainer.config, trainer.step - 1),
+            tokens_per_second=count * source.checkpoints_per_step * source.tokens_per_checkpoint / elapsed,
+            waiting_share=self._waited / elapsed,
+            memory_bytes=_memory(trainer.device),
+            workers=trainer.workers.count,
+            seconds=self._seconds,
+        )
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def condition_inputs(shards: AnyShards, kind: ConditionKind) -> Tensor:
+    """One row a checkpoint, as the condition of `kind` takes it: vectors, state numbers, or nothing."""
+    if kind == ConditionKind.permutation:
+        return torch.arange(len(shards))
+    if kind == ConditionKind.none or shards.conditions is None:
+        return torch.zeros(len(shards), 0)
+    return shards.conditions

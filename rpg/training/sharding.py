@@ -1,0 +1,102 @@
+"""Generators too large for one worker's memory: PyTorch's FSDP2, and tensors whole again for checkpoints."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rpg.generator.generator import Generator
+from rpg.training.workers import Workers
+
+
+def shard(generator: Generator, device: torch.device, workers: int) -> None:
+    """Leave each of `workers` a share of every tensor of `generator`, along its first dimension, on `device`.
+
+    Every worker comes with the same weights. A part of the generator is whole only while it computes.
+    """
+    mesh = init_device_mesh(device.type, (workers,))
+    lists = [module for module in generator.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [block for blocks in lists for block in blocks]
+    for module in [*blocks, *generator.children(), generator]:
+        fully_shard(module, mesh=mesh)
+    for module in generator.modules():
+        # gloo knows sums, but no averages.
+        if isinstance(module, FSDPModule) and device.type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(generator, "loss")
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, sharded or not, as a whole on the first worker's CPU, empty on others; all must call this."""
+    joined = tensor
+    if isinstance(tensor, DTensor):
+        # By the process group itself: with `DTensor.full_tensor` one run in thirty crashed (PyTorch 2.11).
+        part, workers = tensor.to_local(), tensor.device_mesh.size()
+        # FSDP2 gives each worker as many rows as the first, until there are none left.
+        rows = -(-tensor.shape[0] // workers)
+        padded = part.new_zeros(rows, *tensor.shape[1:])
+        padded[: len(part)] = part
+        joined = part.new_empty(rows * workers, *tensor.shape[1:])
+        dist.all_gather_into_tensor(joined, padded, group=tensor.device_mesh.get_group())
+        joined = joined[: tensor.shape[0]].clone()
+    return joined.detach().cpu() if Workers.current().rank == 0 else joined.new_empty(0)
+
+
+def clip_gradients(module: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients of a module, sharded or not, to a norm of at most `limit`; returns what it was."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norms = torch._foreach_norm([local(each) for each in gradients])
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if any(isinstance(each, DTensor) for each in gradients):
+        norm = Workers.current().sum(norm**2).sqrt()
+    torch._foreach_mul_([local(each) for each in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of a module, as `whole` gives each tensor."""
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+
+
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This worker's share of a whole tensor, sharded as `like`, or all of it."""
+    if not isinstance(like, DTensor):
+        return tensor
+    device = like.to_local().device
+    return distribute_tensor(tensor.to(device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_state(module: nn.Module, state: dict[str, Any]) -> None:
+    """`load_state_dict` of whole tensors into a module that may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict(
+        {name: share(value, own[name]) if name in own else value for name, value in state.items()}
+    )
+
+
+def shards_evenly(tensor: Tensor) -> bool:
+    """Whether all workers hold as much of a tensor."""
+    return not isinstance(tensor, DTensor) or tensor.shape[0] % tensor.device_mesh.size() == 0
+
+
+def sharded_as(part: Tensor, like: Tensor) -> Tensor:
+    """This worker's `part` as its share of a tensor sharded as `like`; unevenly: of the same shape."""
+    if not isinstance(like, DTensor):
+        return part
+    if shards_evenly(like):
+        return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False)
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,175 @@
+"""One training step, and all that it changes: generator, moving average, optimiser, position.
+
+Knows nothing of Ray or of files of shards; see `fit.py` for the loop.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rpg.config import Sharding, TrainConfig
+from rpg.errors import RPGError
+from rpg.files import replacing_file
+from rpg.generator.condition import VectorCondition
+from rpg.generator.generator import Generator
+from rpg.training.batch import Batch
+from rpg.training.global_batch_norm import normalise_globally
+from rpg.training.optimiser import (
+    build_optimiser,
+    learning_rate,
+    load_optimiser_state,
+    optimiser_state,
+    step,
+)
+from rpg.training.precision import arithmetic
+from rpg.training.sharding import clip_gradients, load_state, shard, whole_state
+from rpg.training.workers import Workers
+
+STATE_FILE = "training_state.pt"
+
+
+class Trainer:
+    """Fits a generator, alone or with other workers of PyTorch's process group; `step` counts finished steps.
+
+    Workers do the same in the same order, each with its own rows of a batch.
+    """
+
+    def __init__(self, generator: Generator, config: TrainConfig, device: torch.device) -> None:
+        """Train `generator`, the same for every worker, on `device`."""
+        self.config = config
+        self.device = device
+        self.workers = Workers.current()
+        self.generator = generator
+        condition = generator.condition
+        if isinstance(condition, VectorCondition) and not generator.config.condition.dropout:
+            # Nothing stands for "no condition": other workers must not wait for its gradient.
+            condition.null.requires_grad_(False)
+        self.average = copy.deepcopy(generator).eval().requires_grad_(False)
+        self._sharded = config.sharding == Sharding.fsdp and self.workers.count > 1
+        if self.workers.count > 1:
+            normalise_globally(generator)
+        if self._sharded:
+            for each in (self.generator, self.average):
+                shard(each, device, self.workers.count)
+        else:
+            for each in (self.generator, self.average):
+                each.to(device)
+        for module in self.average.modules():
+            if isinstance(module, nn.RNNBase) and not self._sharded:
+                # A deep copy scatters the weights that cuDNN wants in one piece.
+                module.flatten_parameters()
+        self._losses: Callable[..., Tensor] = self.generator.loss
+        if self.workers.count > 1 and not self._sharded:
+            # Buffers are the same everywhere already.
+            self._losses = DistributedDataParallel(_Losses(self.generator), broadcast_buffers=False)
+        self.optimiser = build_optimiser(self.generator, config)
+        self.step = 0
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one step on this worker's rows of a batch.
+
+        Returns:
+            Detached: `loss`, this worker's share of the batch's loss (their sum over the workers), scalar;
+            `gradient_norm` of the whole batch, scalar; and for each row of this worker `losses` and how much
+            they count, `weights`, both [rows].
+        """
+        self.generator.train()
+        batch = batch.to(self.device)
+        # Checkpoints count by the values sampled of them, so that every value weighs the same.
+        weights = batch.mask.sum((1, 2)).float()
+        total = self.workers.sum(weights.sum())
+        with arithmetic(self.config.precision, self.device):
+            losses = self._losses(
+                batch.tokens, batch.mask, batch.indices, batch.condition, batch.t, batch.noise, batch.dropped
+            )
+            loss = (losses * weights).sum() / total
+            self.optimiser.zero_grad(set_to_none=True)
+            # Workers' gradients are averaged, where the batch's is their sum.
+            torch.autograd.backward(loss * self.workers.count if self.workers.count > 1 else loss)
+        norm = clip_gradients(self.generator, self.config.gradient_clip)
+        step(self.optimiser, learning_rate(self.config, self.step))
+        self.step += 1
+        self._update_average()
+        return {
+            "loss": loss.detach(),
+            "gradient_norm": norm,
+            "losses": losses.detach(),
+            "weights": weights,
+        }
+
+    def whole_average(self) -> Generator | None:
+        """The moving average as a generator that is not sharded, for the first worker; all must call this."""
+        if not self._sharded:
+            return self.average if self.workers.rank == 0 else None
+        state = whole_state(self.average)
+        if self.workers.rank:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            generator = Generator(self.average.config, self.average.layout)
+        generator.load_state_dict(state)
+        return generator.eval().to(self.device)
+
+    def save(self, directory: Path) -> None:
+        """Write everything that resuming needs into `directory`, as tensors and plain values.
+
+        All workers must call this; the first one writes. Tensors are whole: any number of workers can go on.
+        """
+        state = {
+            "step": self.step,
+            "generator": whole_state(self.generator),
+            "average": whole_state(self.average),
+            "optimiser": optimiser_state(self.generator, self.optimiser),
+        }
+        if self.workers.rank:
+            return
+        with replacing_file(directory / STATE_FILE) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:
+                # PyTorch's zip writer reports a full disk as a RuntimeError.
+                raise OSError(str(error).splitlines()[0]) from error
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            RPGError: naming the file, if it is missing, damaged, or of another generator.
+        """
+        path = directory / STATE_FILE
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            load_optimiser_state(self.generator, self.optimiser, state["optimiser"])
+            load_state(self.generator, state["generator"])
+            load_state(self.average, state["average"])
+            self.step = int(state["step"])
+        except FileNotFoundError as error:
+            raise RPGError(f"{path}: not found; expected a training state") from error
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RPGError(f"{path}: cannot be resumed from: {reason}") from error
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # Early averages forget their random start: the decay grows with the number of steps.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        average: list[torch.Tensor] = list(self.average.parameters())
+        torch._foreach_lerp_(average, [p.detach() for p in self.generator.parameters()], 1 - decay)
+        for target, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            target.copy_(source)
+
+
+class _Losses(nn.Module):
+    """A generator's loss as the module call that PyTorch's data parallelism expects."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, *batch: Tensor | None) -> Tensor:
+        losses: Tensor = self.generator.loss(*batch)  # type: ignore[arg-type]
+        return losses
