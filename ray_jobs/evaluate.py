@@ -1,0 +1,137 @@
+"""Stage `evaluate`: accuracy on held-out images, baselines, similarity, and the report.
+
+python -m ray_jobs.evaluate CONFIG [key=value …]
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from ray_jobs.collect import FAMILY
+from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
+from ray_jobs.node_copies import load_generator, open_shards
+from ray_jobs.progress import stage_progress
+from ray_jobs.run_paths import RunPaths
+from ray_jobs.stage import Stage, stage_main, stage_seconds, with_stages_before
+from ray_jobs.train_worker import HISTORY_FILE
+from rpg.collection.checkpoint import read_checkpoint
+from rpg.collection.collection import Collection
+from rpg.collection.shards import ShardedCollection
+from rpg.config import ConditionKind, Config, to_plain
+from rpg.config import Split as CollectionSplit
+from rpg.errors import RPGError
+from rpg.evaluation.figures import to_svg
+from rpg.evaluation.measure import Condition, Network, TrainingSet, measure
+from rpg.evaluation.report import build_report, figure_pairs, model_card_table, terminal_table, write_report
+from rpg.evaluation.results import Results, Split
+from rpg.files import read_json, write_text
+from rpg.generator.generator import CARD_FILE
+from rpg.tasks.families import task_family
+from rpg.versions import versions
+
+REPORT_FILE = "report.json"
+REPORT_PAGE = "report.html"
+
+
+def run(config: Config) -> None:
+    """Evaluate the generated networks and write the report."""
+    began = time.perf_counter()
+    paths = RunPaths.of(config)
+    collection = Collection.load(paths.collection)
+    if (reason := why_not(config)) is not None:
+        raise RPGError(f"{paths.generated}: {reason}")
+    family = task_family(collection.architecture[FAMILY])
+    # The images that no network was chosen by; settings are chosen on the validation images.
+    images = "test" if config.generate.split == CollectionSplit.heldout else "validation"
+    with stage_progress("evaluate") as progress:
+        progress.update(0, 3, "reading networks")
+        originals, generated = _networks(config, collection, paths)
+        shards = open_shards(paths.shards, config.ray)
+        progress.update(1, 3, f"{len(generated)} networks, {images} images")
+        measured = measure(
+            shards.layout, _training_set(shards), originals, generated,
+            predict=lambda models: family.predict(models, images),
+            labels=lambda conditions: family.labels(conditions, images),
+            task_name=family.task_name,
+            noise_levels=config.evaluate.noise_levels,
+            ridge_penalty=config.evaluate.ridge_penalty,
+            seed=config.seed,
+        )  # fmt: skip
+        progress.update(2, 3, "report")
+        history = read_json(paths.generator / HISTORY_FILE, "a training history")
+        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE)}
+        results = Results(
+            name=config.name,
+            seed=config.seed,
+            config=to_plain(config),
+            versions=versions(),
+            timing_seconds={**seconds, "evaluate": time.perf_counter() - began},
+            originals=measured.originals,
+            generated=measured.generated,
+            noised=measured.noised,
+            baselines=measured.baselines,
+            sibling_distances=measured.sibling_distances,
+            losses=[(int(row["step"]), float(row["loss"])) for row in history],
+        )
+        report = build_report(results)
+        write_report(paths.root, report, figure_pairs(results, to_svg))
+        generator = load_generator(paths.generator, config.ray)
+        write_text(paths.generator / CARD_FILE, generator.card(model_card_table(report)))
+        progress.update(3, 3)
+    Console().print(terminal_table(report))
+
+
+def why_not(config: Config) -> str | None:
+    """What stands against evaluating this run's networks, if anything does."""
+    if config.generator.condition.kind != ConditionKind.vector:
+        return "networks generated without a condition have no task to be evaluated on"
+    if not config.collect.directory:
+        return None
+    if FAMILY not in Collection.load(RunPaths.of(config).collection).architecture:
+        return "the collection does not say which task family its networks belong to, so they cannot be run"
+    return None
+
+
+def _networks(config: Config, collection: Collection, paths: RunPaths) -> tuple[list[Network], list[Network]]:
+    unseen, seen = chosen_conditions(collection, config)
+    splits: dict[Condition, Split] = {tuple(condition): Split.seen for condition in seen}
+    splits.update({tuple(condition): Split.unseen for condition in unseen})
+    originals = []
+    for entry in collection.entries:
+        condition = tuple(entry.condition or ())
+        if condition in splits:
+            state_dict = collection.read_checked(entry)
+            originals.append(Network(entry.file, condition, splits[condition], state_dict))
+    job = read_json(paths.generated / JOB_FILE, "a generation job")
+    generated = [
+        Network(
+            model["file"], tuple(model["condition"]), Split(model["split"]),
+            read_checkpoint(paths.generated / model["file"]),
+        )
+        for model in job["models"]
+    ]  # fmt: skip
+    return originals, generated
+
+
+def _training_set(shards: ShardedCollection) -> TrainingSet:
+    everything = range(shards.layout.tokens)
+    mask = shards.layout.mask()
+    values = torch.stack([shards.read(i, everything)[mask] for i in range(len(shards))])
+    assert shards.conditions is not None
+    conditions: Sequence[Sequence[float]] = shards.conditions.tolist()
+    return TrainingSet(values, [tuple(condition) for condition in conditions])
+
+
+EVALUATE = Stage(
+    name="evaluate",
+    run=run,
+    sections=("evaluate",),
+    after=GENERATE,
+    outputs=lambda paths: [paths.root / REPORT_FILE, paths.root / REPORT_PAGE],
+)
+
+if __name__ == "__main__":
+    sys.exit(stage_main("evaluate"))

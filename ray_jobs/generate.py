@@ -1,0 +1,128 @@
+"""Stage `generate`: Ray Data's actors make networks for unseen and for seen tasks.
+
+python -m ray_jobs.generate CONFIG [key=value …]
+"""
+
+import random
+import sys
+from functools import cached_property
+
+import ray.data
+import torch
+
+from ray_jobs.dataset import Row, map_rows, returns_errors
+from ray_jobs.needs import generation_need
+from ray_jobs.node_copies import load_generator
+from ray_jobs.progress import stage_progress
+from ray_jobs.run_paths import RunPaths
+from ray_jobs.stage import Stage, stage_main
+from ray_jobs.train import TRAIN
+from rpg.collection.collection import Collection, Entry
+from rpg.config import ConditionKind, Config, RayConfig, validate_sampling
+from rpg.errors import RPGError
+from rpg.files import AnyPath, replacing_directory, write_json
+from rpg.generation.job import GenerationJob, run_job
+from rpg.generator.generator import Generator
+
+JOB_FILE = "job.json"
+
+
+def run(config: Config) -> None:
+    """Generate networks for tasks that the generator has not seen, and for some that it has."""
+    paths = RunPaths.of(config)
+    validate_sampling(config.generator.sampling, config.generator, prefix="generator.sampling.")
+    unseen, seen = chosen_conditions(Collection.load(paths.collection), config)
+    conditions = [*unseen, *seen] or None
+    number = config.generate.models_per_task
+    job = GenerationJob(conditions, number, config.seed, config.generator.sampling)
+    size = config.generate.models_per_batch
+    batches = [list(range(i, min(i + size, len(job)))) for i in range(0, len(job), size)]
+    with stage_progress("generate") as progress, replacing_directory(paths.generated) as directory:
+        progress.update(0, len(job))
+        done = 0
+
+        def finished(row: Row) -> None:
+            nonlocal done
+            done += len(batches[int(row["index"])])
+            progress.update(done, len(job))
+
+        map_rows(
+            [{"index": i, "models": batch} for i, batch in enumerate(batches)],
+            _Worker,
+            finished,
+            fn_constructor_args=(paths.generator, job, directory, config.ray),
+            compute=ray.data.ActorPoolStrategy(size=min(config.ray.generate_workers, len(batches))),
+            num_cpus=1,
+            num_gpus=1 if config.ray.use_gpu else 0,
+        )
+        models = [
+            {
+                "file": job.file_name(i),
+                "condition": job.condition_of(i),
+                "split": "unseen" if i // number < len(unseen) else "seen",
+            }
+            for i in range(len(job))
+        ]
+        write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
+
+
+def chosen_conditions(collection: Collection, config: Config) -> tuple[list[list[float]], list[list[float]]]:
+    """The conditions to generate for: all of `generate.split`, and as many drawn ones of the training tasks;
+    none for a generator that takes none.
+
+    Raises:
+        RPGError: if there is nothing to generate for.
+    """
+    by_split = {split: _distinct(entries) for split, entries in collection.splits.items()}
+    if config.generator.condition.kind != ConditionKind.vector or collection.condition_width is None:
+        return [], []
+    unseen, train = by_split[config.generate.split], by_split["train"]
+    seen = random.Random(config.seed).sample(train, min(config.generate.seen_tasks, len(train)))
+    if not unseen and not seen:
+        raise RPGError(
+            f"{collection.root}: no tasks to generate for: no {config.generate.split} checkpoints, "
+            "and generate.seen_tasks is 0"
+        )
+    return unseen, seen
+
+
+class _Worker:
+    """An actor that holds the generator and makes batches of the job's models."""
+
+    def __init__(self, generator: AnyPath, job: GenerationJob, directory: AnyPath, config: RayConfig) -> None:
+        self.path = generator
+        self.job = job
+        self.directory = directory
+        self.config = config
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Loaded at the first batch, where an error can be reported."""
+        if self.config.use_gpu:
+            return load_generator(self.path, self.config).to("cuda")
+        torch.set_num_threads(1)
+        return load_generator(self.path, self.config)
+
+    @returns_errors
+    def __call__(self, row: Row) -> Row:
+        run_job(self.generator, self.job, [int(i) for i in row["models"]], self.directory)
+        return {"index": row["index"]}
+
+
+def _distinct(entries: list[Entry]) -> list[list[float]]:
+    """The conditions of `entries`, each once, in order."""
+    return [list(c) for c in dict.fromkeys(tuple(e.condition) for e in entries if e.condition is not None)]
+
+
+GENERATE = Stage(
+    name="generate",
+    run=run,
+    sections=("seed", "generate", "generator.sampling"),
+    after=TRAIN,
+    ignored=("generate.models_per_batch",),
+    need=generation_need,
+    outputs=lambda paths: [paths.generated / JOB_FILE],
+)
+
+if __name__ == "__main__":
+    sys.exit(stage_main("generate"))

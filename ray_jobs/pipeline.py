@@ -1,0 +1,35 @@
+"""The whole flow: collect, shard, train, generate, evaluate; stages whose inputs have not changed are kept.
+
+python -m ray_jobs.pipeline CONFIG [key=value …]
+"""
+
+import sys
+import time
+
+from ray_jobs.evaluate import EVALUATE, why_not
+from ray_jobs.generate import GENERATE
+from ray_jobs.progress import console
+from ray_jobs.run_paths import RunPaths
+from ray_jobs.stage import is_done, job_main, require_needs, run_stage, with_stages_before
+from rpg.config import Config
+
+
+def run(config: Config) -> None:
+    """Run every stage of the flow that is not done yet."""
+    began = time.perf_counter()
+    stages = with_stages_before(EVALUATE)
+    if (reason := why_not(config)) is not None:
+        console.print(f"evaluate: left out: {reason}")
+        stages = with_stages_before(GENERATE)
+    require_needs([stage for stage in stages if not is_done(stage, config)], config)
+    for stage in stages:
+        if is_done(stage, config):
+            console.print(f"{stage.name}: unchanged, reused")
+        else:
+            run_stage(stage, config)
+    made = stages[-1].outputs(RunPaths.of(config))[-1]
+    console.print(f"done in {time.perf_counter() - began:.1f} s: {made}")
+
+
+if __name__ == "__main__":
+    sys.exit(job_main("ray_jobs.pipeline", run.__doc__ or "", run, {}))

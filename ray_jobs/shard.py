@@ -1,0 +1,143 @@
+"""Stage `shard`: Ray Data turns a collection's training checkpoints into Arrow shards and their layout.
+
+python -m ray_jobs.shard CONFIG [key=value …] [--refit]
+
+A run that was killed goes on where it stopped. Checkpoints that were added to the collection since are
+appended: the shards that are there, the layout and the centre stay.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.collect import COLLECT
+from ray_jobs.layout_pass import compute_layout
+from ray_jobs.progress import console, stage_progress
+from ray_jobs.run_paths import RunPaths
+from ray_jobs.stage import Stage, stage_main
+from ray_jobs.token_pass import Group, checkpoints_per_shard, cut_into_groups, write_shards
+from ray_jobs.unfinished import Unfinished, plan_digest
+from rpg.collection.collection import Collection, Entry
+from rpg.collection.layout import Layout
+from rpg.collection.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from rpg.collection.shard_file import ShardInfo
+from rpg.collection.verified import damage, remember
+from rpg.config import Config, ShardConfig
+from rpg.errors import RPGError
+from rpg.files import AnyPath
+from rpg.storage_errors import naming
+
+
+def run(config: Config, refit: bool = False) -> None:
+    """Turn training checkpoints into shards; new ones are appended to those that are there."""
+    paths = RunPaths.of(config)
+    collection = Collection.load(paths.collection)
+    entries = [entry for entry in collection.entries if entry.split == "train"]
+    if len(entries) < 2:
+        raise RPGError(
+            f"{paths.collection}: a collection needs at least 2 training checkpoints, "
+            f"this one has {len(entries)}"
+        )
+    directory, unfinished = paths.shards, Unfinished(paths.shards)
+    plan = plan_digest(entries, config.shard)
+    layout = unfinished.layout(plan)
+    # A layout that a killed run was about to write shards with goes before shards of an earlier one.
+    earlier = None if refit or layout else _earlier(directory, entries, config.shard)
+    with stage_progress("shard") as progress:
+        if earlier:
+            layout, fitted, kept = earlier.layout, earlier.manifest.fitted, earlier.intact(directory)
+            groups = earlier.groups(entries, config.shard)
+        else:
+            if layout is None:
+                layout = compute_layout(collection, entries, config.shard, progress)
+                unfinished.save_layout(layout, plan)
+            fitted, kept = len(entries), {}
+            groups = cut_into_groups(entries, layout, config.shard)
+        dtype = config.shard.dtype
+        missing = [group for group in groups if _names(group) not in kept]
+        written = write_shards(collection, missing, layout, dtype, unfinished, progress)
+    known = {**kept, **{shard.checkpoints: shard for shard in written}}
+    shards = [known[_names(group)] for group in groups]
+    write_manifest(directory, layout, shards, entries, dtype, fitted)
+    if isinstance(directory, Path):
+        remember(directory, shards)
+    unfinished.clear()
+    _remove_others(directory, shards)
+    if earlier:
+        new = len(entries) - len(earlier.manifest.names)
+        says = f"{new} new checkpoint{'s' * (new > 1)} appended" if new else "no new checkpoints"
+        console.print(
+            f"shard: {says}; centre and scales stay those of the first {fitted}: --refit computes them anew",
+            soft_wrap=True,
+        )
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """A complete set of shards that checkpoints can be appended to."""
+
+    layout: Layout
+    manifest: Manifest
+
+    def intact(self, directory: AnyPath) -> dict[tuple[str, ...], ShardInfo]:
+        """Its shards that are what they should be, by the names of their checkpoints."""
+        shards = self.manifest.shards
+        damaged = damage(directory, shards)
+        return {shard.checkpoints: shard for shard in shards if shard.file not in damaged}
+
+    def groups(self, entries: Sequence[Entry], config: ShardConfig) -> list[Group]:
+        """Its shards' checkpoints, and then the new ones."""
+        by_name = {entry.file: entry for entry in entries}
+        old = [Group([by_name[name] for name in shard.checkpoints]) for shard in self.manifest.shards]
+        new = [entry for entry in entries if entry.file not in self.manifest.sha256]
+        return old + cut_into_groups(new, self.layout, config, is_appended=True)
+
+
+def _earlier(directory: AnyPath, entries: Sequence[Entry], config: ShardConfig) -> _Earlier | None:
+    """The shards that are there, if they are complete and of these checkpoints and this config."""
+    try:
+        manifest, layout = read_manifest(directory), Layout.load(directory)
+    except RPGError:
+        return None
+    digests = {entry.file: entry.sha256 for entry in entries}
+    size = checkpoints_per_shard(layout, config) if layout.tokens else 0
+    fits = (
+        manifest.layout == layout.digest()
+        and (layout.token_size, layout.normalisation) == (config.token_size, config.normalisation)
+        and manifest.dtype == config.dtype
+        and all(len(shard.checkpoints) <= size for shard in manifest.shards)
+        and all(digests.get(name) == digest for name, digest in manifest.sha256.items())
+    )
+    return _Earlier(layout, manifest) if fits else None
+
+
+def _names(group: Group) -> tuple[str, ...]:
+    return tuple(entry.file for entry in group.entries)
+
+
+def _remove_others(directory: AnyPath, shards: Sequence[ShardInfo]) -> None:
+    """Remove shards that the manifest does not name, and what killed workers left."""
+    named = {shard.file for shard in shards}
+    with naming(directory):
+        files: list[AnyPath] = list(directory.iterdir())
+    for path in files:
+        is_shard = path.name.startswith("shard") and path.name.endswith(".arrow")
+        is_partial = path.name.startswith(".shard") and path.name.endswith(".partial")
+        if (is_shard and path.name not in named) or is_partial:
+            with naming(path, "cannot be removed"), suppress(FileNotFoundError):
+                path.unlink()
+
+
+SHARD = Stage(
+    name="shard",
+    run=run,
+    sections=("shard",),
+    after=COLLECT,
+    outputs=lambda paths: [paths.shards / MANIFEST_FILE],
+    distinguishing=lambda paths: paths.shards / MANIFEST_FILE,
+)
+
+if __name__ == "__main__":
+    sys.exit(stage_main("shard", refit="compute layout, centre and all shards anew"))

@@ -1,0 +1,191 @@
+"""Stages: what they depend on, whether their output is still good, and how long they took.
+
+A finished stage leaves `stages/NAME.json` with the fingerprint of its inputs: its sections of the config and
+the fingerprint of the stage before. A stage whose fingerprint is unchanged is not run again.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.cluster import ray_cluster
+from ray_jobs.needs import Need, require
+from ray_jobs.only_job import only_job
+from ray_jobs.progress import console
+from ray_jobs.run_paths import RunPaths
+from rpg import __version__
+from rpg.command_line import run_command
+from rpg.config import Config, load_config, to_plain
+from rpg.errors import RPGError
+from rpg.files import AnyPath, read_json, sha256, write_json, write_text
+from rpg.storage import exists, identity
+from rpg.storage_errors import StorageError, naming
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the flow."""
+
+    name: str
+    run: Callable[[Config], None]
+    sections: tuple[str, ...]
+    """Keys of the config (dotted) that its output depends on, besides the stage before."""
+    after: "Stage | None"
+    outputs: Callable[[RunPaths], list[AnyPath]]
+    """Files that must be there for the stage to count as done."""
+    distinguishing: Callable[[RunPaths], AnyPath] | None = None
+    """An output whose content the later stages depend on: equal inputs need not give an equal output."""
+    ignored: tuple[str, ...] = ()
+    """Keys of those sections that change nothing in the output."""
+    given: Callable[[Config], AnyPath | None] = lambda config: None
+    """The file that describes an output which was there before, if the config names one: then the stage is
+    only a check, made when a later stage needs it."""
+    need: Callable[[Config], Need] | None = None
+    """Workers that it cannot do without, besides one CPU."""
+
+
+def fingerprint(stage: Stage, config: Config) -> str:
+    """SHA-256 of all that determines the stage's output."""
+    plain = to_plain(config)
+    for key in stage.ignored:
+        section, _, name = key.rpartition(".")
+        del _at(plain, section)[name]
+    inputs = {section: _at(plain, section) for section in stage.sections}
+    before = fingerprint(stage.after, config) + _content_digest(stage.after, config) if stage.after else ""
+    given = stage.given(config)
+    content = sha256(given) if given and exists(given) else ""
+    text = json.dumps([__version__, stage.name, inputs, before, content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content_digest(stage: Stage, config: Config) -> str:
+    path = stage.distinguishing(RunPaths.of(config)) if stage.distinguishing else None
+    return sha256(path) if path and exists(path) else ""
+
+
+def is_done(stage: Stage, config: Config) -> bool:
+    """Whether the stage's output is there and was made from the same inputs."""
+    paths = RunPaths.of(config)
+    record = _record_path(paths, stage)
+    if not exists(record) or not all(exists(path) for path in stage.outputs(paths)):
+        return False
+    content = read_json(record, "a stage's record")
+    return isinstance(content, dict) and content.get("fingerprint") == fingerprint(stage, config)
+
+
+def run_stage(stage: Stage, config: Config) -> None:
+    """Run the stage and note that it is done; the stage before must be."""
+    paths, before = RunPaths.of(config), stage.after
+    if before and not is_done(before, config):
+        if not before.given(config):
+            raise RPGError(
+                f"{paths.root}: stage '{stage.name}' needs stage '{before.name}', which has "
+                f"not been run with this config: run python -m ray_jobs.{before.name}, or ray_jobs.pipeline"
+            )
+        run_stage(before, config)
+    record = _record_path(paths, stage)
+    with _withdrawn(record, stage.outputs(paths)):
+        began = time.perf_counter()
+        stage.run(config)
+        seconds = time.perf_counter() - began
+    write_json(record, {"fingerprint": fingerprint(stage, config), "seconds": seconds})
+    console.print(f"{stage.name}: done in {seconds:.1f} s")
+
+
+def require_needs(stages: Sequence[Stage], config: Config) -> None:
+    """Refuse at once what the cluster has no workers for, before any of the stages has begun.
+
+    Raises:
+        RPGError: as `require`.
+    """
+    require([stage.need(config) for stage in stages if stage.need], config.ray.wait_seconds)
+
+
+def with_stages_before(stage: Stage) -> list[Stage]:
+    """The chain of stages that ends with `stage`, first to last."""
+    return [*(with_stages_before(stage.after) if stage.after else []), stage]
+
+
+def stage_seconds(stage: Stage, config: Config) -> float:
+    """How long the stage took when it ran."""
+    record = read_json(_record_path(RunPaths.of(config), stage), "a stage's record")
+    return float(record["seconds"])
+
+
+def stage_main(name: str, **switches: str) -> int:
+    """The command line of one stage's module: CONFIG [key=value …]; returns the exit status.
+
+    `switches` are keyword arguments of the stage's `run` that `--NAME` sets to True, with their help texts.
+    """
+    # By its import name, not as __main__: workers can then import what they are sent instead of copying it.
+    stage: Stage = getattr(importlib.import_module(f"ray_jobs.{name}"), name.upper())
+
+    def run(config: Config, **switched: bool) -> None:
+        require_needs([stage], config)
+        run_stage(replace(stage, run=functools.partial(stage.run, **switched)), config)
+
+    return job_main(f"ray_jobs.{name}", stage.run.__doc__ or "", run, switches)
+
+
+def job_main(
+    program: str,
+    description: str,
+    run: Callable[..., None],
+    switches: Mapping[str, str],
+) -> int:
+    """Parse CONFIG [key=value …], join Ray and call `run`; errors become one line, exit status 2.
+
+    `switches` as in `stage_main`.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description.splitlines()[0])
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="a YAML preset, such as configs/digits.yaml"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.steps=500")
+    for switch, text in switches.items():
+        parser.add_argument(f"--{switch}", action="store_true", help=text)
+    arguments = parser.parse_args()
+
+    def command() -> None:
+        config = load_config(arguments.config, arguments.overrides)
+        cache = Path(config.ray.cache_directory)
+        with only_job(RunPaths.of(config).root, cache), ray_cluster(config.ray):
+            run(config, **{switch: getattr(arguments, switch) for switch in switches})
+
+    return run_command(command, program)
+
+
+@contextmanager
+def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
+    """Take a stage's record away while it runs; if it fails and left its outputs alone, put it back."""
+    with naming(record):
+        earlier = record.read_text(encoding="utf-8") if record.is_file() else None
+    before = [identity(path) for path in outputs]
+    with naming(record, "cannot be removed"):
+        record.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        # Where the storage itself has failed, it fails again; the first failure is what is told.
+        with suppress(StorageError):
+            if earlier is not None and [identity(path) for path in outputs] == before:
+                write_text(record, earlier)
+        raise error
+
+
+def _record_path(paths: RunPaths, stage: Stage) -> AnyPath:
+    return paths.root / "stages" / f"{stage.name}.json"
+
+
+def _at(plain: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        plain = plain[part]
+    return plain

@@ -1,0 +1,55 @@
+"""Accuracy of networks generated for the validation tasks: what generators and settings are chosen by."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.collect import FAMILY
+from rpg.collection.checkpoint import read_checkpoint
+from rpg.collection.collection import Collection
+from rpg.config import ConditionKind, Config
+from rpg.errors import RPGError
+from rpg.generation.job import generate_models
+from rpg.generator.generator import Generator
+from rpg.tasks.families import task_family
+
+
+@dataclass(frozen=True)
+class ValidationTasks:
+    """Tasks that no generator is trained on and no report is about."""
+
+    family: str
+    conditions: list[list[float]]
+    models_per_task: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: Config, collection: Collection) -> "ValidationTasks":
+        """The validation tasks of a collection.
+
+        Raises:
+            RPGError: if it has none, or they cannot be evaluated.
+        """
+        family = collection.architecture.get(FAMILY)
+        conditions = dict.fromkeys(
+            tuple(entry.condition) for entry in collection.splits["validation"] if entry.condition
+        )
+        if family is None or not conditions or config.generator.condition.kind != ConditionKind.vector:
+            raise RPGError(
+                f"{collection.root}: cannot validate: expected checkpoints of a task family, with condition "
+                "vectors, some of them of split 'validation'; set train.validate_every=0"
+            )
+        return cls(family, [list(c) for c in conditions], config.train.validation_models, config.seed)
+
+    def accuracy(self, generator: Generator) -> float:
+        """Mean accuracy, on the validation images, of networks that `generator` makes for the tasks."""
+        family = task_family(self.family)
+        with tempfile.TemporaryDirectory() as directory:
+            sampling = generator.config.sampling
+            files = generate_models(
+                generator, self.conditions, self.models_per_task, self.seed, Path(directory), sampling
+            )
+            models = [read_checkpoint(file) for file in files]
+        asked = [condition for condition in self.conditions for _ in range(self.models_per_task)]
+        right = family.predict(models, "validation") == family.labels(asked, "validation")
+        return float(right.float().mean())
