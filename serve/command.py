@@ -1,0 +1,93 @@
+"""The command: a Ray of its own, or the one at RAY_ADDRESS, that serves until it is told to stop.
+
+python -m serve CONFIG
+"""
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from rpg.command_line import run_command
+from rpg.errors import RPGError
+from rpg.storage import location
+from serve.config import ServeConfig, load_serve_config
+from serve.only_service import only_service
+
+APPLICATION = "rpg"
+
+_DESCRIPTION = "serve generators over HTTP, on Ray Serve"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m serve", description=_DESCRIPTION)
+    _add_arguments(parser)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: options.run(options), "serve")
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Make it a command of `rpg` (see `rpg.cli`)."""
+    _add_arguments(commands.add_parser("serve", help=_DESCRIPTION))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file")
+    parser.set_defaults(run=lambda options: serve(load_serve_config(options.config)))
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM comes.
+
+    Raises:
+        RPGError: if it cannot be deployed, with the reason in one line.
+    """
+    # Not before: a mistake in the config is told without waiting for Ray.
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions
+
+    from ray_jobs.cluster import ray_cluster
+    from rpg.config import RayConfig
+    from serve.app import application, generator_configs
+
+    generator_configs(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        # The dispatcher will take it. In a cluster it may be this very service that is to be replaced.
+        only_service(location(config.storage), Path(config.cache.directory), seconds=5).close()
+    stop = threading.Event()
+    with ray_cluster(RayConfig(num_cpus=config.num_cpus)):
+        # Not before: Ray installs handlers of its own.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: stop.set())
+        built = application(config)
+        ray_serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+        try:
+            try:
+                ray_serve.run(built, name=APPLICATION, route_prefix="/")
+            except RuntimeError as error:
+                raise RPGError(_why_not_deployed(error)) from error
+            print(f"http://{config.http.host}:{config.http.port}", flush=True)
+            stop.wait()
+        finally:
+            if os.environ.get("RAY_ADDRESS"):
+                # Others may be served there as well.
+                ray_serve.delete(APPLICATION)
+            else:
+                ray_serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _why_not_deployed(error: Exception) -> str:
+    from ray import serve as ray_serve
+
+    status = ray_serve.status().applications.get(APPLICATION)
+    messages = [str(error)]
+    if status is not None:
+        messages += [status.message, *(each.message for each in status.deployments.values())]
+    for line in "\n".join(messages).splitlines():
+        _, found, reason = line.partition("RPGError: ")
+        if found:
+            return reason
+    return str(error).splitlines()[0]

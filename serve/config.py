@@ -1,0 +1,211 @@
+"""Configuration of the service: a dataclass schema, read from YAML and validated."""
+
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from rpg.config import read_config
+from rpg.errors import RPGError
+from rpg.storage import AnyPath, location
+
+SCOPES = ("submit", "read", "admin")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class GeneratorEntry:
+    """A generator that is served, on replicas of its own."""
+
+    name: str = ""
+    path: str = ""
+    """Directory or URI of a saved generator, below one of `roots`."""
+    replicas: int = 1
+    max_replicas: int = 0
+    """Start with `replicas` and grow up to so many while jobs wait; 0: always `replicas`."""
+    num_gpus: float = 1.0
+    """GPUs of a replica: 1, or 0 to run on a CPU."""
+
+
+@dataclass
+class LimitsConfig:
+    """What is refused."""
+
+    queued_models: int = 100_000
+    """Models asked for and not made yet, of all jobs."""
+    models_per_job: int = 10_000
+    conditions: int = 10_000
+    """Conditions of one job."""
+    steps: int = 1000
+    """Steps of the solver."""
+    body_bytes: int = 8_000_000
+
+
+@dataclass
+class RetentionConfig:
+    """How long jobs that have ended are kept; whichever limit is reached first removes the oldest."""
+
+    days: float = 7.0
+    gigabytes: float = 100.0
+    """Of models, all ended jobs together."""
+
+
+@dataclass
+class TokenEntry:
+    """Who may call. `printf %s TOKEN | sha256sum` gives `sha256`; the token itself is stored nowhere."""
+
+    sha256: str = ""
+    owner: str = ""
+    """Jobs belong to owners; tokens of one owner see the same jobs."""
+    scopes: list[str] = field(default_factory=lambda: ["submit", "read"])
+    """`submit` makes, cancels and removes jobs; `read` sees them; `admin` does both with those of all."""
+    expires: str = ""
+    """ISO 8601 time with its zone, such as 2027-01-31T00:00:00Z; empty: never."""
+
+
+@dataclass
+class HttpConfig:
+    """Where `python -m serve` listens. `serve run` and KubeRay have settings of their own."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+@dataclass
+class CacheConfig:
+    """Where a node keeps copies of generators that lie behind a URI."""
+
+    directory: str = "~/.cache/rpg"
+    gigabytes: float = 100.0
+
+
+@dataclass
+class ServeConfig:
+    """The whole service."""
+
+    storage: str = ""
+    """Directory or URI that holds the jobs and their models."""
+    roots: list[str] = field(default_factory=list)
+    """Directories or URIs; generators are loaded from below these alone."""
+    generators: list[GeneratorEntry] = field(default_factory=list)
+    auth: bool = True
+    """`auth: off` asks nobody for a token, and then answers this machine alone."""
+    tokens: list[TokenEntry] = field(default_factory=list)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    num_cpus: int | None = None
+    """CPUs of a Ray that `python -m serve` itself starts; None: all of the machine's."""
+    http: HttpConfig = field(default_factory=HttpConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+def load_serve_config(path: Path) -> ServeConfig:
+    """Read and validate the service's YAML file.
+
+    Raises:
+        RPGError: naming the file and the key.
+    """
+    config = read_config(path, ServeConfig, "the service's YAML config")
+    try:
+        validate_serve_config(config)
+    except RPGError as error:
+        raise RPGError(f"{path}: {error}") from error
+    return config
+
+
+def validate_serve_config(config: ServeConfig) -> None:
+    """Check ranges and combinations.
+
+    Raises:
+        RPGError: naming the key and what was expected.
+    """
+    if not config.storage:
+        raise RPGError("storage: expected a directory or URI")
+    location(config.storage)
+    if not config.generators:
+        raise RPGError("generators: expected at least one")
+    names: set[str] = set()
+    roots = [location(root) for root in config.roots]
+    for i, entry in enumerate(config.generators):
+        key = f"generators[{i}]"
+        if not _NAME.fullmatch(entry.name):
+            raise RPGError(f"{key}.name: expected small letters, digits, - and _, got '{entry.name}'")
+        if entry.name in names:
+            raise RPGError(f"{key}.name: '{entry.name}' is there already")
+        names.add(entry.name)
+        _check_generator(entry, key, roots)
+    for i, token in enumerate(config.tokens):
+        _check_token(token, f"tokens[{i}]")
+    if len({token.sha256 for token in config.tokens}) < len(config.tokens):
+        raise RPGError("tokens: one sha256 is there twice")
+    if config.auth and not config.tokens:
+        raise RPGError("tokens: expected at least one; 'auth: off' asks for none, on this machine alone")
+    if not config.auth and config.http.host not in LOOPBACK:
+        raise RPGError(f"http.host: with 'auth: off' expected 127.0.0.1, got {config.http.host}")
+    if not 0 < config.http.port < 2**16:
+        raise RPGError(f"http.port: expected 1 to 65535, got {config.http.port}")
+    for name, value in vars(config.limits).items():
+        if value < 1:
+            raise RPGError(f"limits.{name}: expected at least 1, got {value}")
+    if config.limits.models_per_job > config.limits.queued_models:
+        raise RPGError(
+            f"limits.models_per_job: expected at most queued_models = {config.limits.queued_models}, "
+            f"got {config.limits.models_per_job}"
+        )
+    for name, value in vars(config.retention).items():
+        if not value >= 0:
+            raise RPGError(f"retention.{name}: expected at least 0, got {value}")
+    if config.num_cpus is not None and config.num_cpus < 1:
+        raise RPGError(f"num_cpus: expected at least 1, got {config.num_cpus}")
+    if not config.cache.gigabytes > 0:
+        raise RPGError(f"cache.gigabytes: expected a value above 0, got {config.cache.gigabytes}")
+
+
+def expiry(token: TokenEntry) -> datetime | None:
+    """When a token expires; None: never."""
+    return datetime.fromisoformat(token.expires) if token.expires else None
+
+
+def _check_generator(entry: GeneratorEntry, key: str, roots: list[AnyPath]) -> None:
+    if not entry.path:
+        raise RPGError(f"{key}.path: expected a directory or URI of a saved generator")
+    path = location(entry.path)
+    if not any(_is_below(path, root) for root in roots):
+        raise RPGError(f"{key}.path: {entry.path} lies below none of roots: {', '.join(map(str, roots))}")
+    if entry.replicas < 1:
+        raise RPGError(f"{key}.replicas: expected at least 1, got {entry.replicas}")
+    if entry.max_replicas and entry.max_replicas < entry.replicas:
+        raise RPGError(
+            f"{key}.max_replicas: expected 0 or at least replicas = {entry.replicas}, "
+            f"got {entry.max_replicas}"
+        )
+    if entry.num_gpus not in (0, 1):
+        raise RPGError(f"{key}.num_gpus: expected 1, or 0 for a CPU, got {entry.num_gpus:g}")
+
+
+def _is_below(path: AnyPath, root: AnyPath) -> bool:
+    if isinstance(path, Path) and isinstance(root, Path):
+        # Links and .. must not lead out.
+        return path.resolve().is_relative_to(root.resolve())
+    if isinstance(path, Path) or isinstance(root, Path) or ".." in path.parts:
+        return False
+    return str(path).startswith(str(root).rstrip("/") + "/")
+
+
+def _check_token(token: TokenEntry, key: str) -> None:
+    if not _SHA256.fullmatch(token.sha256):
+        raise RPGError(f"{key}.sha256: expected 64 hexadecimal digits in small letters")
+    if not token.owner:
+        raise RPGError(f"{key}.owner: expected a name")
+    for scope in token.scopes:
+        if scope not in SCOPES:
+            raise RPGError(f"{key}.scopes: expected {', '.join(SCOPES)}, got '{scope}'")
+    try:
+        when = expiry(token)
+    except ValueError:
+        raise RPGError(f"{key}.expires: expected an ISO 8601 time, got '{token.expires}'") from None
+    if when is not None and when.tzinfo is None:
+        raise RPGError(f"{key}.expires: expected a time with its zone, such as {when.isoformat()}Z")

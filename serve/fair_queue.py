@@ -1,0 +1,51 @@
+"""Whose turn it is: the highest priority first, and among equals whoever was served least."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+
+
+class FairQueue(Generic[K]):
+    """Members that take turns; what a turn is worth is told by `served`.
+
+    A member that joins is taken for served as much as the least served of its priority: it neither waits for
+    the others nor makes them wait for what it missed.
+    """
+
+    def __init__(self) -> None:
+        self._priority: dict[K, int] = {}
+        self._served: dict[K, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._priority)
+
+    def __contains__(self, member: K) -> bool:
+        return member in self._priority
+
+    def join(self, member: K, priority: int) -> None:
+        """Add a member; nothing happens if it is there."""
+        if member not in self._priority:
+            peers = [self._served[m] for m, p in self._priority.items() if p == priority]
+            self._priority[member] = priority
+            self._served[member] = min(peers, default=0.0)
+
+    def leave(self, member: K) -> None:
+        """Remove a member, if it is there."""
+        self._priority.pop(member, None)
+        self._served.pop(member, None)
+
+    def served(self, member: K, amount: float) -> None:
+        """Count what a member was given."""
+        if member in self._served:
+            self._served[member] += amount
+
+    def order(self, eligible: Callable[[K], bool] = lambda member: True) -> list[K]:
+        """The eligible members, whose turn it is first."""
+        members = [m for m in self._priority if eligible(m)]
+        return sorted(members, key=lambda m: (-self._priority[m], self._served[m]))
+
+    def shares(self, first: K, eligible: Callable[[K], bool]) -> list[K]:
+        """The eligible members of `first`'s priority, whose turn it is first: they share what there is."""
+        priority = self._priority[first]
+        return self.order(lambda m: self._priority[m] == priority and eligible(m))

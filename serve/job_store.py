@@ -1,0 +1,165 @@
+"""Jobs on storage: a directory or URI, where everything is whole or not there.
+
+    jobs/ID/job.json                     the manifest: what was asked for
+    jobs/ID/state.json                   how far it is; written now and then, and when the job ends
+    jobs/ID/models/model_000000.safetensors
+    jobs/ID/quarantined.json             why a damaged job is left alone
+
+A model counts as soon as its file is there: what `state.json` does not know yet is found by looking.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from rpg.errors import RPGError
+from rpg.files import read_json, remove_directory, sha256, write_json
+from rpg.storage import AnyPath, exists, is_remote
+from rpg.storage_errors import naming
+from serve.records import Made, Manifest, Progress
+
+_JOBS = "jobs"
+_MANIFEST = "job.json"
+_STATE = "state.json"
+_MODELS = "models"
+_QUARANTINED = "quarantined.json"
+_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+_MODEL = re.compile(r"model_(\d{6,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A job that cannot be read, and why."""
+
+    id: str
+    reason: str
+
+
+def new_id() -> str:
+    """128 random bits: whoever does not know an id does not find it."""
+    return secrets.token_urlsafe(16)
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` could be a job's id; anything else must never become part of a path."""
+    return _ID.fullmatch(text) is not None
+
+
+class JobStore:
+    """The jobs below `storage`. Methods block: they read and write files."""
+
+    def __init__(self, storage: AnyPath) -> None:
+        self.root = storage
+
+    def models(self, job_id: str) -> AnyPath:
+        """Where the models of a job are."""
+        return self._directory(job_id) / _MODELS
+
+    def model(self, job_id: str, model: int) -> AnyPath:
+        """Where one model of a job is."""
+        return self.models(job_id) / f"model_{model:06d}.safetensors"
+
+    def create(self, manifest: Manifest) -> None:
+        """Make a job durable.
+
+        Raises:
+            RPGError: if it cannot be written; nothing is left of it then.
+        """
+        try:
+            write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json())
+        except RPGError:
+            self.remove(manifest.id)
+            raise
+
+    def save(self, job_id: str, progress: Progress) -> None:
+        """Write how far a job is."""
+        write_json(self._directory(job_id) / _STATE, progress.to_json())
+
+    def manifest(self, job_id: str) -> Manifest:
+        """Read what a job asks for.
+
+        Raises:
+            RPGError: naming the file, if it is damaged.
+        """
+        path = self._directory(job_id) / _MANIFEST
+        try:
+            manifest = Manifest.from_json(read_json(path, "a job's manifest"))
+        except RPGError as error:
+            message = str(error)
+            raise RPGError(message if str(path) in message else f"{path}: {message}") from error
+        if manifest.id != job_id:
+            raise RPGError(f"{path}: is the manifest of another job")
+        return manifest
+
+    def progress(self, manifest: Manifest) -> Progress:
+        """Read how far a job is; of one that has not ended, by looking for its models as well.
+
+        Raises:
+            RPGError: naming the file, if it is damaged.
+        """
+        path = self._directory(manifest.id) / _STATE
+        progress = Progress()
+        if exists(path):
+            try:
+                progress = Progress.from_json(read_json(path, "a job's state"), len(manifest.job))
+            except RPGError as error:
+                message = str(error)
+                raise RPGError(message if str(path) in message else f"{path}: {message}") from error
+        if not progress.state.is_end:
+            there = dict(self._models_there(manifest))
+            progress.made = {i: made for i, made in progress.made.items() if i in there}
+            for index in there.keys() - progress.made.keys():
+                path = there[index]
+                progress.made[index] = Made(index, sha256(path), path.stat().st_size)
+        return progress
+
+    def all(self) -> Iterator[tuple[Manifest, Progress] | Quarantined]:
+        """Every job; damaged ones are named and left as they are."""
+        jobs = self.root / _JOBS
+        with naming(jobs):
+            names = sorted(path.name for path in jobs.iterdir()) if jobs.is_dir() else []
+        for name in names:
+            if not is_id(name):
+                continue
+            try:
+                # A crash while a job was being accepted leaves a directory without a manifest.
+                if not exists(self._directory(name) / _MANIFEST):
+                    self.remove(name)
+                    continue
+                manifest = self.manifest(name)
+                yield manifest, self.progress(manifest)
+            except (RPGError, OSError) as error:
+                reason = " ".join(str(error).split())
+                with suppress(RPGError):
+                    write_json(self._directory(name) / _QUARANTINED, {"reason": reason})
+                yield Quarantined(name, reason)
+
+    def tidy(self, job_id: str) -> None:
+        """Remove what killed processes left unfinished among the models of a job that has ended."""
+        models = self.models(job_id)
+        if not is_remote(models):
+            for partial in models.glob(".*.partial"):
+                with suppress(OSError):
+                    partial.unlink()
+
+    def remove(self, job_id: str) -> None:
+        """Remove a job with its models; the manifest first, so that half a job is none."""
+        with suppress(Exception):
+            (self._directory(job_id) / _MANIFEST).unlink()
+        remove_directory(self._directory(job_id))
+
+    def _models_there(self, manifest: Manifest) -> Iterator[tuple[int, AnyPath]]:
+        directory = self.models(manifest.id)
+        with naming(directory):
+            paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
+        for path in paths:
+            found = _MODEL.fullmatch(path.name)
+            if found and int(found[1]) < len(manifest.job):
+                yield int(found[1]), path
+
+    def _directory(self, job_id: str) -> AnyPath:
+        if not is_id(job_id):
+            raise RPGError(f"'{job_id}': not a job's id")
+        return self.root / _JOBS / job_id

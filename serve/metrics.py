@@ -1,0 +1,37 @@
+"""Figures for Prometheus, by way of Ray: the names that the service counts under."""
+
+from typing import Protocol
+
+from serve.records import State
+
+
+class Meters(Protocol):
+    """What the dispatcher tells of its work."""
+
+    def waiting(self, generator: str, models: int) -> None:
+        """Models asked for and not made."""
+
+    def made(self, generator: str, models: int) -> None:
+        """Models finished."""
+
+    def first_model(self, generator: str, seconds: float) -> None:
+        """From a job's acceptance to its first model."""
+
+    def ended(self, generator: str, state: State, seconds: float) -> None:
+        """A job has ended, so long after it was accepted."""
+
+
+class NoMeters:
+    """Counts nothing."""
+
+    def waiting(self, generator: str, models: int) -> None:
+        """Nothing."""
+
+    def made(self, generator: str, models: int) -> None:
+        """Nothing."""
+
+    def first_model(self, generator: str, seconds: float) -> None:
+        """Nothing."""
+
+    def ended(self, generator: str, state: State, seconds: float) -> None:
+        """Nothing."""

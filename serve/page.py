@@ -1,0 +1,37 @@
+"""The page at `/`: static files of this package, which call the HTTP interface like any other client."""
+
+from importlib.resources import files
+
+from fastapi import FastAPI, Response
+
+_SCRIPTS = ("page.js", "card.js", "model_file.js", "picture.js", "request.js", "service.js")
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/static/page.css": ("page.css", "text/css"),
+    **{f"/static/{name}": (name, "text/javascript") for name in _SCRIPTS},
+}
+PAGE_PATHS = tuple(_FILES)
+"""Answered without a token: a browser opens a page before anyone can type one."""
+
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # Files of another version must not be mixed with these.
+    "Cache-Control": "no-cache",
+}
+
+
+def add_page(app: FastAPI) -> None:
+    """Serve the page's files. They are no part of the interface, and not in its document."""
+    for path, (name, media_type) in _FILES.items():
+        _add_file(app, path, files("serve").joinpath("static", name).read_bytes(), media_type)
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
+    @app.get(path, include_in_schema=False, response_class=Response)
+    async def file() -> Response:
+        return Response(content, headers=_HEADERS, media_type=media_type)

@@ -1,0 +1,67 @@
+"""From what a caller asks for to a job that can be made, or a refusal."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rpg.config import ConditionKind, GeneratorConfig, SamplingConfig, Solver, validate_sampling
+from rpg.errors import RPGError
+from rpg.generation.job import GenerationJob
+from rpg.generation.sampler import condition_row
+from serve.config import LimitsConfig
+from serve.problems import ProblemError
+from serve.schema import JobRequest
+
+
+def checked_job(
+    request: JobRequest, generators: Mapping[str, GeneratorConfig], limits: LimitsConfig
+) -> GenerationJob:
+    """The job that `request` asks for.
+
+    Raises:
+        ProblemError: 422, naming the field at fault.
+    """
+    config = generators.get(request.generator)
+    if config is None:
+        names = ", ".join(sorted(generators))
+        raise ProblemError(422, f"generator: '{request.generator}' is not served; expected one of {names}")
+    conditions = request.conditions
+    if conditions is not None and len(conditions) > limits.conditions:
+        raise ProblemError(
+            422,
+            f"conditions: expected at most {limits.conditions} (limits.conditions), got {len(conditions)}",
+        )
+    models = request.number * len(conditions or [None])
+    if models > limits.models_per_job:
+        raise ProblemError(
+            422,
+            f"number: expected at most {limits.models_per_job} models (limits.models_per_job), got {models}",
+        )
+    if config.condition.kind == ConditionKind.vector and conditions is None:
+        raise ProblemError(422, f"conditions: this generator needs ones of {config.condition.size} values")
+    sampling = _sampling(request, config.sampling)
+    if sampling.steps > limits.steps:
+        raise ProblemError(
+            422, f"steps: expected at most {limits.steps} (limits.steps), got {sampling.steps}"
+        )
+    try:
+        validate_sampling(sampling, config)
+        for condition in conditions or []:
+            condition_row(config.condition, condition)
+    except RPGError as error:
+        raise ProblemError(422, str(error)) from error
+    # Whole numbers in JSON are integers in Python, and would be written differently.
+    floats = None if conditions is None else [[float(value) for value in row] for row in conditions]
+    return GenerationJob(floats, request.number, request.seed, sampling)
+
+
+def request_digest(request: JobRequest) -> str:
+    """What tells two requests apart: SHA-256 of all that they ask for."""
+    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+
+
+def _sampling(request: JobRequest, default: SamplingConfig) -> SamplingConfig:
+    numbers = {key: getattr(request, key) for key in ("steps", "guidance", "eta", "temperature")}
+    given = {key: value for key, value in numbers.items() if value is not None}
+    sampling = replace(default, **given)
+    return replace(sampling, solver=Solver(request.solver)) if request.solver is not None else sampling

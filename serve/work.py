@@ -1,0 +1,83 @@
+"""A replica's share of a job, on its way through the engine."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rpg.generation.batch_sampler import BatchSampler, Rows
+from rpg.generation.job import JobPlan
+from rpg.generation.model_file import ModelFile
+from rpg.storage import AnyPath
+from serve.records import Made
+
+
+class Segment(NamedTuple):
+    """Consecutive tokens of one model in a batch."""
+
+    work: "Work"
+    model: int
+    first_token: int
+    rows: Rows
+
+
+@dataclass(eq=False)
+class Work:
+    """Models of one job that a replica is to make.
+
+    Attributes:
+        job: the job's id.
+        indices: the models, ascending.
+        out: where their files go.
+        report: called from any thread with every finished model, or once with what went wrong.
+        dropped: set from any thread; nothing more is sampled or written then.
+    """
+
+    job: str
+    priority: int
+    plan: JobPlan
+    indices: Sequence[int]
+    out: AnyPath
+    report: Callable[[Made | Exception], None]
+    dropped: bool = False
+    files: dict[int, ModelFile] = field(default_factory=dict)
+    finishing: set["Future[None]"] = field(default_factory=set)
+    _waiting: deque[int] = field(init=False)
+    _pieces: Iterator[Rows] | None = None
+    _rest: Rows | None = None
+    _index: int = 0
+    _token: int = 0
+
+    def __post_init__(self) -> None:
+        self._waiting = deque(self.indices)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether all its tokens have been taken."""
+        return not self._waiting and self._pieces is None
+
+    def take(self, sampler: BatchSampler, count: int) -> Segment | None:
+        """The next rows, at most `count`, all of one model; None if there are none."""
+        while self._rest is None:
+            if self._pieces is None:
+                if not self._waiting:
+                    return None
+                self._index, self._token = self._waiting.popleft(), 0
+                self._pieces = sampler.rows(self.plan.request(self._index), self.plan.job.seed)
+            self._rest = next(self._pieces, None)
+            if self._rest is None:
+                self._pieces = None
+        taken, rest = self._rest.split(count)
+        segment = Segment(self, self._index, self._token, taken)
+        self._token += len(taken.tokens)
+        self._rest = rest if len(rest.tokens) else None
+        if self._rest is None and self._token == sampler.generator.layout.tokens:
+            self._pieces = None
+        return segment
+
+    def fail(self, error: Exception) -> None:
+        """Give up, and say why; once."""
+        if not self.dropped:
+            self.dropped = True
+            self.report(error)
