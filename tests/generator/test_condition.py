@@ -1,0 +1,66 @@
+"""Conditions: standardisation, dropping, sizes."""
+
+import pytest
+import torch
+
+from rpg.config import ConditionConfig, ConditionKind
+from rpg.errors import RPGError
+from rpg.generator.condition import NoCondition, PermutationState, VectorCondition, build_condition
+
+WIDTH = 6
+
+
+def vector(size: int = 4) -> VectorCondition:
+    torch.manual_seed(0)
+    condition = build_condition(ConditionConfig(kind=ConditionKind.vector, size=size, width=5), WIDTH)
+    assert isinstance(condition, VectorCondition)
+    return condition
+
+
+def test_vectors_are_standardised_by_the_training_conditions() -> None:
+    condition = vector()
+    # The second value never changes: it is centred and left at its scale.
+    training = torch.tensor([[1.0, 7, -2, 100], [3, 7, 4, 300], [5, 7, 1, 200]])
+    condition.fit(training)
+    deviation = ((training - training.mean(0)) ** 2).mean(0).sqrt()
+    deviation[1] = 1
+    p = dict(condition.mlp.named_parameters())
+    hidden = (training - training.mean(0)) / deviation @ p["0.weight"].T + p["0.bias"]
+    expected = hidden * torch.sigmoid(hidden) @ p["2.weight"].T + p["2.bias"]
+    torch.testing.assert_close(condition(training), expected)
+    assert {"mean", "scale"} <= set(condition.state_dict())
+
+
+def test_dropped_vectors_become_the_null_vector_and_train_it() -> None:
+    condition = vector()
+    torch.nn.init.normal_(condition.null)
+    given = torch.randn(3, 4)
+    embedded = condition(given, torch.tensor([False, True, False]))
+    assert torch.equal(embedded[1], condition.null)
+    assert torch.equal(embedded[[0, 2]], condition(given)[[0, 2]])
+    (gradient,) = torch.autograd.grad(embedded.sum(), condition.null)
+    assert torch.equal(gradient, torch.ones(WIDTH))
+
+
+def test_permutation_states_are_rows_of_a_table() -> None:
+    condition = build_condition(ConditionConfig(kind=ConditionKind.permutation, size=9), WIDTH)
+    assert isinstance(condition, PermutationState)
+    states = torch.tensor([8, 0, 8])
+    assert torch.equal(condition(states), condition.embedding.weight[states])
+    dropped = condition(states, torch.tensor([True, False, False]))
+    assert torch.equal(dropped[0], torch.zeros(WIDTH))
+    assert torch.equal(dropped[1:], condition.embedding.weight[states[1:]])
+
+
+def test_no_condition_is_zero() -> None:
+    condition = build_condition(ConditionConfig(kind=ConditionKind.none), WIDTH)
+    assert isinstance(condition, NoCondition)
+    assert torch.equal(condition(torch.zeros(3, 0)), torch.zeros(3, WIDTH))
+    assert torch.equal(condition(torch.zeros(3, 0), torch.ones(3, dtype=torch.bool)), torch.zeros(3, WIDTH))
+    assert not condition.state_dict()
+
+
+@pytest.mark.parametrize("kind", [ConditionKind.vector, ConditionKind.permutation])
+def test_a_size_is_needed(kind: ConditionKind) -> None:
+    with pytest.raises(RPGError, match=r"condition\.size: expected at least 1"):
+        build_condition(ConditionConfig(kind=kind, size=0), WIDTH)

@@ -1,0 +1,321 @@
+"""The generator: its loss, its presets, and saving and loading."""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Layout
+from rpg.config import (
+    ConditionConfig,
+    ConditionKind,
+    DenoiserConfig,
+    DenoiserKind,
+    GeneratorConfig,
+    Prediction,
+    RecurrentConfig,
+    RecurrentKind,
+    SamplingConfig,
+)
+from rpg.errors import RPGError
+from rpg.generation.sampler import ModelRequest, PackedSampler
+from rpg.generator import generator as generator_module
+from rpg.generator.generator import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Generator
+
+MakeGenerator = Callable[..., Generator]
+MakeLayout = Callable[..., Layout]
+
+
+def loss_inputs(layout: Layout, batch: int = 4, tokens: int = 3) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    indices = torch.stack([torch.randperm(layout.tokens, generator=random)[:tokens] for _ in range(batch)])
+    mask = layout.mask()[indices]
+    shape = (batch, tokens, layout.token_size)
+    return {
+        "tokens": torch.randn(shape, generator=random) * mask,
+        "mask": mask,
+        "indices": indices,
+        "condition": torch.randn(batch, 3, generator=random),
+        "t": torch.randint(1000, (batch,), generator=random),
+        "noise": torch.randn(shape, generator=random),
+    }
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("denoiser", list(DenoiserKind))
+def test_loss_equals_a_loop_over_values(
+    make_generator: MakeGenerator, make_layout: MakeLayout, prediction: Prediction, denoiser: DenoiserKind
+) -> None:
+    layout = make_layout(16)
+    generator = make_generator(layout, prediction=prediction, denoiser=denoiser).double()
+    given = loss_inputs(layout, tokens=layout.tokens)
+    found = generator.loss(**{k: v.double() if v.is_floating_point() else v for k, v in given.items()})
+    for b in range(4):
+        power = generator.diffusion.alpha_bar[given["t"][b]]
+        prototypes = generator.prototypes(given["condition"][b][None].double())[0]
+        errors = []
+        for k in range(layout.tokens):
+            index = int(given["indices"][b, k])
+            x0, noise = given["tokens"][b, k].double(), given["noise"][b, k].double()
+            xt = power.sqrt() * x0 + (1 - power).sqrt() * noise
+            answer = generator.denoiser(xt[None], given["t"][b][None], prototypes[index][None])[0]
+            v = power.sqrt() * noise - (1 - power).sqrt() * x0
+            target = {Prediction.noise: noise, Prediction.x0: x0, Prediction.v: v}[prediction]
+            length = int(layout.lengths()[index])
+            errors += ((answer.float() - target) ** 2)[:length].tolist()
+        assert found[b].item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_loss_ignores_answers_at_padding(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
+    layout = make_layout(16)
+    generator = make_generator(layout)
+    given = loss_inputs(layout, tokens=layout.tokens)
+    assert not given["mask"].all()
+    answered: list[Tensor] = []
+    denoise = generator.denoiser.forward
+
+    def spy(x: Tensor, t: Tensor, prototype: Tensor) -> Tensor:
+        answered.append(denoise(x, t, prototype))
+        return answered[-1]
+
+    generator.denoiser.forward = spy  # type: ignore[method-assign]
+    (gradient,) = torch.autograd.grad(generator.loss(**given).sum(), answered[0])
+    used = gradient.view_as(given["mask"]) != 0
+    assert torch.equal(used, given["mask"])
+
+
+def test_loss_of_nothing_but_padding_is_zero(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
+    layout = make_layout(16)
+    given = loss_inputs(layout)
+    given["mask"] = torch.zeros_like(given["mask"])
+    assert torch.equal(make_generator(layout).loss(**given), torch.zeros(4))
+
+
+def test_dropped_conditions_do_not_matter(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
+    layout = make_layout(16)
+    generator = make_generator(layout, dropout=0.5)
+    given = loss_inputs(layout)
+    dropped = torch.tensor([True, False, True, False])
+    other = {**given, "condition": given["condition"] + 1}
+    one, two = generator.loss(**given, dropped=dropped), generator.loss(**other, dropped=dropped)
+    assert torch.equal(one == two, dropped)
+    assert not torch.equal(generator.loss(**given), one)
+
+
+PAPER = GeneratorConfig(
+    recurrent=RecurrentConfig(kind=RecurrentKind.mamba2, width=32, depth=2, head_size=16),
+    denoiser=DenoiserConfig(kind=DenoiserKind.unet),
+    condition=ConditionConfig(kind=ConditionKind.permutation, size=7),
+)
+FAST = GeneratorConfig(
+    recurrent=RecurrentConfig(kind=RecurrentKind.mamba2, width=32, depth=1, head_size=16),
+    denoiser=DenoiserConfig(kind=DenoiserKind.adaln_mlp, width=48, depth=3),
+    condition=ConditionConfig(kind=ConditionKind.vector, size=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "condition"), [(PAPER, torch.tensor([0, 6])), (FAST, torch.zeros(2, 3))], ids=["paper", "fast"]
+)
+def test_shapes_of_both_presets(make_layout: MakeLayout, config: GeneratorConfig, condition: Tensor) -> None:
+    layout = make_layout(24)
+    generator = Generator(config, layout)
+    assert generator.positions.shape == (layout.tokens, 32)
+    assert generator.prototypes(condition).shape == (2, layout.tokens, 32)
+    given = loss_inputs(layout, batch=2)
+    losses = generator.loss(**{**given, "condition": condition})
+    assert losses.shape == (2,)
+    assert losses.isfinite().all()
+    torch.autograd.backward(losses.sum())
+    unused = [name for name, p in generator.named_parameters() if p.grad is None]
+    # Without dropout nothing learns the null vector.
+    assert unused == (["condition.null"] if config is FAST else [])
+
+
+def test_for_collection_takes_sizes_from_the_collection(make_layout: MakeLayout) -> None:
+    layout = make_layout(16)
+    conditions = torch.tensor([[0.0, 1, 2], [4.0, 1, 0]])
+
+    def made(kind: ConditionKind, size: int = 0, conditions: Tensor | None = conditions) -> Generator:
+        config = dataclasses.replace(FAST, condition=ConditionConfig(kind=kind, size=size))
+        return Generator.for_collection(config, layout, conditions, checkpoints=2)
+
+    fitted = made(ConditionKind.vector)
+    assert fitted.config.condition.size == 3
+    assert torch.equal(fitted.state_dict()["condition.mean"], torch.tensor([2.0, 1, 1]))
+    assert made(ConditionKind.vector, 3).config.condition.size == 3
+    assert made(ConditionKind.permutation).config.condition.size == 2
+    assert made(ConditionKind.none, conditions=None).config.condition.size == 0
+    with pytest.raises(RPGError, match="the collection has 3, got 4"):
+        made(ConditionKind.vector, 4)
+    with pytest.raises(RPGError, match="needs a collection with conditions"):
+        made(ConditionKind.vector, conditions=None)
+
+
+def sampled(generator: Generator, condition: Tensor) -> Tensor:
+    sampler = PackedSampler(generator, SamplingConfig(steps=3, token_batch=32), seed=1)
+    return torch.cat([s.values for s in sampler.sample([ModelRequest(0, condition)])])
+
+
+@pytest.mark.parametrize("recurrent", list(RecurrentKind))
+@pytest.mark.parametrize("denoiser", list(DenoiserKind))
+@pytest.mark.parametrize("condition", list(ConditionKind))
+def test_saved_and_loaded_is_the_same(
+    tmp_path: Path,
+    make_generator: MakeGenerator,
+    make_layout: MakeLayout,
+    recurrent: RecurrentKind,
+    denoiser: DenoiserKind,
+    condition: ConditionKind,
+) -> None:
+    generator = make_generator(
+        make_layout(16), recurrent=recurrent, denoiser=denoiser, condition=condition, dropout=0.1
+    )
+    generator.save_pretrained(tmp_path / "generator")
+    files = {CONFIG_FILE, WEIGHTS_FILE, LAYOUT_FILE, CENTRE_FILE, CARD_FILE}
+    assert {path.name for path in (tmp_path / "generator").iterdir()} == files
+    loaded = Generator.from_pretrained(tmp_path / "generator")
+    assert not loaded.training
+    assert loaded.config == generator.config
+    assert loaded.digest() == generator.digest()
+    expected = generator.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name])
+    row = torch.tensor(2) if condition == ConditionKind.permutation else torch.ones(loaded.condition.size)
+    assert torch.equal(sampled(loaded, row), sampled(generator, row))
+
+
+def test_the_digest_is_of_what_determines_the_models(
+    make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
+    layout = make_layout(16)
+    first = make_generator(layout)
+    assert make_generator(layout).digest() == first.digest()
+    other_sampling = make_generator(layout)
+    other_sampling.config.sampling = SamplingConfig(steps=7)
+    assert other_sampling.digest() == first.digest()
+    changed = make_generator(layout)
+    with torch.no_grad():
+        changed.denoiser.get_parameter("output.bias")[0] += 1e-6
+    assert changed.digest() != first.digest()
+    assert make_generator(make_layout(17)).digest() != first.digest()
+    assert make_generator(layout, prediction=Prediction.x0).digest() != first.digest()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, make_generator: MakeGenerator, make_layout: MakeLayout) -> Path:
+    make_generator(make_layout(16)).save_pretrained(tmp_path / "generator")
+    return tmp_path / "generator"
+
+
+def change_weights(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(directory / WEIGHTS_FILE)
+    change(weights)
+    save_file(weights, directory / WEIGHTS_FILE)
+
+
+def change_config(directory: Path, before: str, after: str) -> None:
+    path = directory / CONFIG_FILE
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+
+
+NAME = "denoiser.output.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / LAYOUT_FILE).unlink(), f"{LAYOUT_FILE}: not found"),
+        (lambda d: (d / CENTRE_FILE).unlink(), f"{CENTRE_FILE}: not found"),
+        (lambda d: (d / CONFIG_FILE).unlink(), f"{CONFIG_FILE}: not found"),
+        (lambda d: (d / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}: not found"),
+        (lambda d: (d / WEIGHTS_FILE).write_bytes(b""), f"{WEIGHTS_FILE}: not a readable safetensors file"),
+        (lambda d: shutil.copy(d / CONFIG_FILE, d / WEIGHTS_FILE), f"{WEIGHTS_FILE}: not a readable"),
+        (lambda d: shutil.rmtree(d), "generator: not found"),
+        (
+            lambda d: change_weights(d, lambda w: w.update({NAME: torch.zeros(5)})),
+            rf"{WEIGHTS_FILE}: tensor '{NAME}': expected shape \[16\].*found \[5\]",
+        ),
+        (
+            lambda d: change_weights(d, lambda w: w[NAME].fill_(torch.nan)),
+            f"{WEIGHTS_FILE}: tensor '{NAME}' holds NaN",
+        ),
+        (lambda d: change_weights(d, lambda w: w.pop(NAME)), f"{WEIGHTS_FILE}: tensor '{NAME}' is missing"),
+        (
+            lambda d: change_weights(d, lambda w: w.update({"more": torch.zeros(5)})),
+            f"{WEIGHTS_FILE}: unexpected tensor 'more'",
+        ),
+        (
+            lambda d: change_config(d, "state_size:", "sate_size:"),
+            f"{CONFIG_FILE}: unknown key 'recurrent.sate_size'; did you mean 'recurrent.state_size'",
+        ),
+        (
+            lambda d: change_config(d, "size: 3", "size: 0"),
+            rf"{CONFIG_FILE}: condition\.size: expected at least 1",
+        ),
+        (lambda d: change_config(d, "depth: 2", "depth: two"), f"{CONFIG_FILE}: .*depth"),
+        (lambda d: change_config(d, "prediction: v", "prediction: w"), f"{CONFIG_FILE}: .*prediction"),
+        (
+            lambda d: change_config(d, "width: 16", "width: 32"),
+            f"{WEIGHTS_FILE}: tensor '.*': expected shape",
+        ),
+        (lambda d: (d / CONFIG_FILE).write_text("- 1\n"), f"{CONFIG_FILE}: expected a mapping"),
+        (lambda d: (d / CONFIG_FILE).write_text("a: [\n"), f"{CONFIG_FILE}: not valid YAML"),
+    ],
+)
+def test_damaged_directories_are_refused_in_one_line(
+    saved: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(saved)
+    with pytest.raises(RPGError, match=message) as caught:
+        Generator.from_pretrained(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_save_leaves_the_earlier_generator(
+    saved: Path, make_generator: MakeGenerator, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    other = make_generator(make_layout(17))
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(generator_module, "write_text", full)
+    with pytest.raises(RPGError, match="generator: cannot be written: No space left on device"):
+        other.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["generator"]
+    monkeypatch.undo()
+    other.save_pretrained(saved)
+    assert Generator.from_pretrained(saved).digest() == other.digest()
+
+
+def test_saving_never_replaces_a_directory_of_something_else(
+    make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RPGError, match="holds other files"):
+        make_generator(make_layout()).save_pretrained(str(tmp_path))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_absurd_sizes_are_refused_in_one_line(
+    make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path
+) -> None:
+    directory = tmp_path / "generator"
+    make_generator(make_layout()).save_pretrained(directory)
+    config = directory / CONFIG_FILE
+    config.write_text(re.sub(r"(\n  size: )\d+", r"\g<1>100000000000000", config.read_text()))
+    with pytest.raises(RPGError, match="cannot be built") as refused:
+        Generator.from_pretrained(directory)
+    assert "\n" not in str(refused.value)

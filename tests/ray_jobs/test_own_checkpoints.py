@@ -1,0 +1,138 @@
+"""Checkpoints of one's own, as the README has it: register, run the pipeline, generate, load."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+pytestmark = pytest.mark.slow
+
+OWN = Path(__file__).parents[2] / "configs" / "own_checkpoints.yaml"
+TINY = (
+    "train.steps=6",
+    "train.save_every=6",
+    "train.warmup_steps=2",
+    "shard.token_size=64",
+    "generator.recurrent.width=64",
+    "generator.denoiser.width=32",
+    "generate.models_per_task=3",
+    "ray.num_cpus=2",
+)
+
+
+class TiedNet(nn.Module):
+    """Tied embeddings, a BatchNorm and a scalar: what checkpoints of real networks hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.head = nn.Linear(12, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.norm(self.embedding(words))) * self.scale
+        return logits
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Six checkpoints along a short training, named as upstream names them."""
+    torch.manual_seed(0)
+    network, directory = TiedNet(), tmp_path / "my checkpoints"
+    directory.mkdir()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    for i, class_number in enumerate((314, 482, 589, 197, 462, 111)):
+        for _ in range(3):
+            words = torch.randint(20, (16,))
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(network(words), words).backward()
+            optimiser.step()
+        torch.save(network.state_dict(), directory / f"{i:04d}_acc0.9{i}13_class{class_number:04d}_tied.pth")
+    return directory
+
+
+def rpg(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("rpg")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("kind", ["vector", "permutation"])
+def test_register_shard_train_generate_load(run_job, checkpoints, tmp_path, kind):
+    assert rpg("register", checkpoints).returncode == 0
+    output = tmp_path / "own run"
+    settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
+    result = run_job("pipeline", [*settings, f"generator.condition.kind={kind}"])
+    assert result.returncode == 0, result.stderr
+    assert "evaluate: left out" in result.stderr
+
+    asked = ["--condition", "0100111010"] if kind == "vector" else []
+    made = rpg(
+        "generate", output / "generator", *asked, "--number", 2, "--seed", 1, "--out", tmp_path / "new"
+    )
+    assert made.returncode == 0, made.stderr
+    for file in [
+        *sorted((tmp_path / "new").glob("*.safetensors")),
+        *(output / "generated").glob("*.safetensors"),
+    ]:
+        # The tie is known to the layout: both names hold the same values in the file itself.
+        content = load_file(file)
+        assert content["head.weight"].equal(content["embedding.weight"])
+        network = TiedNet()
+        network.load_state_dict(content, strict=True)
+        assert network.eval()(torch.arange(20)).isfinite().all()
+    assert rpg("inspect", output / "generator").returncode == 0
+    assert rpg("inspect", output / "shards", "--verify").returncode == 0
+
+    if kind == "vector":
+        refused = rpg("generate", output / "generator", "--condition", "01", "--out", tmp_path / "none")
+        assert refused.returncode == 2
+        assert "expected 10 values, got 2" in refused.stderr
+
+
+def test_a_checkpoint_changed_after_registering_is_refused(run_job, checkpoints, tmp_path):
+    assert rpg("register", checkpoints).returncode == 0
+    victim = next(checkpoints.glob("0002*.pth"))
+    changed = {name: value * 2 for name, value in torch.load(victim).items()}
+    torch.save(changed, victim)
+    result = run_job("shard", [OWN, *TINY, f"collect.directory={checkpoints}", f"output={tmp_path / 'run'}"])
+    assert result.returncode == 2
+    assert victim.name in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_collecting_never_replaces_checkpoints_of_the_users(run_job, checkpoints, tmp_path):
+    own = tmp_path / "work"
+    shutil.move(checkpoints, own / "collection")
+    before = {path: path.read_bytes() for path in (own / "collection").iterdir()}
+    result = run_job("collect", [OWN, f"output={own}"])
+    assert result.returncode == 2
+    assert "did not make" in result.stderr
+    assert {path: path.read_bytes() for path in (own / "collection").iterdir()} == before
+
+
+def test_a_checkpoint_that_was_added_is_appended_until_refit(run_job, checkpoints, tmp_path):
+    assert rpg("register", checkpoints).returncode == 0
+    output = tmp_path / "run"
+    settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
+    assert run_job("shard", settings).returncode == 0
+    first = (output / "shards" / "layout.json").read_bytes()
+    shutil.copy(
+        checkpoints / "0000_acc0.9013_class0314_tied.pth", checkpoints / "0006_acc0.9_class0278_more.pth"
+    )
+    assert rpg("register", checkpoints).returncode == 0
+    refused = run_job("train", settings)
+    assert refused.returncode == 2
+    assert "stage 'train' needs stage 'shard'" in refused.stderr
+    appended = run_job("shard", settings)
+    assert appended.returncode == 0
+    assert "1 new checkpoint appended; centre and scales stay those of the first 6" in appended.stderr
+    assert (output / "shards" / "layout.json").read_bytes() == first
+    assert run_job("shard", ["--refit", *settings]).returncode == 0
+    assert (output / "shards" / "layout.json").read_bytes() != first

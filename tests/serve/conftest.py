@@ -1,0 +1,235 @@
+"""A saved generator, configurations, and the service both in this process and on a Ray of its own."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from fastapi import FastAPI
+
+from rpg.collection.layout import Layout
+from rpg.config import RecurrentKind, SamplingConfig, Solver, save_config
+from rpg.generation.job import GenerationJob, run_job
+from rpg.generator.generator import Generator
+from rpg.storage import location
+from serve.access import Caller
+from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
+from serve.desk import DispatcherDesk
+from serve.dispatcher import Dispatcher
+from serve.job_store import JobStore
+from serve.local_maker import LocalMaker
+from serve.metrics import NoMeters
+from serve.routes import http_app
+
+ROOT = Path(__file__).parents[2]
+CONDITIONS = [[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]
+TOKENS = {"alice": ["submit", "read"], "bob": ["submit", "read"], "reader": ["read"], "root": ["admin"]}
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer secret-of-{name}"}
+
+
+def token_entry(name: str, **changes: Any) -> TokenEntry:
+    digest = hashlib.sha256(f"secret-of-{name}".encode()).hexdigest()
+    return TokenEntry(digest, name, **{"scopes": TOKENS.get(name, ["submit", "read"]), **changes})
+
+
+def caller(name: str = "alice") -> Caller:
+    return Caller(name, frozenset(TOKENS[name]))
+
+
+@pytest.fixture(scope="session")
+def generator(make_generator: Callable[..., Generator], make_layout: Callable[..., Layout]) -> Generator:
+    generator = make_generator(make_layout(16), recurrent=RecurrentKind.lstm, dropout=0.1)
+    generator.config.sampling = SamplingConfig(solver=Solver.ddim, steps=3, token_batch=32)
+    return generator
+
+
+@pytest.fixture(scope="session")
+def saved(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("roots") / "small"
+    generator.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def config(saved: Path, tmp_path: Path) -> ServeConfig:
+    return _config(saved, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def saved_config(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """One for a service that lasts longer than a test."""
+    return _config(saved, tmp_path_factory.mktemp("service"))
+
+
+def _config(saved: Path, directory: Path) -> ServeConfig:
+    return ServeConfig(
+        storage=str(directory / "storage"),
+        roots=[str(saved.parent)],
+        generators=[GeneratorEntry("small", str(saved), num_gpus=0)],
+        tokens=[token_entry(name) for name in TOKENS],
+    )
+
+
+@pytest.fixture(scope="session")
+def expected(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[bytes]]:
+    """`expected(conditions, number, seed, indices=all, **sampling)`: the files of `run_job`, in order."""
+
+    def make(
+        conditions: list[list[float]] | None,
+        number: int = 1,
+        seed: int = 0,
+        indices: range | None = None,
+        **sampling: Any,
+    ) -> list[bytes]:
+        settings = SamplingConfig(**{**vars(generator.config.sampling), **sampling})
+        job = GenerationJob(conditions, number, seed, settings)
+        out = tmp_path_factory.mktemp("expected")
+        return [path.read_bytes() for path in run_job(generator, job, indices or range(len(job)), out)]
+
+    return make
+
+
+@dataclass
+class Service:
+    """The service in this process: no Ray, no sockets."""
+
+    dispatcher: Dispatcher
+    maker: LocalMaker
+    store: JobStore
+    app: FastAPI
+    client: httpx.AsyncClient
+
+    async def ended(self, job_id: str, name: str = "alice") -> dict[str, Any]:
+        """The job, once it has ended."""
+        async with asyncio.timeout(60):
+            while True:
+                job: dict[str, Any] = (
+                    await self.client.get(f"/v1/jobs/{job_id}", headers=bearer(name))
+                ).json()
+                if job["ended"] is not None:
+                    return job
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def _service(
+    config: ServeConfig, wrap: Callable[[LocalMaker], Any] = lambda maker: maker
+) -> AsyncIterator[Service]:
+    store = JobStore(location(config.storage))
+    maker = LocalMaker(config.generators[0], store, CacheConfig())
+    dispatcher = Dispatcher(
+        store, {"small": maker._generator.config}, {"small": wrap(maker)}, {"small": 1},
+        config.limits, config.retention, NoMeters(),
+    )  # fmt: skip
+
+    async def metrics() -> str:
+        return "# HELP ray_rpg_models Models made\n"
+
+    await dispatcher.start()
+    app = http_app(DispatcherDesk(dispatcher), store, config, metrics)
+    transport = httpx.ASGITransport(app)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            yield Service(dispatcher, maker, store, app, client)
+    finally:
+        await dispatcher.stop()
+        await asyncio.to_thread(maker.engine.close)
+
+
+@pytest.fixture(scope="session")
+def in_process() -> Callable[..., AbstractAsyncContextManager[Service]]:
+    """`async with in_process(config, wrap=...) as service`; `wrap` may put something around the maker."""
+    return _service
+
+
+@dataclass
+class Server:
+    """`python -m serve` with a Ray of its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def part(self, title: str) -> psutil.Process:
+        """The process of one deployment, such as `front`."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:rpg:{title}"):
+                    return child
+        raise AssertionError(f"no process {title}")
+
+    def kill_all(self) -> None:
+        """SIGKILL for the command and everything of its Ray, children first so that none is missed."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        for process in [psutil.Process(self.process.pid), *processes]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+        self.process.wait()
+
+    def stop(self) -> int:
+        """End it as a user would."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise
+
+    def wait_ready(self) -> "Server":
+        deadline = time.monotonic() + 90
+        while "http://" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+        return self
+
+
+@contextmanager
+def _server(config: ServeConfig, directory: Path, port: int) -> Iterator[Server]:
+    config.http.port = port
+    config.num_cpus = 2
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "serve.yaml"
+    save_config(config, path)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    log = directory / f"{time.monotonic_ns()}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve", str(path)], cwd=ROOT, env=environment, text=True,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        yield server.wait_ready()
+    finally:
+        if process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def serving(
+    free_ports: Callable[[int], list[int]],
+) -> Callable[[ServeConfig, Path], AbstractContextManager[Server]]:
+    """`with serving(config, directory) as server`: a real one."""
+    return lambda config, directory: _server(config, directory, free_ports(1)[0])

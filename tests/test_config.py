@@ -1,0 +1,275 @@
+"""Configuration: presets and overrides end in a valid Config, or in one line that names the key."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpg.config import (
+    ConditionKind,
+    Config,
+    DenoiserKind,
+    GeneratorConfig,
+    Normalisation,
+    Prediction,
+    RecurrentKind,
+    SamplingConfig,
+    Solver,
+    generator_config_from_yaml,
+    load_config,
+    save_config,
+    to_plain,
+    validate,
+    validate_sampling,
+)
+from rpg.errors import RPGError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    path = tmp_path / "preset.yaml"
+    path.write_text("name: test\ntrain:\n  steps: 7\ngenerator:\n  recurrent: {kind: lstm}\n")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RPGError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+class TestLoading:
+    def test_defaults_preset_and_overrides(self, preset: Path) -> None:
+        config = load_config(
+            preset,
+            [
+                "train.learning_rate=1",
+                "generator.denoiser.kind=unet",
+                "generator.denoiser.channels=[1,8,16,8,1]",
+                "shard.normalisation=zscore",
+                "ray.num_cpus=2",
+                "ray.num_cpus=null",
+            ],
+        )
+        assert config.train.steps == 7
+        assert config.train.learning_rate == 1.0
+        assert type(config.train.learning_rate) is float
+        assert config.generator.recurrent.kind is RecurrentKind.lstm
+        assert config.generator.denoiser.kind is DenoiserKind.unet
+        assert config.generator.denoiser.channels == [1, 8, 16, 8, 1]
+        assert config.shard.normalisation is Normalisation.zscore
+        assert config.ray.num_cpus is None
+        assert config.output == "runs/test"
+
+    def test_an_empty_preset_is_all_defaults(self, tmp_path: Path) -> None:
+        (tmp_path / "empty.yaml").write_text("")
+        assert load_config(tmp_path / "empty.yaml") == dataclasses.replace(Config(), output="runs/run")
+
+    def test_the_last_override_wins(self, preset: Path) -> None:
+        assert load_config(preset, ["seed=1", "seed=2"]).seed == 2
+
+    def test_a_value_may_hold_an_equals_sign(self, preset: Path) -> None:
+        assert load_config(preset, ["name=a=b"]).name == "a=b"
+
+    def test_saved_and_loaded(self, preset: Path, tmp_path: Path) -> None:
+        config = load_config(preset, ["generator.sampling.solver=ddpm", "train.weight_decay=0.1"])
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+        save_config(config.generator, tmp_path / "config.yaml")
+        assert generator_config_from_yaml(tmp_path / "config.yaml") == config.generator
+
+    def test_plain_values(self) -> None:
+        plain = to_plain(Config())
+        assert plain["generator"]["denoiser"]["kind"] == DenoiserKind.adaln_mlp.name
+        assert type(plain["generator"]["denoiser"]["kind"]) is str
+        assert plain["output"] == "runs/run"
+
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_every_preset_is_valid(self, path: Path) -> None:
+        load_config(path)
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("train.step=3", "unknown key 'train.step'; did you mean 'train.steps'?"),
+            ("trian.steps=3", "unknown key 'trian.steps'; did you mean 'train'?"),
+            ("generator.recurent.kind=lstm", "did you mean 'generator.recurrent'?"),
+            ("train.steps.x=3", "unknown key 'train.steps.x'"),
+            ("zzz=3", "expected one of name, output, seed"),
+            ("=3", "unknown key ''"),
+            ("train=3", "'train' is a section; expected one of its keys, such as 'train.steps'"),
+            ("train.steps", "override 'train.steps': expected key=value"),
+        ],
+    )
+    def test_of_overrides(self, preset: Path, override: str, words: str) -> None:
+        assert words in refusal(preset, override)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("train: {step: 3}", "unknown key 'train.step'; did you mean 'train.steps'?"),
+            ("trian: {steps: 3}", "unknown key 'trian'; did you mean 'train'?"),
+            ("generator: {denoiser: {widht: 3}}", "did you mean 'generator.denoiser.width'?"),
+            ("train: 3", "'train' is a section"),
+            ("train:", "'train' is a section"),
+            ("1: 2", "unknown key '1'"),
+            ("- a\n- b", "expected a mapping of sections"),
+            ("just text", "unknown key 'just text'"),
+        ],
+    )
+    def test_of_files(self, tmp_path: Path, content: str, words: str) -> None:
+        path = tmp_path / "bad.yaml"
+        path.write_text(content)
+        message = refusal(path)
+        assert message.startswith(f"{path}: ")
+        assert words in message
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize(
+        "content",
+        [b"a: [", b"\tx", b": :", b"name: a\nname: b\n", b"\xff\xfe\x00", b"a: &a [*a]", b"name: ${nope}"],
+    )
+    def test_not_yaml(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "bad.yaml"
+        path.write_bytes(content)
+        assert refusal(path).startswith(f"{path}: ")
+        with pytest.raises(RPGError, match=r"bad\.yaml: "):
+            generator_config_from_yaml(path)
+
+    def test_yaml_tags_are_not_executed(self, tmp_path: Path) -> None:
+        path, harm = tmp_path / "bad.yaml", tmp_path / "harm"
+        path.write_text(f"name: !!python/object/apply:os.mkdir ['{harm}']")
+        assert "not valid YAML" in refusal(path)
+        assert not harm.exists()
+
+    def test_missing_or_a_directory(self, tmp_path: Path) -> None:
+        assert "not found; expected a YAML config" in refusal(tmp_path / "none.yaml")
+        assert str(tmp_path) in refusal(tmp_path)
+        with pytest.raises(RPGError, match="not found; expected a generator's configuration"):
+            generator_config_from_yaml(tmp_path / "none.yaml")
+
+    @pytest.mark.parametrize("content", ["- a", "3", "recurrent: 3", "train: {steps: 3}"])
+    def test_not_a_generators_configuration(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(RPGError, match=r"config\.yaml: "):
+            generator_config_from_yaml(tmp_path / "config.yaml")
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "train.steps=abc",
+            "train.steps=2.5",
+            "train.steps=true",
+            "train.steps=",
+            "train.steps=[1",
+            "train.steps={a: 1}",
+            "evaluate.noise_levels=[a]",
+            "evaluate.noise_levels=3",
+            "generator.recurrent.kind=gru",
+            "name=null",
+            "output=${output}",
+            "output=${nope}",
+        ],
+    )
+    def test_of_the_wrong_type(self, preset: Path, override: str) -> None:
+        assert override.partition("=")[0] in refusal(preset, override)
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "seed=-1",
+            "shard.token_size=0",
+            "shard.checkpoints_per_shard=0",
+            "collect.epochs=0",
+            "train.steps=0",
+            "train.warmup_steps=-1",
+            "train.learning_rate=0",
+            "train.learning_rate=nan",
+            "train.learning_rate=inf",
+            "train.weight_decay=-0.1",
+            "train.weight_decay=inf",
+            "train.ema_decay=1",
+            "train.ema_decay=nan",
+            "evaluate.noise_levels=[0.1,0]",
+            "evaluate.noise_levels=[nan]",
+            "ray.num_cpus=0",
+            "ray.gpus_per_worker=nan",
+            "generator.recurrent.width=6",
+            "generator.recurrent.depth=0",
+            "generator.denoiser.kernel_size=4",
+            "generator.denoiser.channels=[1,2,1]",
+            "generator.denoiser.channels=[1,2,3,2,2]",
+            "generator.denoiser.channels=[1,2,3,4,5,6,1]",
+            "generator.denoiser.channels=[1,0,3,0,1]",
+            "generator.condition.dropout=1",
+            "generator.diffusion.timesteps=1",
+            "generator.diffusion.beta_start=0",
+            "generator.diffusion.beta_end=1",
+            "generator.sampling.steps=0",
+            "generator.sampling.steps=1001",
+            "generator.sampling.eta=1.5",
+            "generator.sampling.temperature=-1",
+            "generator.sampling.temperature=inf",
+            "generator.sampling.guidance=2",
+        ],
+    )
+    def test_out_of_range(self, preset: Path, override: str) -> None:
+        key = override.partition("=")[0]
+        assert key in refusal(preset, override).replace("beta_start, beta_end", "beta_start, " + key)
+
+    def test_head_size_divides_what_it_splits(self, preset: Path) -> None:
+        for kind, width in (("mamba2", "expand * width = 256"), ("transformer", "width = 256")):
+            message = refusal(preset, f"generator.recurrent.kind={kind}", "generator.recurrent.head_size=48")
+            assert width in message
+        load_config(preset, ["generator.recurrent.kind=lstm", "generator.recurrent.head_size=48"])
+
+    def test_guidance_needs_dropped_conditions(self) -> None:
+        generator = GeneratorConfig()
+        generator.condition.dropout = 0.1
+        validate_sampling(SamplingConfig(guidance=2.0), generator)
+        generator.condition.dropout = 0.0
+        with pytest.raises(RPGError, match="--guidance: needs a generator trained with condition"):
+            validate_sampling(SamplingConfig(guidance=2.0), generator, prefix="--")
+
+    def test_the_defaults_are_valid(self) -> None:
+        validate(Config())
+
+    def test_the_published_model_can_be_described(self, preset: Path) -> None:
+        """DESIGN's preset `paper`."""
+        config = load_config(
+            preset,
+            [
+                "generator.recurrent.kind=mamba2",
+                "generator.denoiser.kind=unet",
+                "generator.condition.kind=permutation",
+                "generator.diffusion.prediction=noise",
+                "generator.sampling.solver=ddim",
+                "generator.sampling.steps=60",
+                "shard.token_size=8192",
+                "shard.normalisation=zscore",
+            ],
+        )
+        assert config.generator.condition.kind is ConditionKind.permutation
+        assert config.generator.diffusion.prediction is Prediction.noise
+        assert config.generator.sampling.solver is Solver.ddim
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=str)
+def test_the_presets_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+def test_no_two_sections_share_their_lists() -> None:
+    one: Any = Config()
+    one.generator.denoiser.channels.append(5)
+    assert Config().generator.denoiser.channels[-1] == 1

@@ -1,0 +1,74 @@
+"""The arithmetic of a training step, against a count by hand."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rpg.collection.shards import ShardedCollection
+from rpg.config import (
+    ConditionConfig,
+    ConditionKind,
+    DenoiserConfig,
+    GeneratorConfig,
+    RecurrentConfig,
+    RecurrentKind,
+    TrainConfig,
+)
+from rpg.training.compute import step_flops
+
+GENERATOR = GeneratorConfig(
+    recurrent=RecurrentConfig(kind=RecurrentKind.none, width=24),
+    denoiser=DenoiserConfig(width=40, depth=3),
+    condition=ConditionConfig(width=12),
+)
+TRAIN = TrainConfig(checkpoints_per_step=6, tokens_per_checkpoint=5)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) -> ShardedCollection:
+    return make_collection(tmp_path / "shards")
+
+
+def test_an_mlp_by_hand(shards: ShardedCollection) -> None:
+    tokens, token_size, width, depth, prototype, condition, hidden, frequencies = 5, 16, 40, 3, 24, 3, 12, 256
+    modulations = (3 * depth + 2) * width
+    # Their inputs are data: no gradient flows any further.
+    first = tokens * token_size * width + frequencies * width + condition * hidden
+    rest = (
+        tokens * prototype * modulations
+        + tokens * depth * 2 * width * width
+        + tokens * width * token_size
+        + width * width
+        + width * modulations
+        + hidden * prototype
+    )
+    # A multiplication and an addition each; backward does it for the weights and for the inputs.
+    by_hand = 2 * (2 * first + 3 * rest)
+    assert step_flops(GENERATOR, TRAIN, shards.layout, shards.conditions) == 6 * by_hand
+
+
+@pytest.mark.parametrize("kind", list(RecurrentKind))
+def test_every_recurrent_network_adds_its_own(shards: ShardedCollection, kind: RecurrentKind) -> None:
+    def flops(width: int, depth: int) -> int:
+        recurrent = RecurrentConfig(kind=kind, width=width, depth=depth, head_size=8, state_size=8)
+        return step_flops(replace(GENERATOR, recurrent=recurrent), TRAIN, shards.layout, shards.conditions)
+
+    assert flops(24, 1) < flops(48, 1)
+    if kind != RecurrentKind.none:
+        assert flops(24, 1) < flops(24, 2) < flops(48, 2)
+
+
+def test_more_tokens_than_there_are_cost_nothing(shards: ShardedCollection) -> None:
+    there = shards.layout.tokens
+    most = replace(TRAIN, tokens_per_checkpoint=there)
+    more = replace(TRAIN, tokens_per_checkpoint=there + 100)
+    counted = [step_flops(GENERATOR, train, shards.layout, shards.conditions) for train in (most, more)]
+    assert counted[0] == counted[1]
+
+
+def test_collections_without_conditions(shards: ShardedCollection) -> None:
+    for kind in (ConditionKind.none, ConditionKind.permutation):
+        generator = replace(GENERATOR, condition=ConditionConfig(kind=kind))
+        assert step_flops(generator, TRAIN, shards.layout, None) > 0

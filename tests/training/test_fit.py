@@ -1,0 +1,127 @@
+"""The training loop: what it calls when, resuming in its middle, and that it learns."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rpg.collection.shards import ShardedCollection
+from rpg.config import (
+    ConditionConfig,
+    ConditionKind,
+    DenoiserConfig,
+    DiffusionConfig,
+    GeneratorConfig,
+    Precision,
+    Prediction,
+    RecurrentConfig,
+    TrainConfig,
+)
+from rpg.training.fit import Progress, condition_inputs, fit, new_trainer
+from rpg.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+GENERATOR = GeneratorConfig(
+    recurrent=RecurrentConfig(width=16, depth=1, state_size=8, head_size=8),
+    denoiser=DenoiserConfig(width=64, depth=2),
+    condition=ConditionConfig(width=16),
+    diffusion=DiffusionConfig(prediction=Prediction.v),
+)
+TRAIN = TrainConfig(
+    steps=11,
+    checkpoints_per_step=4,
+    tokens_per_checkpoint=5,
+    warmup_steps=2,
+    save_every=4,
+    log_every=3,
+    precision=Precision.float32,
+)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) -> ShardedCollection:
+    return make_collection(tmp_path / "shards")
+
+
+def run(
+    trainer: Trainer, shards: ShardedCollection, on_save: Callable[[Trainer, Progress], None]
+) -> list[Progress]:
+    logged: list[Progress] = []
+    fit(trainer, shards, 0, logged.append, on_save)
+    return logged
+
+
+def test_logs_and_saves_when_asked_and_at_the_end(shards: ShardedCollection) -> None:
+    trainer = new_trainer(shards, GENERATOR, TRAIN, 0, CPU)
+    losses: list[float] = []
+    step = trainer.train_step
+
+    def spy(*arguments: object) -> dict[str, torch.Tensor]:
+        result = step(*arguments)  # type: ignore[arg-type]
+        losses.append(float(result["loss"]))
+        return result
+
+    trainer.train_step = spy  # type: ignore[method-assign, assignment]
+    saved: list[int] = []
+    logged = run(trainer, shards, lambda trainer, progress: saved.append(progress.step))
+    assert saved == [4, 8, 11]
+    assert [progress.step for progress in logged] == [3, 4, 6, 8, 9, 11]
+    begin = 0
+    for progress in logged:
+        mean = sum(losses[begin : progress.step]) / (progress.step - begin)
+        assert progress.loss == pytest.approx(mean, rel=1e-5)
+        assert progress.steps == 11
+        assert progress.tokens_per_second > 0
+        assert 0 <= progress.waiting_share <= 1
+        begin = progress.step
+    assert run(trainer, shards, lambda *_: pytest.fail("nothing is left to do")) == []
+
+
+def test_stopped_and_resumed_ends_as_if_nothing_had_happened(
+    tmp_path: Path, shards: ShardedCollection
+) -> None:
+    whole = new_trainer(shards, GENERATOR, TRAIN, 0, CPU)
+    logged = run(whole, shards, lambda *_: None)
+
+    class StoppedError(Exception):
+        pass
+
+    def save_then_stop(trainer: Trainer, progress: Progress) -> None:
+        trainer.save(tmp_path)
+        if progress.step == 8:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run(new_trainer(shards, GENERATOR, TRAIN, 0, CPU), shards, save_then_stop)
+    resumed = new_trainer(shards, GENERATOR, TRAIN, 0, CPU)
+    resumed.load(tmp_path)
+    again = run(resumed, shards, lambda *_: None)
+    assert [(p.step, p.loss, p.gradient_norm) for p in again] == [
+        (p.step, p.loss, p.gradient_norm) for p in logged if p.step > 8
+    ]
+    for one, other in ((resumed.generator, whole.generator), (resumed.average, whole.average)):
+        assert one.digest() == other.digest()
+
+
+def test_the_loss_goes_down(shards: ShardedCollection) -> None:
+    """Ten checkpoints with conditions of their own can be learned by heart."""
+    config = replace(
+        TRAIN, steps=600, tokens_per_checkpoint=10, checkpoints_per_step=10, learning_rate=3e-3, log_every=50
+    )
+    logged = run(new_trainer(shards, GENERATOR, config, 0, CPU), shards, lambda *_: None)
+    losses = [progress.loss for progress in logged if progress.step % 50 == 0]
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_condition_inputs(
+    tmp_path: Path, shards: ShardedCollection, make_collection: Callable[..., ShardedCollection]
+) -> None:
+    assert shards.conditions is not None
+    assert torch.equal(condition_inputs(shards, ConditionKind.vector), shards.conditions)
+    assert torch.equal(condition_inputs(shards, ConditionKind.permutation), torch.arange(10))
+    assert condition_inputs(shards, ConditionKind.none).shape == (10, 0)
+    bare = make_collection(tmp_path / "bare", condition_width=None)
+    assert condition_inputs(bare, ConditionKind.none).shape == (10, 0)

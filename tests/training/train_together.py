@@ -1,0 +1,113 @@
+"""One of several workers that train the same generators, each described by a name: see `test_workers.py`.
+
+    python train_together.py SHARDS OUTPUT RANK WORKERS RESUME SCENARIO…
+
+The first worker writes OUTPUT/SCENARIO/history.json and the states; RESUME is the OUTPUT to go on from,
+or empty.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rpg.collection.shards import ShardedCollection
+from rpg.config import (
+    ConditionConfig,
+    ConditionKind,
+    DenoiserConfig,
+    DenoiserKind,
+    DiffusionConfig,
+    GeneratorConfig,
+    Optimiser,
+    Precision,
+    Prediction,
+    RecurrentConfig,
+    RecurrentKind,
+    Sharding,
+    TrainConfig,
+)
+from rpg.training.fit import Progress, fit, new_trainer
+from rpg.training.trainer import Trainer
+
+# Gradients are cut in some of the steps.
+TRAIN = TrainConfig(
+    steps=12,
+    checkpoints_per_step=7,
+    tokens_per_checkpoint=5,
+    warmup_steps=3,
+    weight_decay=0.1,
+    gradient_clip=0.7,
+    ema_decay=0.9,
+    precision=Precision.float32,
+    save_every=5,
+    log_every=1,
+)
+FAST = GeneratorConfig(
+    recurrent=RecurrentConfig(width=16, depth=2, state_size=8, head_size=8),
+    denoiser=DenoiserConfig(width=64, depth=2),
+    condition=ConditionConfig(width=8, dropout=0.3),
+    diffusion=DiffusionConfig(prediction=Prediction.v),
+)
+UNET = GeneratorConfig(
+    recurrent=RecurrentConfig(kind=RecurrentKind.lstm, width=16, depth=1),
+    denoiser=DenoiserConfig(kind=DenoiserKind.unet, channels=[1, 4, 6, 4, 1]),
+    condition=ConditionConfig(kind=ConditionKind.permutation, width=8),
+)
+TRANSFORMER = GeneratorConfig(
+    recurrent=RecurrentConfig(kind=RecurrentKind.transformer, width=16, depth=1, head_size=8),
+    denoiser=DenoiserConfig(width=64, depth=1),
+    condition=ConditionConfig(kind=ConditionKind.none),
+)
+# Wide enough for 8-bit moments, also of each worker's half.
+WIDE = replace(FAST, denoiser=DenoiserConfig(width=128, depth=1), condition=ConditionConfig(width=8))
+SHARDED = replace(TRAIN, sharding=Sharding.fsdp)
+EIGHT_BITS = replace(SHARDED, optimiser=Optimiser.adamw8bit)
+SCENARIOS = {
+    "fast": (FAST, TRAIN),
+    "unet": (UNET, TRAIN),
+    "transformer": (TRANSFORMER, TRAIN),
+    "fast_sharded": (FAST, SHARDED),
+    "unet_sharded": (UNET, SHARDED),
+    "transformer_sharded": (TRANSFORMER, SHARDED),
+    "wide": (WIDE, TRAIN),
+    "eight_bits": (WIDE, EIGHT_BITS),
+}
+
+
+def train(shards: ShardedCollection, scenario: str, output: Path, resume: Path | None) -> None:
+    generator, config = SCENARIOS[scenario]
+    trainer = new_trainer(shards, generator, config, 0, torch.device("cpu"))
+    if resume:
+        trainer.load(resume / scenario / "step_5")
+    logged: list[Progress] = []
+
+    def save(trainer: Trainer, progress: Progress) -> None:
+        trainer.save(output / scenario / f"step_{progress.step}")
+        if (average := trainer.whole_average()) and progress.step == config.steps:
+            average.save_pretrained(output / scenario / "generator")
+
+    fit(trainer, shards, 0, logged.append, save)
+    if trainer.workers.rank == 0:
+        rows = [dataclasses.asdict(progress) for progress in logged]
+        (output / scenario / "history.json").write_text(json.dumps(rows))
+
+
+def main() -> None:
+    shards, output, rank, workers, resume, *scenarios = sys.argv[1:]
+    torch.set_num_threads(1)
+    if int(workers) > 1:
+        store = f"file://{output}/store"
+        dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(workers))
+    for scenario in scenarios:
+        train(ShardedCollection.open(Path(shards)), scenario, Path(output), Path(resume) if resume else None)
+    if int(workers) > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
