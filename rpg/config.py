@@ -92,7 +92,7 @@ class Split(StrEnum):
 
 
 class Precision(StrEnum):
-    """Arithmetic of training: `auto` is float32 on a CPU and bfloat16 autocast on a GPU."""
+    """Arithmetic of matrix products: `auto` is float32 on a CPU and bfloat16 on a GPU."""
 
     auto = "auto"
     float32 = "float32"
@@ -217,6 +217,8 @@ class SamplingConfig:
     """Standard deviation of the noise that sampling starts from."""
     token_batch: int = 256
     """Tokens denoised together; peak memory depends on this alone."""
+    precision: Precision = Precision.auto
+    """`auto` and `bfloat16`: on a GPU bfloat16 products, on a CPU float32; `float32`: everywhere."""
 
 
 @dataclass

@@ -17,7 +17,8 @@ import torch
 
 from rpg.config import SamplingConfig
 from rpg.errors import RPGError
-from rpg.generation.batch_sampler import BatchSampler, Rows
+from rpg.generation.batch_sampler import BatchSampler
+from rpg.generation.rows import Rows
 from rpg.generator.generator import Generator
 from serve.fair_queue import FairQueue
 from serve.model_writer import ModelWriter

@@ -6,9 +6,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rpg.generation.batch_sampler import BatchSampler, Rows
+from rpg.generation.batch_sampler import BatchSampler
 from rpg.generation.job import JobPlan
 from rpg.generation.model_file import ModelFile
+from rpg.generation.rows import Rows
 from rpg.storage import AnyPath
 from serve.records import Made
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,12 +15,18 @@ from torch import Tensor
 
 from rpg.config import ConditionKind, SamplingConfig
 from rpg.errors import RPGError
+from rpg.generation.in_background import InBackground
 from rpg.generation.model_file import ModelFile, remote_metadata
 from rpg.generation.noise import permutation_state
+from rpg.generation.rows import Rows
+from rpg.generation.sampled import SampledBatch
 from rpg.generation.sampler import ModelRequest, PackedSampler, check_condition
 from rpg.generator.generator import Generator
 from rpg.storage import AnyPath, is_remote
 from rpg.storage_errors import naming
+
+_WAITING_BATCHES = 2
+"""Batches sampled and not written yet."""
 
 
 @dataclass(frozen=True)
@@ -155,30 +163,43 @@ def run_job(
         finished += 1
         report(finished, len(indices))
 
+    file: ModelFile | None = None
+
+    def write(rows: Rows, sampled: SampledBatch) -> None:
+        nonlocal file
+        for start, end in _runs(rows.models):
+            token = int(rows.tokens[start])
+            if token == 0:
+                file = stack.enter_context(plan.file(int(rows.models[start]), out))
+            assert file is not None
+            sampled.write(slice(start, end), file, token)
+            if token + end - start == layout.tokens:
+                stack.close()
+                count()
+
     def missing() -> Iterator[ModelRequest]:
         for index in indices:
             if _metadata(out / job.file_name(index)) == plan.metadata(index):
-                count()
+                writing.do(count)
             elif layout.tokens == 0:
                 with plan.file(index, out):
-                    count()
+                    writing.do(count)
             else:
                 yield plan.request(index)
 
     report(finished, len(indices))
     sampler = PackedSampler(generator, job.sampling, job.seed)
-    with ExitStack() as stack:
-        for sampled in sampler.sample(missing()):
-            values = sampled.values.float().cpu()
-            pairs = zip(sampled.models.tolist(), sampled.tokens.tolist(), strict=True)
-            for row, (model, token) in enumerate(pairs):
-                if token == 0:
-                    file = stack.enter_context(plan.file(model, out))
-                file.write_token(token, values[row])
-                if token == layout.tokens - 1:
-                    stack.close()
-                    count()
+    # Writing ends before the files are closed.
+    with ExitStack() as stack, InBackground(_WAITING_BATCHES) as writing:
+        for rows, sampled in sampler.sample_to_write(missing()):
+            writing.do(partial(write, rows, sampled))
     return [out / job.file_name(index) for index in indices]
+
+
+def _runs(models: Tensor) -> Iterator[tuple[int, int]]:
+    """Where each model's rows begin and end in a batch."""
+    changes = torch.nonzero(models[1:] != models[:-1]).flatten() + 1
+    yield from pairwise([0, *changes.tolist(), len(models)])
 
 
 def _metadata(path: AnyPath) -> dict[str, str] | None:

@@ -86,6 +86,25 @@ class ModelFile:
             raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
         self._write(spec.name, start, weights)
 
+    def write_weights(self, first: int, weights: Tensor) -> None:
+        """Write tokens from `first` on, given their weights, float32 [k, token_size], decoded already.
+
+        Raises:
+            RPGError: naming file and tensor, if the weights are not finite.
+        """
+        row = 0
+        while row < len(weights):
+            spec = self.layout.spec_of(first + row)
+            token = first + row - spec.first_token
+            rows = min(len(weights) - row, spec.tokens - token)
+            start = token * self.layout.token_size
+            values = weights[row : row + rows].reshape(-1)[: spec.numel - start].to(spec.dtype)
+            # A sum is cheaper than a look at every value, and finite only if all values are.
+            if not (values.sum(dtype=torch.float64).isfinite() or values.isfinite().all()):
+                raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
+            self._write(spec.name, start, values)
+            row += rows
+
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the file, once all its tokens are written and before the block ends."""
         self._file.flush()
@@ -97,7 +116,7 @@ class ModelFile:
         self._stack.__exit__(kind, error, traceback)
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        data = values.contiguous().view(torch.uint8).numpy().tobytes()
+        data = values.contiguous().view(torch.uint8).numpy().data
         for each in self._names.get(name, ()):
             self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
             self._file.write(data)

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from rpg.config import ConditionConfig, ConditionKind, SamplingConfig
 from rpg.errors import RPGError
-from rpg.generation.batch_sampler import PROTOTYPE_PIECE, BatchSampler, ModelRequest, Rows, check_seed
+from rpg.generation.batch_sampler import BatchSampler, ModelRequest, check_seed
+from rpg.generation.prototypes import PROTOTYPE_PIECE
+from rpg.generation.rows import Rows
+from rpg.generation.sampled import SampledBatch
 from rpg.generator.generator import Generator
 
 __all__ = [
@@ -44,6 +47,16 @@ class PackedSampler:
 
     def sample(self, requests: Iterable[ModelRequest]) -> Iterator[SampledTokens]:
         """Yield the tokens of all `requests`, model by model and token by token, as batches finish."""
+        for rows in self.batches(requests):
+            yield SampledTokens(rows.models, rows.tokens, self._batches.denoise(rows))
+
+    def sample_to_write(self, requests: Iterable[ModelRequest]) -> Iterator[tuple[Rows, SampledBatch]]:
+        """As `sample`, in the form that files are written from; a GPU samples on meanwhile."""
+        for rows in self.batches(requests):
+            yield rows, self._batches.sample(rows)
+
+    def batches(self, requests: Iterable[ModelRequest]) -> Iterator[Rows]:
+        """The rows of all `requests`, in denoising batches."""
         waiting: list[Rows] = []
         count = 0
         for request in requests:
@@ -54,12 +67,9 @@ class PackedSampler:
                     batch, rest = Rows.joined(waiting).split(self._batches.size)
                     waiting = [rest] if len(rest.models) else []
                     count -= self._batches.size
-                    yield self._sampled(batch)
+                    yield batch
         if count:
-            yield self._sampled(Rows.joined(waiting))
-
-    def _sampled(self, batch: Rows) -> SampledTokens:
-        return SampledTokens(batch.models, batch.tokens, self._batches.denoise(batch))
+            yield Rows.joined(waiting)
 
 
 def check_condition(generator: Generator, condition: list[float]) -> Tensor:

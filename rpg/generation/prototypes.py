@@ -1,0 +1,87 @@
+"""Prototypes of one model, piece by piece: what the recurrent network makes of positions and condition."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from rpg.config import SamplingConfig
+from rpg.generation.placement import samples_on_gpu
+from rpg.generator.generator import Generator
+from rpg.threads import one_thread
+
+PROTOTYPE_PIECE = 256
+"""Positions that the recurrent network takes at once on a CPU, its state carried over."""
+
+GPU_PROTOTYPE_PIECE = 2048
+
+_REMEMBERED = 16
+"""Conditions whose prototypes are kept: of a small network, one piece at most."""
+
+
+class Prototypes:
+    """Prototypes of a generator for one condition at a time.
+
+    All models are cut into the same pieces, so a model's prototypes do not depend on other models.
+    """
+
+    def __init__(self, generator: Generator, sampling: SamplingConfig) -> None:
+        self._generator = generator
+        self._guided = sampling.guidance != 1
+        self._device = generator.positions.device
+        self._half = samples_on_gpu(generator, sampling)
+        self._piece = GPU_PROTOTYPE_PIECE if self._device.type == "cuda" else PROTOTYPE_PIECE
+        self._recurrent = _half_products(generator.recurrent) if self._half else generator.recurrent
+        self._latest: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def pieces(self, condition: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The model's prototypes and, for guidance, those without condition: [n, width] each, in order."""
+        positions = self._generator.positions
+        key = condition.cpu().numpy().tobytes()
+        if len(positions) <= self._piece and key in self._latest:
+            # Models of one condition follow each other: a small network's prototypes are computed once.
+            self._latest.move_to_end(key)
+            yield self._latest[key]
+            return
+        row = condition[None].to(self._device)
+        with self._arithmetic():
+            embedded = self._generator.condition(row)
+            null = self._generator.condition(row, torch.ones(1, dtype=torch.bool, device=self._device))
+        state = null_state = None
+        for piece in torch.split(positions, self._piece):
+            with self._arithmetic():
+                prototypes, state = self._recurrent(piece[None] + embedded[:, None], state)
+                unconditional = prototypes
+                if self._guided:
+                    unconditional, null_state = self._recurrent(piece[None] + null[:, None], null_state)
+            result = prototypes[0].float(), unconditional[0].float()
+            if len(positions) <= self._piece:
+                self._latest[key] = result
+                if len(self._latest) > _REMEMBERED:
+                    self._latest.popitem(last=False)
+            yield result
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(sampling_threads(self._device))
+        if self._half:
+            stack.enter_context(torch.autocast(self._device.type, torch.bfloat16))
+        return stack
+
+
+def sampling_threads(device: torch.device) -> AbstractContextManager[None]:
+    """Run a block's CPU operations on one thread; nothing changes for other devices."""
+    return one_thread() if device.type == "cpu" else nullcontext()
+
+
+def _half_products(recurrent: nn.Module) -> nn.Module:
+    """A copy whose linear layers hold bfloat16: autocast would convert them anew for every piece."""
+    half = copy.deepcopy(recurrent)
+    for module in half.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    return half
