@@ -26,7 +26,7 @@ from rpg.generation.placement import samples_on_gpu
 from rpg.generation.plain_loop import PlainLoop
 from rpg.generation.prototypes import Prototypes, sampling_threads
 from rpg.generation.rows import Rows
-from rpg.generation.sampled import HostCopies, SampledBatch
+from rpg.generation.sampled import ArrivingBatch, HostCopies, SampledBatch
 from rpg.generator.generator import Generator
 from rpg.generator.solvers import solver_steps
 
@@ -87,11 +87,11 @@ class BatchSampler:
                 self._loop = self._build_loop()
             return self._loop(rows.padded(self.size))[: len(rows.models)]
 
-    def sample(self, rows: Rows) -> SampledBatch:
+    def sample(self, rows: Rows) -> SampledBatch | ArrivingBatch:
         """As `denoise`, to be written: on a GPU decoded there, and not waited for."""
         values = self.denoise(rows)
         if self._decoder is None or self._copies is None:
-            return SampledBatch(values.cpu(), decoded=False)
+            return SampledBatch(values.cpu())
         with torch.inference_mode():
             tokens = rows.tokens.to(self.device, non_blocking=True)
             return self._copies.start(self._decoder.decode(tokens, values))

@@ -86,23 +86,27 @@ class ModelFile:
             raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
         self._write(spec.name, start, weights)
 
-    def write_weights(self, first: int, weights: Tensor) -> None:
-        """Write tokens from `first` on, given their weights, float32 [k, token_size], decoded already.
+    def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
+        """Write the tokens from `first` on, decoded already.
+
+        Args:
+            first: index of the first token.
+            weights: float32 [k, token_size].
+            finite: bool [k], whether a token's weights are.
 
         Raises:
-            RPGError: naming file and tensor, if the weights are not finite.
+            RPGError: naming file and tensor, if weights are not finite.
         """
         row = 0
         while row < len(weights):
             spec = self.layout.spec_of(first + row)
             token = first + row - spec.first_token
             rows = min(len(weights) - row, spec.tokens - token)
-            start = token * self.layout.token_size
-            values = weights[row : row + rows].reshape(-1)[: spec.numel - start].to(spec.dtype)
-            # A sum is cheaper than a look at every value, and finite only if all values are.
-            if not (values.sum(dtype=torch.float64).isfinite() or values.isfinite().all()):
+            if not finite[row : row + rows].all():
                 raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
-            self._write(spec.name, start, values)
+            start = token * self.layout.token_size
+            values = weights[row : row + rows].reshape(-1)[: spec.numel - start]
+            self._write(spec.name, start, values.to(spec.dtype))
             row += rows
 
     def sha256(self) -> str:

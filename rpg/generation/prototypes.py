@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from rpg.config import SamplingConfig
 from rpg.generation.placement import samples_on_gpu
 from rpg.generator.generator import Generator
+from rpg.generator.recurrent.mamba2 import Mamba2
 from rpg.threads import one_thread
 
 PROTOTYPE_PIECE = 256
 """Positions that the recurrent network takes at once on a CPU, its state carried over."""
 
 GPU_PROTOTYPE_PIECE = 2048
+
+_GPU_CHUNK = 256
+"""Of Mamba-2's scan: with few sequences, starting kernels takes longer than their work."""
 
 _REMEMBERED = 16
 """Conditions whose prototypes are kept: of a small network, one piece at most."""
@@ -84,4 +88,6 @@ def _half_products(recurrent: nn.Module) -> nn.Module:
     for module in half.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
+        if isinstance(module, Mamba2):
+            module.chunk_size = _GPU_CHUNK
     return half

@@ -10,23 +10,15 @@ from rpg.generation.model_file import ModelFile
 
 @dataclass
 class SampledBatch:
-    """Values of sampled tokens, [N, token_size]: on the CPU, or being copied there.
-
-    Attributes:
-        decoded: whether `values` are weights, or still normalised values.
-    """
+    """Normalised values of sampled tokens, [N, token_size], on the CPU."""
 
     values: Tensor
-    decoded: bool
-    _copied: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
     def wait(self) -> None:
-        """Return when the values have arrived; from any thread."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        """Nothing to wait for."""
 
     def write(self, rows: slice, file: ModelFile, first_token: int) -> None:
         """Write `rows`, consecutive tokens of one model from `first_token` on, into its file.
@@ -34,12 +26,30 @@ class SampledBatch:
         Raises:
             RPGError: naming file and tensor, if the weights are not finite.
         """
-        self.wait()
-        if self.decoded:
-            file.write_weights(first_token, self.values[rows])
-            return
         for i, values in enumerate(self.values[rows]):
             file.write_token(first_token + i, values)
+
+
+@dataclass
+class ArrivingBatch:
+    """Weights of sampled tokens, float32 [N, token_size], being copied from a GPU to the host."""
+
+    weights: Tensor
+    finite: Tensor
+    """Bool [N]: rows without NaN or infinite values."""
+    copied: torch.cuda.Event
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def wait(self) -> None:
+        """Return when all has arrived; from any thread."""
+        self.copied.synchronize()
+
+    def write(self, rows: slice, file: ModelFile, first_token: int) -> None:
+        """As `SampledBatch.write`."""
+        self.wait()
+        file.write_weights(first_token, self.weights[rows], self.finite[rows])
 
 
 class HostCopies:
@@ -48,13 +58,15 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, values: Tensor) -> SampledBatch:
+    def start(self, weights: Tensor) -> ArrivingBatch:
         """Begin to copy weights [N, token_size] to pinned memory."""
-        self._stream.wait_stream(torch.cuda.current_stream(values.device))
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(weights.device))
+        host = torch.empty(weights.shape, dtype=weights.dtype, pin_memory=True)
+        finite = torch.empty(len(weights), dtype=torch.bool, pin_memory=True)
         with torch.cuda.stream(self._stream):
-            host.copy_(values, non_blocking=True)
+            host.copy_(weights, non_blocking=True)
+            finite.copy_(weights.isfinite().all(1), non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        values.record_stream(self._stream)
-        return SampledBatch(host, True, copied)
+        weights.record_stream(self._stream)
+        return ArrivingBatch(host, finite, copied)

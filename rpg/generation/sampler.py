@@ -15,7 +15,7 @@ from rpg.errors import RPGError
 from rpg.generation.batch_sampler import BatchSampler, ModelRequest, check_seed
 from rpg.generation.prototypes import PROTOTYPE_PIECE
 from rpg.generation.rows import Rows
-from rpg.generation.sampled import SampledBatch
+from rpg.generation.sampled import ArrivingBatch, SampledBatch
 from rpg.generator.generator import Generator
 
 __all__ = [
@@ -50,10 +50,16 @@ class PackedSampler:
         for rows in self.batches(requests):
             yield SampledTokens(rows.models, rows.tokens, self._batches.denoise(rows))
 
-    def sample_to_write(self, requests: Iterable[ModelRequest]) -> Iterator[tuple[Rows, SampledBatch]]:
+    def sample_to_write(
+        self, requests: Iterable[ModelRequest]
+    ) -> Iterator[tuple[Rows, SampledBatch | ArrivingBatch]]:
         """As `sample`, in the form that files are written from; a GPU samples on meanwhile."""
         for rows in self.batches(requests):
             yield rows, self._batches.sample(rows)
+
+    def denoise(self, rows: Rows) -> Tensor:
+        """As `BatchSampler.denoise`."""
+        return self._batches.denoise(rows)
 
     def batches(self, requests: Iterable[ModelRequest]) -> Iterator[Rows]:
         """The rows of all `requests`, in denoising batches."""

@@ -35,13 +35,10 @@ class ToeplitzConv:
     block_m: int
     block_n: int
     block_k: int
-    warps: int
-    stages: int
 
     @staticmethod
     def of(
         weight: Tensor, bias: Tensor, group: int, dtype: torch.dtype, block_m: int = 128, block_n: int = 128,
-        warps: int = 8, stages: int = 3,
     ) -> "ToeplitzConv":  # fmt: skip
         """Of a convolution's `weight` [outputs, inputs, kernel], kernel odd, and `bias` [outputs]."""
         outputs, inputs, kernel = weight.shape
@@ -54,7 +51,7 @@ class ToeplitzConv:
             matrix[i * inputs : (i + kernel) * inputs, i * outputs : (i + 1) * outputs] = taps
         return ToeplitzConv(
             matrix.to(dtype).contiguous(), bias.float().contiguous(), inputs, outputs, group, kernel // 2,
-            block_m, min(block_n, group * outputs), block_k, warps, stages,
+            block_m, min(block_n, group * outputs), block_k,
         )  # fmt: skip
 
     def __call__(
@@ -93,7 +90,7 @@ class ToeplitzConv:
             INPUTS=self.inputs, OUTPUTS=self.outputs, GROUP=self.group, K=self.matrix.shape[0],
             MIDDLE=middle, SKIP=skip is not None, KEEP=kept is not None,
             BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k,
-            num_warps=self.warps, num_stages=self.stages,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
 
 

@@ -92,9 +92,9 @@ def _folded(layer: nn.Module, dtype: torch.dtype) -> ToeplitzConv:
 
 
 def _group(inputs: int, outputs: int) -> int:
-    """Neighbouring positions computed together; measured on an H100 (docs/results.md)."""
+    """Neighbouring positions computed together: what was fastest on an H100."""
     if inputs == 1:
         return 8
     if outputs == 1:
-        return 16
-    return 2
+        return 32
+    return 2 if outputs <= 64 else 1

@@ -8,7 +8,6 @@ installed they are used on a GPU.
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.errors import RPGError
+from rpg.generator.recurrent.mamba_kernels import fused_kernel
 
 
 class Mamba2State(NamedTuple):
@@ -105,7 +105,7 @@ class Mamba2(nn.Module):
         """
         projected = self.in_proj(u)
         a = -self.A_log.to(_accurate(projected)).exp()
-        kernel = _fused_kernel() if self._kernel_serves(projected, state) else None
+        kernel = fused_kernel() if self._kernel_serves(projected, state) else None
         if kernel is not None:
             return self._forward_kernel(kernel, projected, a, keep_state)
         gate, inputs, dt = torch.split(projected, [self.d_inner, self.conv_channels, self.nheads], dim=-1)
@@ -272,14 +272,3 @@ def _scan_chunk(
 def _accurate(values: Tensor) -> torch.dtype:
     """Dtype for decays: half precision would lose the difference of two long sums."""
     return torch.promote_types(values.dtype, torch.float32)
-
-
-@cache
-def _fused_kernel() -> Callable[..., Any] | None:
-    try:
-        import causal_conv1d  # noqa: F401  (the kernel calls it, but imports without it)
-        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
-    except ImportError:
-        return None
-    kernel: Callable[..., Any] = mamba_split_conv1d_scan_combined
-    return kernel

@@ -1,0 +1,70 @@
+"""mamba_ssm's fused kernels, without the minutes that they otherwise spend on their first call.
+
+Each of their 14 Triton kernels compiles and times 6 to 11 configurations for every new shape: 40 s for the
+forward pass and 72 s for the backward on an H100. Here each keeps the configuration that won there, with 8
+sequences of 1,510 elements of width 8192: 16 s in all where Triton has nothing in its cache. A step took
+60.9 ms, and 61.4 ms with all of them to choose from.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+_CHOSEN: dict[str, dict[str, tuple[dict[str, int], int, int]]] = {
+    "ssd_bmm": {
+        "_bmm_chunk_fwd_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32}, 4, 4),
+        "_bmm_chunk_bwd_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_CS": 32}, 4, 4),
+    },
+    "ssd_chunk_state": {
+        "_chunk_cumsum_fwd_kernel": ({"BLOCK_SIZE_H": 16}, 4, 3),
+        "_chunk_cumsum_bwd_kernel": ({"BLOCK_SIZE_H": 16}, 4, 3),
+        "_chunk_state_fwd_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32}, 4, 4),
+        "_chunk_state_bwd_db_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128}, 4, 3),
+    },
+    "ssd_state_passing": {
+        "_state_passing_fwd_kernel": ({"BLOCK_SIZE": 2048}, 4, 3),
+        "_state_passing_bwd_kernel": ({"BLOCK_SIZE": 2048}, 4, 3),
+    },
+    "ssd_chunk_scan": {
+        "_chunk_scan_fwd_kernel": ({"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32}, 2, 5),
+        "_chunk_scan_bwd_dc_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128}, 4, 3),
+        "_chunk_scan_bwd_dcb_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 32}, 4, 3),
+        "_chunk_scan_bwd_ddAcs_stable_kernel": ({"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 32}, 4, 3),
+        "_chunk_scan_bwd_dstates_kernel": (
+            {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 32}, 4, 4,
+        ),
+    },
+    "ssd_combined": {
+        "_chunk_scan_chunk_state_bwd_dx_kernel": (
+            {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32}, 4, 5,
+        ),
+    },
+}  # fmt: skip
+"""By module and kernel: block sizes, warps, pipeline stages."""
+
+
+@cache
+def fused_kernel() -> Callable[..., Any] | None:
+    """mamba_ssm's fused layer, or None where it or causal_conv1d is not installed."""
+    try:
+        import causal_conv1d  # noqa: F401  (the kernel calls it, but imports without it)
+        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+    except ImportError:
+        return None
+    for module, kernels in _CHOSEN.items():
+        loaded = importlib.import_module(f"mamba_ssm.ops.triton.{module}")
+        for name, chosen in kernels.items():
+            _restrict(getattr(loaded, name, None), chosen)
+    kernel: Callable[..., Any] = mamba_split_conv1d_scan_combined
+    return kernel
+
+
+def _restrict(kernel: Any, chosen: tuple[dict[str, int], int, int]) -> None:
+    """Keep the chosen configuration alone; other releases that do not have it keep all of theirs."""
+    while kernel is not None and not hasattr(kernel, "configs"):
+        kernel = getattr(kernel, "fn", None)
+    if kernel is None:
+        return
+    kept = [each for each in kernel.configs if (each.kwargs, each.num_warps, each.num_stages) == chosen]
+    kernel.configs = kept or kernel.configs
