@@ -1,6 +1,8 @@
 """One small run of the whole flow, shared by the tests that look at its outputs."""
 
+import io
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -8,8 +10,16 @@ import sys
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -18,6 +28,9 @@ import pytest
 from ray.util import get_node_ip_address
 
 ROOT = Path(__file__).parents[2]
+# Of the Rays that this process starts or joins, before it knows of any: it could not change its mind later.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 DIGITS = ROOT / "configs" / "digits.yaml"
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_ATTEMPTS = 2
@@ -48,7 +61,8 @@ def _run_job(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m ray_jobs.MODULE` as a user would, in a process group that ends with it."""
     command = [sys.executable, "-m", f"ray_jobs.{module}", *map(str, arguments)]
-    environment = {**os.environ, **(environment or {})}
+    ours = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    environment = {**ours, **(environment or {})}
     environment.pop("RAY_ADDRESS", None)
     if ray_address is not None:
         environment["RAY_ADDRESS"] = ray_address
@@ -58,10 +72,31 @@ def _run_job(
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _call_job(
+    module: str, arguments: Sequence[object], ray_address: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ray_jobs.MODULE` in this process, which has imported Ray and PyTorch already."""
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [f"ray_jobs/{module}.py", *map(str, arguments)])
+        patch.delenv("RAY_ADDRESS", raising=False)
+        if ray_address is not None:
+            patch.setenv("RAY_ADDRESS", ray_address)
+        # Python warns that the module has been imported before.
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            try:
+                runpy.run_module(f"ray_jobs.{module}", run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+    assert isinstance(status, int), err.getvalue()
+    return subprocess.CompletedProcess([module], status, out.getvalue(), err.getvalue())
 
 
 @dataclass(frozen=True)
@@ -77,7 +112,7 @@ class FinishedRun:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     root = tmp_path_factory.mktemp("run") / "small"
     arguments = [str(DIGITS), *SMALL, f"output={root}"]
-    result = _run_job("pipeline", arguments)
+    result = _run_job("pipeline", arguments, timeout=540)
     assert result.returncode == 0, result.stderr
     return FinishedRun(root, arguments, result.stdout + result.stderr)
 
@@ -85,6 +120,21 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 @pytest.fixture(scope="session")
 def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
     return _run_job
+
+
+@pytest.fixture(scope="session")
+def call_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`call_job(module, arguments)`: in this process; starts a Ray of its own if it comes to that."""
+    return _call_job
+
+
+@pytest.fixture(scope="session")
+def join_job(
+    ray_head: Callable[..., AbstractContextManager["Head"]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """`join_job(module, arguments)`: the same on a cluster of two CPUs that is there, and stays."""
+    with ray_head(tmp_path_factory.mktemp("cluster"), "--num-cpus=2", "--num-gpus=0") as head:
+        yield lambda module, arguments: _call_job(module, arguments, ray_address=head.address)
 
 
 @pytest.fixture(scope="session")

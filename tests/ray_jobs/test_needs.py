@@ -20,10 +20,10 @@ def error_of(result: subprocess.CompletedProcess[str]) -> str:
     return error
 
 
-def test_gpus_that_the_cluster_lacks(run_job, small_settings, tmp_path):
+def test_gpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
     began = time.monotonic()
     settings = [*small_settings, f"output={tmp_path}", "ray.use_gpu=true", "ray.train_workers=2"]
-    error = error_of(run_job("pipeline", settings, environment={"CUDA_VISIBLE_DEVICES": ""}))
+    error = error_of(join_job("pipeline", settings))
     assert error.endswith(
         "ray.use_gpu: training asks for 2 GPUs (ray.train_workers=2), the cluster has 0 GPUs on 1 node"
     )
@@ -31,16 +31,16 @@ def test_gpus_that_the_cluster_lacks(run_job, small_settings, tmp_path):
     assert not (tmp_path / "collection").exists()
 
 
-def test_cpus_that_the_cluster_lacks(run_job, small_settings, tmp_path):
+def test_cpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
     settings = [*small_settings, f"output={tmp_path}", "ray.train_workers=3"]
     assert "training asks for 3 CPUs (ray.train_workers=3), the cluster has 2 CPUs on 1 node" in error_of(
-        run_job("pipeline", settings)
+        join_job("pipeline", settings)
     )
 
 
-def test_finished_stages_ask_for_nothing(run_job, small_run):
+def test_finished_stages_ask_for_nothing(join_job, small_run):
     """The report alone needs no workers: none are asked for."""
-    again = run_job("pipeline", [*small_run.arguments, "ray.train_workers=3"])
+    again = join_job("pipeline", [*small_run.arguments, "ray.train_workers=3"])
     assert again.returncode == 0, again.stderr
 
 
