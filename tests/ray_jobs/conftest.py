@@ -34,7 +34,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 DIGITS = ROOT / "configs" / "digits.yaml"
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_ATTEMPTS = 2
-HEAD_SECONDS = 120
+HEAD_SECONDS = 200
 SMALL = (
     "collect.checkpoints_per_task=1",
     "collect.backbone_epochs=5",
@@ -129,12 +129,18 @@ def call_job() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def join_job(
+def cluster(
     ray_head: Callable[..., AbstractContextManager["Head"]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """`join_job(module, arguments)`: the same on a cluster of two CPUs that is there, and stays."""
+) -> Iterator["Head"]:
+    """One of two CPUs that is there all the time."""
     with ray_head(tmp_path_factory.mktemp("cluster"), "--num-cpus=2", "--num-gpus=0") as head:
-        yield lambda module, arguments: _call_job(module, arguments, ray_address=head.address)
+        yield head
+
+
+@pytest.fixture(scope="session")
+def join_job(cluster: "Head") -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`join_job(module, arguments)`: in this process, on that cluster."""
+    return lambda module, arguments: _call_job(module, arguments, ray_address=cluster.address)
 
 
 @pytest.fixture(scope="session")
