@@ -3,14 +3,19 @@
 import logging
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # Read when Ray's own processes start: errors reach the user as exceptions, not as lines of their logs.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray ends a node whose agent does not answer in this time, and the job with it: half a minute is too short
+# for a busy machine.
+os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 
 import ray
 import ray.data
@@ -19,34 +24,58 @@ import ray.exceptions
 from rpg.config import RayConfig
 from rpg.errors import RPGError
 
+_STARTS = 3
+_LOGS = "Ray's logs are in session_latest/logs of its temporary directory, /tmp/ray unless RAY_TMPDIR is set"
+
 
 @contextmanager
 def ray_cluster(config: RayConfig) -> Iterator[None]:
     """Connect for the duration of the block; a Ray started here is stopped at its end, Ctrl-C included.
 
     Raises:
-        RPGError: if no cluster answers at RAY_ADDRESS, or for a worker's RPGError, without Ray's wrapping.
+        RPGError: if Ray does not start, if no cluster answers at RAY_ADDRESS, or for a worker's RPGError,
+            without Ray's wrapping.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _probe(address)
-    # Joining a cluster takes no resources; without one, None leaves the number of CPUs to Ray.
-    resources = {} if address else {"num_cpus": config.num_cpus, "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with _last_words(f"error: this process was ended, perhaps by Ray, which does so without a word: {_LOGS}"):
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address)
+        else:
+            _start(config)
+        with _in_cluster():
+            yield
+
+
+def _join(address: str) -> None:
+    _probe(address)
     try:
-        with _native_stderr_closed():
-            # The stages show their own progress, and errors come back as exceptions.
-            # "local" starts one even where another is running that nobody named.
-            ray.init(
-                address=address or "local",
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                **resources,  # type: ignore[arg-type]
-            )
+        _init(address)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        if not address:
-            raise
         raise RPGError(f"RAY_ADDRESS={address}: {_why_not_joined()}") from error
+
+
+def _start(config: RayConfig) -> None:
+    for attempt in range(1, _STARTS + 1):
+        try:
+            # "local" starts one even where another is running that nobody named.
+            # None leaves the number of CPUs to Ray.
+            _init("local", num_cpus=config.num_cpus, include_dashboard=False)
+            break
+        except Exception as error:
+            # Ray gives up on agents that a busy machine does not start within 15 seconds, and has no setting
+            # for it. What is left of such an attempt ends with this process.
+            if attempt == _STARTS:
+                raise RPGError(f"Ray did not start, {_STARTS} times over: {error}: {_LOGS}") from error
+
+
+def _init(address: str, **resources: Any) -> None:
+    # The stages show their own progress, and errors come back as exceptions.
+    with _native_stderr_closed():
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **resources)
+
+
+@contextmanager
+def _in_cluster() -> Iterator[None]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
@@ -81,6 +110,22 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise RPGError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from error
+
+
+@contextmanager
+def _last_words(text: str) -> Iterator[None]:
+    """Have `text` said on stderr if the process ends within the block.
+
+    Ray's native code ends a process that has lost its node or the cluster with status 1, and never comes back
+    to Python. So another process says it: its stdin ends without a line.
+    """
+    listen = ["sh", "-c", 'trap "" HUP INT TERM; read -r _ || echo "$0" >&2', text]
+    with subprocess.Popen(listen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as listener:
+        try:
+            yield
+        finally:
+            with suppress(BrokenPipeError):
+                listener.communicate(b"\n")
 
 
 @contextmanager

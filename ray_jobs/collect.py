@@ -33,8 +33,6 @@ def run(config: Config) -> None:
     if config.collect.directory:
         Collection.load(paths.collection)
         return
-    task_family(config.collect.family)
-    refuse_foreign(paths.collection)
     splits = task_splits(config.collect.validation_tasks, config.seed)
     models = [(task, copy) for task in splits for copy in range(config.collect.checkpoints_per_task)]
     size = config.collect.models_per_batch
@@ -55,6 +53,14 @@ def run(config: Config) -> None:
             progress.update(len(entries), len(models), _mean_accuracy(list(entries.values())))
         architecture = {FAMILY: config.collect.family}
         Collection(directory, architecture, [entries[model] for model in models]).save()
+
+
+def check(config: Config) -> None:
+    """Refuse a family, splits or an output that networks cannot be trained for."""
+    if not config.collect.directory:
+        task_family(config.collect.family)
+        task_splits(config.collect.validation_tasks, config.seed)
+        refuse_foreign(RunPaths.of(config).collection)
 
 
 def refuse_foreign(directory: AnyPath) -> None:
@@ -116,6 +122,7 @@ COLLECT = Stage(
     sections=("seed", "collect"),
     after=None,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],
+    check=check,
     given=lambda config: (
         RunPaths.of(config).collection / COLLECTION_FILE if config.collect.directory else None
     ),

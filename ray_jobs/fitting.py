@@ -56,12 +56,7 @@ def fit_generator(
         RPGError: for input that no worker can train on.
         ray.train.TrainingFailedError: if workers keep failing.
     """
-    if config.ray.train_workers > config.train.checkpoints_per_step:
-        raise RPGError(
-            f"train.checkpoints_per_step: expected at least one for each of {config.ray.train_workers} "
-            f"training workers, got {config.train.checkpoints_per_step}"
-        )
-    refuse_missing_packages(config.tracking, config.train)
+    check_fit(config)
     tasks = None
     if config.train.validate_every:
         tasks = ValidationTasks.of(config, Collection.load(RunPaths.of(config).collection))
@@ -99,6 +94,20 @@ def fit_generator(
         raise RPGError("train: ended without a checkpoint")
     _remove_unfinished(filesystem, f"{root}/{name}")
     return result
+
+
+def check_fit(config: Config) -> None:
+    """Refuse a config that no worker can train with, before there are any.
+
+    Raises:
+        RPGError: naming the key.
+    """
+    if config.ray.train_workers > config.train.checkpoints_per_step:
+        raise RPGError(
+            f"train.checkpoints_per_step: expected at least one for each of {config.ray.train_workers} "
+            f"training workers, got {config.train.checkpoints_per_step}"
+        )
+    refuse_missing_packages(config.tracking, config.train)
 
 
 def cpus_per_worker(nodes: list[dict[str, float]], workers: int, use_gpu: bool) -> int:

@@ -30,7 +30,6 @@ JOB_FILE = "job.json"
 def run(config: Config) -> None:
     """Generate networks for tasks that the generator has not seen, and for some that it has."""
     paths = RunPaths.of(config)
-    validate_sampling(config.generator.sampling, config.generator, prefix="generator.sampling.")
     unseen, seen = chosen_conditions(Collection.load(paths.collection), config)
     conditions = [*unseen, *seen] or None
     number = config.generate.models_per_task
@@ -121,6 +120,9 @@ GENERATE = Stage(
     after=TRAIN,
     ignored=("generate.models_per_batch",),
     need=generation_need,
+    check=lambda config: validate_sampling(
+        config.generator.sampling, config.generator, prefix="generator.sampling."
+    ),
     outputs=lambda paths: [paths.generated / JOB_FILE],
 )
 

@@ -31,5 +31,12 @@ def run(config: Config) -> None:
     console.print(f"done in {time.perf_counter() - began:.1f} s: {made}")
 
 
+def check(config: Config) -> None:
+    """Refuse what any stage that is not done yet would refuse."""
+    for stage in with_stages_before(GENERATE):
+        if not is_done(stage, config):
+            stage.check(config)
+
+
 if __name__ == "__main__":
-    sys.exit(job_main("ray_jobs.pipeline", run.__doc__ or "", run, {}))
+    sys.exit(job_main("ray_jobs.pipeline", run.__doc__ or "", run, check, {}))

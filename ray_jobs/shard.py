@@ -34,12 +34,7 @@ def run(config: Config, refit: bool = False) -> None:
     """Turn training checkpoints into shards; new ones are appended to those that are there."""
     paths = RunPaths.of(config)
     collection = Collection.load(paths.collection)
-    entries = [entry for entry in collection.entries if entry.split == "train"]
-    if len(entries) < 2:
-        raise RPGError(
-            f"{paths.collection}: a collection needs at least 2 training checkpoints, "
-            f"this one has {len(entries)}"
-        )
+    entries = _training_entries(collection)
     directory, unfinished = paths.shards, Unfinished(paths.shards)
     plan = plan_digest(entries, config.shard)
     layout = unfinished.layout(plan)
@@ -72,6 +67,22 @@ def run(config: Config, refit: bool = False) -> None:
             f"shard: {says}; centre and scales stay those of the first {fitted}: --refit computes them anew",
             soft_wrap=True,
         )
+
+
+def check(config: Config) -> None:
+    """Refuse a collection of the user's that cannot be sharded; one to be trained is not there yet."""
+    if config.collect.directory:
+        _training_entries(Collection.load(RunPaths.of(config).collection))
+
+
+def _training_entries(collection: Collection) -> list[Entry]:
+    entries = [entry for entry in collection.entries if entry.split == "train"]
+    if len(entries) < 2:
+        raise RPGError(
+            f"{collection.root}: a collection needs at least 2 training checkpoints, "
+            f"this one has {len(entries)}"
+        )
+    return entries
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,7 @@ SHARD = Stage(
     sections=("shard",),
     after=COLLECT,
     outputs=lambda paths: [paths.shards / MANIFEST_FILE],
+    check=check,
     distinguishing=lambda paths: paths.shards / MANIFEST_FILE,
 )
 

@@ -50,6 +50,8 @@ class Stage:
     only a check, made when a later stage needs it."""
     need: Callable[[Config], Need] | None = None
     """Workers that it cannot do without, besides one CPU."""
+    check: Callable[[Config], None] = lambda config: None
+    """Refuses with an `RPGError` what can be seen to be wrong before Ray is started."""
 
 
 def fingerprint(stage: Stage, config: Config) -> str:
@@ -81,15 +83,26 @@ def is_done(stage: Stage, config: Config) -> bool:
     return isinstance(content, dict) and content.get("fingerprint") == fingerprint(stage, config)
 
 
+def check_stage(stage: Stage, config: Config) -> None:
+    """Refuse to run the stage for what is wrong with the config, or missing before it; needs no Ray.
+
+    Raises:
+        RPGError: with the reason.
+    """
+    stage.check(config)
+    before = stage.after
+    if before and not before.given(config) and not is_done(before, config):
+        raise RPGError(
+            f"{RunPaths.of(config).root}: stage '{stage.name}' needs stage '{before.name}', which has "
+            f"not been run with this config: run python -m ray_jobs.{before.name}, or ray_jobs.pipeline"
+        )
+
+
 def run_stage(stage: Stage, config: Config) -> None:
     """Run the stage and note that it is done; the stage before must be."""
+    check_stage(stage, config)
     paths, before = RunPaths.of(config), stage.after
     if before and not is_done(before, config):
-        if not before.given(config):
-            raise RPGError(
-                f"{paths.root}: stage '{stage.name}' needs stage '{before.name}', which has "
-                f"not been run with this config: run python -m ray_jobs.{before.name}, or ray_jobs.pipeline"
-            )
         run_stage(before, config)
     record = _record_path(paths, stage)
     with _withdrawn(record, stage.outputs(paths)):
@@ -132,16 +145,19 @@ def stage_main(name: str, **switches: str) -> int:
         require_needs([stage], config)
         run_stage(replace(stage, run=functools.partial(stage.run, **switched)), config)
 
-    return job_main(f"ray_jobs.{name}", stage.run.__doc__ or "", run, switches)
+    return job_main(
+        f"ray_jobs.{name}", stage.run.__doc__ or "", run, functools.partial(check_stage, stage), switches
+    )
 
 
 def job_main(
     program: str,
     description: str,
     run: Callable[..., None],
+    check: Callable[[Config], None],
     switches: Mapping[str, str],
 ) -> int:
-    """Parse CONFIG [key=value …], join Ray and call `run`; errors become one line, exit status 2.
+    """Parse CONFIG [key=value …], `check` it, join Ray and call `run`; errors become one line, exit status 2.
 
     `switches` as in `stage_main`.
     """
@@ -157,8 +173,11 @@ def job_main(
     def command() -> None:
         config = load_config(arguments.config, arguments.overrides)
         cache = Path(config.ray.cache_directory)
-        with only_job(RunPaths.of(config).root, cache), ray_cluster(config.ray):
-            run(config, **{switch: getattr(arguments, switch) for switch in switches})
+        with only_job(RunPaths.of(config).root, cache):
+            # Starting Ray takes seconds: what it is not needed for is told before.
+            check(config)
+            with ray_cluster(config.ray):
+                run(config, **{switch: getattr(arguments, switch) for switch in switches})
 
     return run_command(command, program)
 

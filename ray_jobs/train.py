@@ -16,13 +16,13 @@ import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_jobs.board import Board
-from ray_jobs.fitting import fit_generator
+from ray_jobs.fitting import check_fit, fit_generator
 from ray_jobs.needs import training_need
 from ray_jobs.progress import StageProgress, stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, fingerprint, stage_main
-from ray_jobs.tracking import TENSORBOARD_DIRECTORY, refuse_missing_packages
+from ray_jobs.tracking import TENSORBOARD_DIRECTORY
 from ray_jobs.train_worker import GENERATOR_DIRECTORY, HISTORY_FILE
 from rpg.config import Config
 from rpg.errors import RPGError
@@ -33,7 +33,6 @@ from rpg.training.fit import Progress
 
 def run(config: Config) -> None:
     """Fit the generator to the shards."""
-    refuse_missing_packages(config.tracking, config.train)
     paths = RunPaths.of(config)
     # The name finds the checkpoints of an interrupted run of the same inputs, and of no other.
     name = fingerprint(TRAIN, config)[:16]
@@ -110,6 +109,7 @@ TRAIN = Stage(
     after=SHARD,
     ignored=("train.log_every", "train.save_every", "train.keep", "train.sharding"),
     need=training_need,
+    check=check_fit,
     outputs=lambda paths: [paths.generator / WEIGHTS_FILE],
 )
 

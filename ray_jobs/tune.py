@@ -255,7 +255,6 @@ TUNE = Stage(
 
 def search(config: Config) -> None:
     """Search token size, model size and whatever else `tune.space` names."""
-    search_space(config)
     for stage in with_stages_before(TUNE):
         if is_done(stage, config):
             console.print(f"{stage.name}: unchanged, reused")
@@ -263,5 +262,13 @@ def search(config: Config) -> None:
             run_stage(stage, config)
 
 
+def check(config: Config) -> None:
+    """Refuse a search space that cannot be searched, and what the stages before the search would refuse."""
+    search_space(config)
+    for stage in with_stages_before(TUNE):
+        if not is_done(stage, config):
+            stage.check(config)
+
+
 if __name__ == "__main__":
-    sys.exit(job_main("ray_jobs.tune", search.__doc__ or "", search, {}))
+    sys.exit(job_main("ray_jobs.tune", search.__doc__ or "", search, check, {}))

@@ -1,8 +1,10 @@
 """Small networks, collections and generators, shared by the tests of generator, generation and training."""
 
+import random
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,12 +51,12 @@ class SmallNet(nn.Module):
 
 def _checkpoints(template: Mapping[str, Tensor], count: int, seed: int) -> list[StateDict]:
     """The template with noise on its floating-point tensors; variances stay positive."""
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def perturbed(name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        noise = torch.randn(tensor.shape, generator=random)
+        noise = torch.randn(tensor.shape, generator=generator)
         values = tensor * torch.exp(0.3 * noise) if name.endswith("running_var") else tensor + 0.3 * noise
         return values.to(tensor.dtype)
 
@@ -125,12 +127,14 @@ def make_collection() -> Callable[..., ShardedCollection]:
             write_shard(directory / f"{i:05d}.arrow", layout, named[i : i + 4], TokenDtype.float32)
             for i in range(0, count, 4)
         ]
-        random = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         entries = [
             Entry(
                 name,
                 "",
-                None if condition_width is None else torch.rand(condition_width, generator=random).tolist(),
+                None
+                if condition_width is None
+                else torch.rand(condition_width, generator=generator).tolist(),
             )
             for name, _ in named
         ]
@@ -196,13 +200,26 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="session")
 def free_ports() -> Callable[[int], list[int]]:
-    """`free_ports(number)`: ports that nothing listens on now."""
+    """`free_ports(number)`: ports that nothing listens on now.
+
+    Not the ones that the system gives to any outgoing connection: those may be taken before a server that is
+    told one of them has started. Nor the ones of Ray's workers, 10002 to 19999.
+    """
 
     def free(number: int) -> list[int]:
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+        sockets: list[socket.socket] = []
+        while len(sockets) < number:
+            with suppress(OSError):
+                port = random.SystemRandom().randrange(20_000, _first_ephemeral_port())
+                sockets.append(socket.create_server(("", port)))
         ports = [int(each.getsockname()[1]) for each in sockets]
         for each in sockets:
             each.close()
         return ports
 
     return free
+
+
+def _first_ephemeral_port() -> int:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    return first if first > 21_000 else 32_768

@@ -119,7 +119,7 @@ def assert_comes_back(state_dict: StateDict, decoded: StateDict, layout: Layout)
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_checkpoint_of_the_collection_comes_back(case: Case) -> None:
     layout = case.layout()
     for state_dict in case.checkpoints:
@@ -130,7 +130,7 @@ def test_every_checkpoint_of_the_collection_comes_back(case: Case) -> None:
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_positions_lengths_and_mask_describe_the_tokens(case: Case) -> None:
     layout = case.layout()
     expected: list[tuple[int, int]] = []
@@ -161,7 +161,7 @@ def test_positions_lengths_and_mask_describe_the_tokens(case: Case) -> None:
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_one_token_decodes_bit_for_bit_as_the_whole_checkpoint(case: Case) -> None:
     layout = case.layout()
     tokens = torch.randn(layout.tokens, layout.token_size, generator=torch.Generator().manual_seed(0))

@@ -52,7 +52,7 @@ def sharded(directory: Path, token_size: int, dtype: TokenDtype) -> ShardedColle
     return ShardedCollection.open(directory)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     old=st.integers(1, VALUES),
     new=st.integers(1, VALUES),

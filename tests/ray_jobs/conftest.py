@@ -1,6 +1,8 @@
 """One small run of the whole flow, shared by the tests that look at its outputs."""
 
+import io
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -8,15 +10,31 @@ import sys
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 ROOT = Path(__file__).parents[2]
+# Of the Rays that this process starts or joins, before it knows of any: it could not change its mind later.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 DIGITS = ROOT / "configs" / "digits.yaml"
+RAY = str(Path(sys.executable).parent / "ray")
+HEAD_ATTEMPTS = 2
+HEAD_SECONDS = 200
 SMALL = (
     "collect.checkpoints_per_task=1",
     "collect.backbone_epochs=5",
@@ -43,7 +61,8 @@ def _run_job(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m ray_jobs.MODULE` as a user would, in a process group that ends with it."""
     command = [sys.executable, "-m", f"ray_jobs.{module}", *map(str, arguments)]
-    environment = {**os.environ, **(environment or {})}
+    ours = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    environment = {**ours, **(environment or {})}
     environment.pop("RAY_ADDRESS", None)
     if ray_address is not None:
         environment["RAY_ADDRESS"] = ray_address
@@ -53,10 +72,31 @@ def _run_job(
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _call_job(
+    module: str, arguments: Sequence[object], ray_address: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ray_jobs.MODULE` in this process, which has imported Ray and PyTorch already."""
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [f"ray_jobs/{module}.py", *map(str, arguments)])
+        patch.delenv("RAY_ADDRESS", raising=False)
+        if ray_address is not None:
+            patch.setenv("RAY_ADDRESS", ray_address)
+        # Python warns that the module has been imported before.
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            try:
+                runpy.run_module(f"ray_jobs.{module}", run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+    assert isinstance(status, int), err.getvalue()
+    return subprocess.CompletedProcess([module], status, out.getvalue(), err.getvalue())
 
 
 @dataclass(frozen=True)
@@ -72,7 +112,7 @@ class FinishedRun:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     root = tmp_path_factory.mktemp("run") / "small"
     arguments = [str(DIGITS), *SMALL, f"output={root}"]
-    result = _run_job("pipeline", arguments)
+    result = _run_job("pipeline", arguments, timeout=540)
     assert result.returncode == 0, result.stderr
     return FinishedRun(root, arguments, result.stdout + result.stderr)
 
@@ -80,6 +120,27 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 @pytest.fixture(scope="session")
 def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
     return _run_job
+
+
+@pytest.fixture(scope="session")
+def call_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`call_job(module, arguments)`: in this process; starts a Ray of its own if it comes to that."""
+    return _call_job
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    ray_head: Callable[..., AbstractContextManager["Head"]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["Head"]:
+    """One of two CPUs that is there all the time."""
+    with ray_head(tmp_path_factory.mktemp("cluster"), "--num-cpus=2", "--num-gpus=0") as head:
+        yield head
+
+
+@pytest.fixture(scope="session")
+def join_job(cluster: "Head") -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`join_job(module, arguments)`: in this process, on that cluster."""
+    return lambda module, arguments: _call_job(module, arguments, ray_address=cluster.address)
 
 
 @pytest.fixture(scope="session")
@@ -97,42 +158,61 @@ class Head:
     environment: dict[str, str]
 
 
+class HeadNotThereError(Exception):
+    """A head has ended, or its parts have not come up in time; says what it and its parts logged."""
+
+
 @contextmanager
-def _head(ports: list[int], home: Path, *options: str, token: bool = False) -> Iterator[Head]:
-    """`ray start --head` with ports, a temporary directory and a home of its own; at the end its processes
-    are killed, and no other session's, as `ray stop` would.
-    """
-    port, dashboard, agent, metrics = ports
-    ray = str(Path(sys.executable).parent / "ray")
+def _head(
+    home: Path, free_ports: Callable[[int], list[int]], *options: str, token: bool, port: int | None
+) -> Iterator[Head]:
+    """`ray start --head` with a home of its own, started anew where its parts do not come up."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token" if token else "disabled"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if token:
         subprocess.run(
-            [ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True
+            [RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True
         )
+    with ExitStack() as stack:
+        for attempt in range(HEAD_ATTEMPTS):
+            gcs, dashboard = free_ports(2)
+            try:
+                head = stack.enter_context(_started(home, environment, port or gcs, dashboard, options))
+                break
+            except HeadNotThereError as error:
+                if attempt == HEAD_ATTEMPTS - 1:
+                    raise
+                print(error)
+        yield head
+
+
+@contextmanager
+def _started(
+    home: Path, environment: dict[str, str], port: int, dashboard: int, options: Sequence[str]
+) -> Iterator[Head]:
+    """One such head, once its agent takes jobs; at the end its processes are killed, and no other session's,
+    as `ray stop` would.
+    """
     # Ray's sockets lie below it, and their names may have 107 bytes.
-    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    temporary = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    # The agent takes ports itself: one that was found free before may be taken when it has started.
     command = [
-        ray, "start", "--head", "--block", "--disable-usage-stats", f"--port={port}",
-        f"--temp-dir={temporary}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", *options,
+        RAY, "start", "--head", "--block", "--disable-usage-stats", f"--port={port}",
+        f"--temp-dir={temporary}", f"--dashboard-port={dashboard}",
+        "--dashboard-agent-listen-port=0", *options,
     ]  # fmt: skip
     with (home / "head.log").open("w") as log:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+    url = f"http://127.0.0.1:{dashboard}"
     try:
-        url = f"http://127.0.0.1:{dashboard}"
-        deadline = time.monotonic() + 90
-        while True:
-            with suppress(OSError):
-                urllib.request.urlopen(f"{url}/api/gcs_healthz", timeout=5).close()
-                break
-            assert process.poll() is None, (home / "head.log").read_text()
-            assert time.monotonic() < deadline, (home / "head.log").read_text()
-            time.sleep(0.2)
+        deadline = time.monotonic() + HEAD_SECONDS
+        while not (_answers(f"{url}/api/gcs_healthz") and _agent_answers(temporary / "session_latest")):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise HeadNotThereError(_said(home, temporary))
+            time.sleep(0.5)
         yield Head(f"127.0.0.1:{port}", url, environment)
     finally:
         with suppress(ProcessLookupError):
@@ -141,13 +221,37 @@ def _head(ports: list[int], home: Path, *options: str, token: bool = False) -> I
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _agent_answers(session: Path) -> bool:
+    """Whether the agent, which starts submitted jobs, is up; it leaves the number of its port behind."""
+    ports = [path.read_text() for path in session.glob("dashboard_agent_listen_port_*")]
+    # At 127.0.0.1 it has taken another port, which it does not tell.
+    host = get_node_ip_address()
+    return any(_answers(f"http://{host}:{port}/api/local_raylet_healthz") for port in ports)
+
+
+def _answers(url: str) -> bool:
+    # An agent without HTTP has the port -1.
+    with suppress(OSError, HTTPException):
+        urllib.request.urlopen(url, timeout=5).close()
+        return True
+    return False
+
+
+def _said(home: Path, temporary: Path) -> str:
+    """The ends of the logs of a head and its parts."""
+    logs = temporary / "session_latest" / "logs"
+    names = ("dashboard_agent.log", "raylet.out", "raylet.err")
+    paths = [home / "head.log", *(logs / name for name in names)]
+    return "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in paths if path.is_file())
+
+
 @pytest.fixture(scope="session")
 def ray_head(free_ports: Callable[[int], list[int]]) -> Callable[..., AbstractContextManager[Head]]:
-    """`with ray_head(home, *options, token=False, ports=free_ports(4)) as head`."""
+    """`with ray_head(home, *options, token=False, port=any) as head`."""
 
     def head(
-        home: Path, *options: str, token: bool = False, ports: list[int] | None = None
+        home: Path, *options: str, token: bool = False, port: int | None = None
     ) -> AbstractContextManager[Head]:
-        return _head(ports or free_ports(4), home, *options, token=token)
+        return _head(home, free_ports, *options, token=token, port=port)
 
     return head

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import ray
 
 from ray_jobs.only_job import only_job
 
@@ -31,98 +32,107 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
+@pytest.fixture
+def no_ray(call_job, monkeypatch):
+    """Runs a job that has to end before it starts a Ray."""
+
+    def started(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+    return call_job
+
+
 def test_unknown_key(run_job, small_settings):
     assert_one_line(run_job("pipeline", [*small_settings, "train.stepz=3"]), "train.stepz", "train.steps")
 
 
-def test_missing_config(run_job, tmp_path):
-    assert_one_line(run_job("pipeline", [tmp_path / "none.yaml"]), "none.yaml")
+def test_missing_config(no_ray, tmp_path):
+    assert_one_line(no_ray("pipeline", [tmp_path / "none.yaml"]), "none.yaml")
 
 
-def test_token_size_zero(run_job, small_settings):
-    assert_one_line(run_job("shard", [*small_settings, "shard.token_size=0"]), "shard.token_size")
+def test_token_size_zero(no_ray, small_settings):
+    assert_one_line(no_ray("shard", [*small_settings, "shard.token_size=0"]), "shard.token_size")
 
 
-def test_training_tasks_are_not_unseen(run_job, small_settings):
-    assert_one_line(run_job("generate", [*small_settings, "generate.split=train"]), "generate.split")
+def test_training_tasks_are_not_unseen(no_ray, small_settings):
+    assert_one_line(no_ray("generate", [*small_settings, "generate.split=train"]), "generate.split")
 
 
-def test_more_validation_tasks_than_there_are(run_job, small_settings, tmp_path):
+def test_more_validation_tasks_than_there_are(no_ray, small_settings, tmp_path):
     settings = [*small_settings, f"output={tmp_path / 'new'}", "collect.validation_tasks=5000"]
-    assert_one_line(run_job("collect", settings), "collect.validation_tasks", "1000")
+    assert_one_line(no_ray("collect", settings), "collect.validation_tasks", "1000")
 
 
-def test_output_that_is_a_file(run_job, small_settings, tmp_path):
+def test_output_that_is_a_file(no_ray, small_settings, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert_one_line(run_job("collect", [*small_settings, f"output={tmp_path / 'file'}"]), "output directory")
+    assert_one_line(no_ray("collect", [*small_settings, f"output={tmp_path / 'file'}"]), "output directory")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_two_jobs_on_one_output(run_job, small_settings, tmp_path):
+def test_two_jobs_on_one_output(no_ray, small_settings, tmp_path):
     with only_job(tmp_path, tmp_path):
-        assert_one_line(run_job("collect", [*small_settings, f"output={tmp_path}"]), "another job")
+        assert_one_line(no_ray("collect", [*small_settings, f"output={tmp_path}"]), "another job")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1"])
-def test_no_cluster_at_the_address(run_job, small_settings, tmp_path, address):
-    result = run_job("collect", [*small_settings, f"output={tmp_path}"], ray_address=address)
+def test_no_cluster_at_the_address(call_job, small_settings, tmp_path, address):
+    result = call_job("collect", [*small_settings, f"output={tmp_path}"], ray_address=address)
     assert_one_line(result, address)
 
 
-def test_training_that_diverges(run_job, small_run, tmp_path):
+def test_training_that_diverges(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "diverging")
     settings = [*small_run.arguments, *output, "train.learning_rate=1e30", "train.gradient_clip=1e30"]
-    assert_one_line(run_job("train", settings), "loss is nan")
+    assert_one_line(join_job("train", settings), "loss is nan")
 
 
-def test_stage_before_has_not_run(run_job, small_settings, tmp_path):
-    result = run_job("train", [*small_settings, f"output={tmp_path / 'new'}"])
+def test_stage_before_has_not_run(no_ray, small_settings, tmp_path):
+    result = no_ray("train", [*small_settings, f"output={tmp_path / 'new'}"])
     assert_one_line(result, "stage 'train' needs stage 'shard'")
 
 
-def test_token_larger_than_the_network(run_job, small_run):
+def test_token_larger_than_the_network(join_job, small_run):
     before = snapshot(small_run.root / "shards")
-    result = run_job("shard", [*small_run.arguments, "shard.token_size=100000"])
+    result = join_job("shard", [*small_run.arguments, "shard.token_size=100000"])
     assert_one_line(result, "shard.token_size", "2917")
     assert snapshot(small_run.root / "shards") == before
 
 
-def test_corrupt_checkpoint(run_job, small_run, tmp_path):
+def test_corrupt_checkpoint(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "corrupt")
     victim = tmp_path / "corrupt" / "collection" / "task0003_copy0.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     before = snapshot(tmp_path / "corrupt" / "shards")
     # Shards that hold all checkpoints already are kept; to make them anew, every checkpoint is read.
-    result = run_job("shard", [*small_run.arguments, *output, "--refit"])
+    result = join_job("shard", [*small_run.arguments, *output, "--refit"])
     assert_one_line(result, "task0003_copy0.safetensors")
     assert snapshot(tmp_path / "corrupt" / "shards") == before
 
 
-def test_shard_cut_short(run_job, small_run, tmp_path):
+def test_shard_cut_short(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "cut")
     victim = sorted((tmp_path / "cut" / "shards").glob("shard-*.arrow"))[1]
     os.truncate(victim, victim.stat().st_size // 2)
     before = snapshot(tmp_path / "cut" / "generator")
-    result = run_job("train", [*small_run.arguments, *output])
+    result = join_job("train", [*small_run.arguments, *output])
     assert_one_line(result, victim.name)
     assert snapshot(tmp_path / "cut" / "generator") == before
 
 
-def test_generator_without_its_layout(run_job, small_run, tmp_path):
+def test_generator_without_its_layout(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "layoutless")
     (tmp_path / "layoutless" / "generator" / "layout.json").unlink()
     before = snapshot(tmp_path / "layoutless" / "generated")
-    result = run_job("generate", [*small_run.arguments, *output])
+    result = join_job("generate", [*small_run.arguments, *output])
     assert_one_line(result, "layout.json")
     assert snapshot(tmp_path / "layoutless" / "generated") == before
 
 
-def test_collection_of_one(run_job, small_run, small_settings, tmp_path):
+def test_collection_of_one(no_ray, small_run, small_settings, tmp_path):
     source = small_run.root / "collection" / "task0003_copy0.safetensors"
     shutil.copy(source, tmp_path / source.name)
-    result = run_job(
-        "shard", [*small_settings, f"collect.directory={tmp_path}", f"output={tmp_path / 'run'}"]
-    )
+    result = no_ray("shard", [*small_settings, f"collect.directory={tmp_path}", f"output={tmp_path / 'run'}"])
     assert_one_line(result, "collection.json", "rpg register")
 
 
@@ -138,10 +148,10 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
 
-def test_full_disk(run_job, small_run, tiny_disk):
+def test_full_disk(join_job, small_run, tiny_disk):
     collection = small_run.root / "collection"
     (tiny_disk / "report.json").write_text("earlier")
-    result = run_job(
+    result = join_job(
         "shard", [*small_run.arguments, f"output={tiny_disk}", f"collect.directory={collection}"]
     )
     assert_one_line(result, str(tiny_disk), "No space left")

@@ -26,7 +26,7 @@ def submit(head, *entrypoint: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [RAY, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *entrypoint],
         cwd=ROOT, env=head.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=280,
+        timeout=500,
     )  # fmt: skip
 
 

@@ -64,11 +64,11 @@ def rpg(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("kind", ["vector", "permutation"])
-def test_register_shard_train_generate_load(run_job, checkpoints, tmp_path, kind):
+def test_register_shard_train_generate_load(join_job, checkpoints, tmp_path, kind):
     assert rpg("register", checkpoints).returncode == 0
     output = tmp_path / "own run"
     settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
-    result = run_job("pipeline", [*settings, f"generator.condition.kind={kind}"])
+    result = join_job("pipeline", [*settings, f"generator.condition.kind={kind}"])
     assert result.returncode == 0, result.stderr
     assert "evaluate: left out" in result.stderr
 
@@ -96,43 +96,43 @@ def test_register_shard_train_generate_load(run_job, checkpoints, tmp_path, kind
         assert "expected 10 values, got 2" in refused.stderr
 
 
-def test_a_checkpoint_changed_after_registering_is_refused(run_job, checkpoints, tmp_path):
+def test_a_checkpoint_changed_after_registering_is_refused(join_job, checkpoints, tmp_path):
     assert rpg("register", checkpoints).returncode == 0
     victim = next(checkpoints.glob("0002*.pth"))
     changed = {name: value * 2 for name, value in torch.load(victim).items()}
     torch.save(changed, victim)
-    result = run_job("shard", [OWN, *TINY, f"collect.directory={checkpoints}", f"output={tmp_path / 'run'}"])
+    result = join_job("shard", [OWN, *TINY, f"collect.directory={checkpoints}", f"output={tmp_path / 'run'}"])
     assert result.returncode == 2
     assert victim.name in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_collecting_never_replaces_checkpoints_of_the_users(run_job, checkpoints, tmp_path):
+def test_collecting_never_replaces_checkpoints_of_the_users(call_job, checkpoints, tmp_path):
     own = tmp_path / "work"
     shutil.move(checkpoints, own / "collection")
     before = {path: path.read_bytes() for path in (own / "collection").iterdir()}
-    result = run_job("collect", [OWN, f"output={own}"])
+    result = call_job("collect", [OWN, f"output={own}"])
     assert result.returncode == 2
     assert "did not make" in result.stderr
     assert {path: path.read_bytes() for path in (own / "collection").iterdir()} == before
 
 
-def test_a_checkpoint_that_was_added_is_appended_until_refit(run_job, checkpoints, tmp_path):
+def test_a_checkpoint_that_was_added_is_appended_until_refit(join_job, checkpoints, tmp_path):
     assert rpg("register", checkpoints).returncode == 0
     output = tmp_path / "run"
     settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
-    assert run_job("shard", settings).returncode == 0
+    assert join_job("shard", settings).returncode == 0
     first = (output / "shards" / "layout.json").read_bytes()
     shutil.copy(
         checkpoints / "0000_acc0.9013_class0314_tied.pth", checkpoints / "0006_acc0.9_class0278_more.pth"
     )
     assert rpg("register", checkpoints).returncode == 0
-    refused = run_job("train", settings)
+    refused = join_job("train", settings)
     assert refused.returncode == 2
     assert "stage 'train' needs stage 'shard'" in refused.stderr
-    appended = run_job("shard", settings)
+    appended = join_job("shard", settings)
     assert appended.returncode == 0
     assert "1 new checkpoint appended; centre and scales stay those of the first 6" in appended.stderr
     assert (output / "shards" / "layout.json").read_bytes() == first
-    assert run_job("shard", ["--refit", *settings]).returncode == 0
+    assert join_job("shard", ["--refit", *settings]).returncode == 0
     assert (output / "shards" / "layout.json").read_bytes() != first

@@ -90,9 +90,9 @@ def test_model_card_has_the_accuracies(small_run):
     assert "generated, unseen tasks" in card
 
 
-def test_run_again_reuses_what_has_not_changed(small_run, run_job, tmp_path):
+def test_run_again_reuses_what_has_not_changed(small_run, join_job, tmp_path):
     report = (small_run.root / "report.json").read_bytes()
-    again = run_job("pipeline", small_run.arguments)
+    again = join_job("pipeline", small_run.arguments)
     assert again.returncode == 0, again.stderr
     for stage in ("collect", "shard", "train", "generate", "evaluate"):
         assert f"{stage}: unchanged, reused" in again.stderr
@@ -101,7 +101,7 @@ def test_run_again_reuses_what_has_not_changed(small_run, run_job, tmp_path):
     # Of a copy: other tests compare themselves with the small run.
     shutil.copytree(small_run.root, tmp_path / "copy")
     other = [f"output={tmp_path / 'copy'}", "evaluate.noise_levels=[0.02]"]
-    changed = run_job("pipeline", [*small_run.arguments, *other])
+    changed = join_job("pipeline", [*small_run.arguments, *other])
     assert changed.returncode == 0, changed.stderr
     assert "generate: unchanged, reused" in changed.stderr
     assert "evaluate: done in" in changed.stderr

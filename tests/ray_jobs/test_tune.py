@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def searched(small_run, run_job, tmp_path_factory):
     return output, arguments, result.stdout + result.stderr
 
 
-def test_what_a_search_leaves(searched, run_job):
+def test_what_a_search_leaves(searched, join_job):
     output, _, printed = searched
     rows = table(output)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4]
@@ -72,45 +73,70 @@ def test_what_a_search_leaves(searched, run_job):
 
     best = load_config(output / "tune" / "best.yaml")
     assert best.shard.token_size == rows[0]["settings"]["shard.token_size"]
-    trained = run_job("train", [output / "tune" / "best.yaml"])
+    trained = join_job("train", [output / "tune" / "best.yaml"])
     assert trained.returncode == 0, trained.stderr
     generator = Generator.from_pretrained(Path(best.output) / "generator")
     assert sum(parameter.numel() for parameter in generator.parameters()) == rows[0]["parameters"]
 
 
-def test_a_finished_search_is_not_run_again(searched, run_job):
+def test_a_finished_search_is_not_run_again(searched, join_job):
     output, arguments, _ = searched
     before = (output / "tune" / "table.json").read_bytes()
-    again = run_job("tune", arguments)
+    again = join_job("tune", arguments)
     assert again.returncode == 0, again.stderr
     assert "tune: unchanged, reused" in again.stderr
     assert (output / "tune" / "table.json").read_bytes() == before
 
 
-def test_a_killed_search_goes_on(small_run, run_job, tmp_path):
+def test_a_killed_search_goes_on(small_run, tmp_path):
     output = tmp_path / "killed"
     arguments = [*settings(small_run, output), "tune.concurrent=1"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.tune", *arguments], cwd=ROOT, env=environment,
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
 
-    def records() -> dict[str, list[dict]]:
-        return {path.name: json.loads(path.read_text()) for path in output.glob("tune/*/train/*.json")}
+    def start(log: Path) -> subprocess.Popen[bytes]:
+        with log.open("w") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ray_jobs.tune", *arguments], cwd=ROOT, env=environment,
+                start_new_session=True, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
-    deadline = time.monotonic() + 200
-    while len(records()) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = records()
+    def rounds() -> dict[str, list[dict]]:
+        """What each trial has told so far; cleared away once the search has ended."""
+        found = {}
+        for path in output.glob("tune/*/train/*.json"):
+            with suppress(FileNotFoundError):
+                found[path.name] = json.loads(path.read_text())
+        return found
+
+    first = start(tmp_path / "first.log")
+    try:
+        deadline = time.monotonic() + 240
+        while len(rounds()) < 2 and time.monotonic() < deadline:
+            assert first.poll() is None, (tmp_path / "first.log").read_text()
+            time.sleep(0.1)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    before = rounds()
     assert len(before) >= 2
-    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("tune/*/train/*.json")}
-    result = run_job("tune", arguments)
-    assert result.returncode == 0, result.stderr
+
+    seen = []
+    second = start(tmp_path / "second.log")
+    try:
+        deadline = time.monotonic() + 240
+        while second.poll() is None and time.monotonic() < deadline:
+            seen.append(rounds())
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(second.pid, signal.SIGKILL)
+        second.wait()
+    assert second.returncode == 0, (tmp_path / "second.log").read_text()
+    # Rounds have times of their own: one that is made again is another.
+    for later in seen:
+        for name in before.keys() & later.keys():
+            assert later[name][: len(before[name])] == before[name]
+    assert any(later.keys() >= before.keys() and later != before for later in seen)
     rows = table(output)
     assert len(rows) == 4
     assert all(row["failure"] is None for row in rows)
-    assert kept

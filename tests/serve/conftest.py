@@ -191,13 +191,13 @@ class Server:
         """End it as a user would."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout=60)
+            return self.process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             self.kill_all()
             raise
 
     def wait_ready(self) -> "Server":
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while "http://" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
