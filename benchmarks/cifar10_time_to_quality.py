@@ -7,12 +7,13 @@ the published generator) from images to report on one GPU; then each of the two 
 sampling steps, and shorter trainings of each with a schedule of their own. Everything is measured on the
 twenty held-out tasks and the test images; no setting is chosen here.
 
-What is finished is kept below `--runs`, and a later call goes on from there. `--seconds` ends the call before
-the next piece once so many have passed. The last call writes `results.json` and figures below `--output`, and
-prints a Markdown table. `--tiny` shows on a CPU that it runs, and measures nothing.
+What is finished is kept below `--runs`, and a later call with the same presets goes on from there; `--seconds`
+ends a call before the next piece once so many have passed. The last call writes `results.json` and figures
+below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it runs, and measures nothing.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
-from rpg.config import Config, load_config
+from rpg.config import Config, load_config, to_plain
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
 from rpg.files import read_json, remove_directory, write_json
 from rpg.generation.job import generate_models
@@ -89,9 +91,15 @@ class Session:
         """Where generators train and sample."""
         return torch.device("cpu" if self.tiny else "cuda")
 
+    def pieces(self) -> Path:
+        """Where results lie, apart for other settings."""
+        settings = [to_plain(load_config(self.preset(kind), self.overrides(kind))) for kind in KINDS]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return self.runs / f"pieces-{digest[:12]}"
+
     def piece(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `measure` found, in this call or an earlier one; the call ends here if its time is over."""
-        path = self.runs / "pieces" / f"{name}.json"
+        path = self.pieces() / f"{name}.json"
         if not path.exists():
             if time.monotonic() - self.began > self.seconds:
                 print(f"{name}: not begun, the {self.seconds:g} s are over; call again", file=sys.stderr)
@@ -191,6 +199,9 @@ def curve_figure(results: dict[str, Any]) -> Figure:
                 baselines["ridge_3"], color=LIGHT.baselines[0], linestyle="-.", label="ridge, order 3"
             )
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(label)
         right.set_xticks(SAMPLING_STEPS, [str(steps) for steps in SAMPLING_STEPS])
         left.set_ylabel("accuracy, 20 held-out tasks")
@@ -281,7 +292,7 @@ def main() -> None:
 
 def whole_training(session: Session, kind: str) -> dict[str, Any]:
     """The preset's generator, sampled as the preset says."""
-    preset = read_json(session.runs / "pieces" / f"{kind}-preset.json", "a measurement")
+    preset = read_json(session.pieces() / f"{kind}-preset.json", "a measurement")
     generator = Generator.from_pretrained(session.runs / kind / "generator").to(session.device())
     trained = {key: preset[key] for key in ("training_steps", "training_seconds")}
     return {**trained, **accuracy_of(session, kind, generator)}

@@ -1,5 +1,6 @@
 """CIFAR-10 from Parquet: splits that never mix, and one line for whatever is wrong with a file."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rpg.errors import RPGError
+from rpg.tasks.cifar10_batches import read_batch
 from rpg.tasks.cifar10_images import check_files, cifar10_images
 from tests.cifar10_files import IMAGE, encoded, pixels_and_classes, write_cifar10, write_parquet
 
@@ -62,9 +64,7 @@ def refusal(path: Path) -> str:
 
 
 def test_no_setting() -> None:
-    with pytest.raises(
-        RPGError, match=r"^collect\.images: expected .* test\.parquet and train\.parquet, got none"
-    ):
+    with pytest.raises(RPGError, match=r"^collect\.images: expected .* train\.parquet .*, got none"):
         check_files("")
 
 
@@ -116,6 +116,67 @@ def test_wrong_content(tmp_path: Path, table: dict[str, object], says: str) -> N
     line = refusal(tmp_path)
     assert line.startswith(f"{tmp_path / 'test.parquet'}: ")
     assert says in line
+
+
+def batch_file(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A file as Python 2 wrote CIFAR-10's, protocol 2; run, it would call the shell."""
+    planes = pixels.transpose(0, 3, 1, 2).tobytes()
+    return b"".join(
+        [
+            b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03U\x06labelsq\x04]q\x05(",
+            *(b"K" + bytes([label]) for label in labels),
+            b"eU\x04dataq\x06cposix\nsystem\nq\x07U\x0atouch oopsq\x08\x85q\x09Rq\x0a(K\x01K",
+            bytes([len(labels)]),
+            b"M\x00\x0cI00\nT" + len(planes).to_bytes(4, "little") + planes + b"tbU\x09filenamesq\x0b]q\x0c(",
+            *(b"U\x05a.png" for _ in labels),
+            b"eu.",
+        ]
+    )
+
+
+def test_torchvisions_files_are_read_without_being_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    written: dict[bytes, int] = {}
+    for i, name in enumerate([*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]):
+        pixels, classes = pixels_and_classes(20, i)
+        (folder / name).write_bytes(batch_file(pixels, classes.tolist()))
+        if name != "test_batch":
+            written |= {each.tobytes(): int(label) for each, label in zip(pixels, classes, strict=True)}
+    check_files(str(tmp_path))
+    assert contents(tmp_path, "train") | contents(tmp_path, "validation") == written
+    assert len(written) == 100
+    assert list(contents(tmp_path, "test").values()) == pixels_and_classes(20, 5)[1].tolist()
+    assert not (tmp_path / "oops").exists()
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(RPGError, match="data_batch_3: not found"):
+        check_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_batches_that_newer_pythons_wrote(tmp_path: Path, protocol: int) -> None:
+    pixels, classes = pixels_and_classes(10, 0)
+    data = pixels.transpose(0, 3, 1, 2).reshape(10, -1).copy()
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(pickle.dumps({b"data": data, b"labels": classes.tolist()}, protocol=protocol))
+    read, labels = read_batch(path)
+    assert np.array_equal(read, pixels)
+    assert labels.tolist() == classes.tolist()
+
+
+def test_batches_that_are_none(tmp_path: Path) -> None:
+    whole = batch_file(*(lambda pixels, classes: (pixels, classes.tolist()))(*pixels_and_classes(10, 0)))
+    fewer = pickle.dumps({b"data": np.zeros((10, 3072), np.uint8), b"labels": [1] * 9})
+    for content in (b"", b"no pickle", whole[: len(whole) // 2], fewer, pickle.dumps(1)):
+        path = tmp_path / "test_batch"
+        path.write_bytes(content)
+        with pytest.raises(RPGError) as error:
+            read_batch(path)
+        assert str(error.value).startswith(f"{path}: not one of CIFAR-10's batch files")
+        assert "\n" not in str(error.value)
 
 
 def test_images_of_another_size(tmp_path: Path) -> None:

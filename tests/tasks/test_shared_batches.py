@@ -120,6 +120,7 @@ def test_bfloat16_is_near_to_float32() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_is_compiled_on_a_gpu_is_the_same() -> None:
     device = torch.device("cuda")
     start = stacked([network.float().state_dict() for network in networks(3)], device)
