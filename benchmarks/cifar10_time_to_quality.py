@@ -7,9 +7,10 @@ the published generator) from images to report on one GPU; then each of the two 
 sampling steps, and shorter trainings of each with a schedule of their own. Everything is measured on the
 twenty held-out tasks and the test images; no setting is chosen here.
 
-What is finished is kept below `--runs`, and a later call with the same presets goes on from there; `--seconds`
-ends a call before the next piece once so many have passed. The last call writes `results.json` and figures
-below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it runs, and measures nothing.
+What is finished is kept below `--runs`, and a later call with the same presets goes on from there.
+`--seconds` ends a call before the next piece once so many have passed. The last call writes `results.json`
+and figures below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it runs, and measures
+nothing.
 """
 
 import argparse
