@@ -4,12 +4,14 @@ python -m ray_jobs.collect CONFIG [key=value …]
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import ray
 import torch
 from torch import Tensor
 
+from ray_jobs.needs import Need
 from ray_jobs.progress import stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
@@ -21,10 +23,11 @@ from rpg.files import AnyPath, replacing_directory, replacing_file, sha256
 from rpg.storage import exists
 from rpg.storage_errors import naming
 from rpg.tasks.class_subsets import class_bits, task_splits
-from rpg.tasks.families import task_family
+from rpg.tasks.families import TaskFamily, task_family
 
 FAMILY = "family"
 """Key in a collection's architecture: the task family that its networks belong to."""
+_WRITERS = 4
 
 
 def run(config: Config) -> None:
@@ -34,15 +37,20 @@ def run(config: Config) -> None:
         Collection.load(paths.collection)
         return
     splits = task_splits(config.collect.validation_tasks, config.seed)
-    models = [(task, copy) for task in splits for copy in range(config.collect.checkpoints_per_task)]
-    size = config.collect.models_per_batch
-    batches = [models[i : i + size] for i in range(0, len(models), size)]
+    copies = range(config.collect.checkpoints_per_task)
+    models = [(task, copy) for task in splits for copy in copies]
+    batches = [
+        [(task, copy) for task in tasks]
+        for copy in copies
+        for tasks in _evenly(list(splits), config.collect.models_per_batch)
+    ]
+    resources = {"num_cpus": 1, "num_gpus": int(_uses_gpu(config))}
+    given = (config.collect, config.seed, _uses_gpu(config))
     with stage_progress("collect") as progress, replacing_directory(paths.collection) as directory:
         progress.update(0, len(models), "backbone")
-        backbone = _train_backbone.remote(config.collect, config.seed)
-        waiting = [
-            _fine_tune.remote(backbone, batch, config.collect, config.seed, directory) for batch in batches
-        ]
+        backbone = _train_backbone.options(**resources).remote(*given)
+        fine_tune = _fine_tune.options(**resources)
+        waiting = [fine_tune.remote(*given, backbone, batch, directory) for batch in batches]
         batch_of = dict(zip(waiting, batches, strict=True))
         entries: dict[tuple[int, int], Entry] = {}
         while waiting:
@@ -56,11 +64,25 @@ def run(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Refuse a family, splits or an output that networks cannot be trained for."""
+    """Refuse a family, images, splits or an output that networks cannot be trained for."""
     if not config.collect.directory:
-        task_family(config.collect.family)
+        task_family(config.collect.family, config.collect.images).check_images()
         task_splits(config.collect.validation_tasks, config.seed)
         refuse_foreign(RunPaths.of(config).collection)
+
+
+def family_name(config: Config) -> str:
+    """The task family that the networks of a run's collection belong to.
+
+    Raises:
+        RPGError: if the collection was there before and does not say.
+    """
+    if not config.collect.directory:
+        return config.collect.family
+    collection = Collection.load(RunPaths.of(config).collection)
+    if FAMILY not in collection.architecture:
+        raise RPGError(f"{collection.root}: does not say which task family its networks belong to")
+    return str(collection.architecture[FAMILY])
 
 
 def refuse_foreign(directory: AnyPath) -> None:
@@ -80,35 +102,65 @@ def refuse_foreign(directory: AnyPath) -> None:
             )
 
 
-@ray.remote(num_cpus=1)
-def _train_backbone(config: CollectConfig, seed: int) -> dict[str, Tensor]:
-    torch.set_num_threads(1)
-    return task_family(config.family).train_backbone(config, seed)
+# GPU workers are kept from task to task (Ray keeps those that are not declared with GPUs): starting one and
+# reading the images takes longer than many a task.
+@ray.remote
+def _train_backbone(config: CollectConfig, seed: int, use_gpu: bool) -> dict[str, Tensor]:
+    return _family(config, use_gpu).train_backbone(config, seed)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote
 def _fine_tune(
-    backbone: dict[str, Tensor],
-    models: list[tuple[int, int]],
     config: CollectConfig,
     seed: int,
+    use_gpu: bool,
+    backbone: dict[str, Tensor],
+    models: list[tuple[int, int]],
     directory: AnyPath,
 ) -> list[dict[str, object]]:
-    torch.set_num_threads(1)
-    family = task_family(config.family)
+    family = _family(config, use_gpu)
     state_dicts = family.fine_tune(backbone, models, config, seed)
     conditions = [class_bits(task) for task, _ in models]
     right = family.predict(state_dicts, "validation") == family.labels(conditions, "validation")
-    entries = []
-    for (task, copy), condition, state_dict, accuracy in zip(
-        models, conditions, state_dicts, right.float().mean(1).tolist(), strict=True
-    ):
+    accuracies = right.float().mean(1).tolist()
+
+    def write(index: int) -> dict[str, object]:
+        task, copy = models[index]
         path = directory / f"task{task:04d}_copy{copy}.safetensors"
         with replacing_file(path) as temporary:
-            write_checkpoint(temporary, state_dict, {"format": "pt"})
+            write_checkpoint(temporary, state_dicts[index], {"format": "pt"})
             digest = sha256(temporary)
-        entries.append(asdict(Entry(path.name, digest, condition, {"validation_accuracy": accuracy})))
+        metrics = {"validation_accuracy": accuracies[index]}
+        return asdict(Entry(path.name, digest, conditions[index], metrics))
+
+    # Writing is mostly waiting for the disk.
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        entries = list(pool.map(write, range(len(models))))
+    if use_gpu:
+        # The process stays for a while, and its memory is wanted by the next stage.
+        torch.cuda.empty_cache()
     return entries
+
+
+def _family(config: CollectConfig, use_gpu: bool) -> TaskFamily:
+    torch.set_num_threads(1)
+    return task_family(config.family, config.images, torch.device("cuda" if use_gpu else "cpu"))
+
+
+def _evenly(tasks: list[int], most: int) -> list[list[int]]:
+    """As few parts of at most `most` tasks as there can be, of sizes that differ by one at most."""
+    parts = -(-len(tasks) // most)
+    return [tasks[len(tasks) * i // parts : len(tasks) * (i + 1) // parts] for i in range(parts)]
+
+
+def _uses_gpu(config: Config) -> bool:
+    return config.ray.use_gpu and task_family(config.collect.family).uses_gpu
+
+
+def _need(config: Config) -> Need | None:
+    if config.collect.directory or not _uses_gpu(config):
+        return None
+    return Need("collecting", 1, "ray.use_gpu=true", use_gpu=True)
 
 
 def _mean_accuracy(entries: list[Entry]) -> str:
@@ -121,6 +173,7 @@ COLLECT = Stage(
     run=run,
     sections=("seed", "collect"),
     after=None,
+    need=_need,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],
     check=check,
     given=lambda config: (

@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+import ray
 import torch
 from rich.console import Console
 
-from ray_jobs.collect import FAMILY
+from ray_jobs.collect import FAMILY, family_name
+from ray_jobs.fitting import cpus_per_worker
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
+from ray_jobs.needs import Need
 from ray_jobs.node_copies import load_generator, open_shards
 from ray_jobs.progress import stage_progress
 from ray_jobs.run_paths import RunPaths
@@ -24,11 +27,12 @@ from rpg.config import ConditionKind, Config, to_plain
 from rpg.config import Split as CollectionSplit
 from rpg.errors import RPGError
 from rpg.evaluation.figures import to_svg
-from rpg.evaluation.measure import Condition, Network, TrainingSet, measure
+from rpg.evaluation.measure import Condition, Measured, Network, TrainingSet, measure
 from rpg.evaluation.report import build_report, figure_pairs, model_card_table, terminal_table, write_report
 from rpg.evaluation.results import Results, Split
 from rpg.files import read_json, write_text
 from rpg.generator.generator import CARD_FILE
+from rpg.tasks.class_subsets import task_name
 from rpg.tasks.families import task_family
 from rpg.versions import versions
 
@@ -40,27 +44,13 @@ def run(config: Config) -> None:
     """Evaluate the generated networks and write the report."""
     began = time.perf_counter()
     paths = RunPaths.of(config)
-    collection = Collection.load(paths.collection)
     if (reason := why_not(config)) is not None:
         raise RPGError(f"{paths.generated}: {reason}")
-    family = task_family(collection.architecture[FAMILY])
-    # The images that no network was chosen by; settings are chosen on the validation images.
-    images = "test" if config.generate.split == CollectionSplit.heldout else "validation"
+    task_family(family_name(config), config.collect.images).check_images()
     with stage_progress("evaluate") as progress:
-        progress.update(0, 3, "reading networks")
-        originals, generated = _networks(config, collection, paths)
-        shards = open_shards(paths.shards, config.ray)
-        progress.update(1, 3, f"{len(generated)} networks, {images} images")
-        measured = measure(
-            shards.layout, _training_set(shards), originals, generated,
-            predict=lambda models: family.predict(models, images),
-            labels=lambda conditions: family.labels(conditions, images),
-            task_name=family.task_name,
-            noise_levels=config.evaluate.noise_levels,
-            ridge_penalty=config.evaluate.ridge_penalty,
-            seed=config.seed,
-        )  # fmt: skip
-        progress.update(2, 3, "report")
+        progress.update(0, 2, f"networks on {_image_split(config)} images")
+        measured = _measured_on_gpu(config) if _uses_gpu(config) else _measured(config, torch.device("cpu"))
+        progress.update(1, 2, "report")
         history = read_json(paths.generator / HISTORY_FILE, "a training history")
         seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE)}
         results = Results(
@@ -80,8 +70,53 @@ def run(config: Config) -> None:
         write_report(paths.root, report, figure_pairs(results, to_svg))
         generator = load_generator(paths.generator, config.ray)
         write_text(paths.generator / CARD_FILE, generator.card(model_card_table(report)))
-        progress.update(3, 3)
+        progress.update(2, 2)
     Console().print(terminal_table(report))
+
+
+def _measured_on_gpu(config: Config) -> Measured:
+    """As `_measured`, as a Ray task where there is a GPU."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    cpus = cpus_per_worker(nodes, 1, use_gpu=True)
+
+    @ray.remote(num_cpus=cpus, num_gpus=1)
+    def measured() -> Measured:
+        torch.set_num_threads(cpus)
+        return _measured(config, torch.device("cuda"))
+
+    result: Measured = ray.get(measured.remote())
+    return result
+
+
+def _measured(config: Config, device: torch.device) -> Measured:
+    """What the report tells about networks."""
+    paths = RunPaths.of(config)
+    family = task_family(family_name(config), config.collect.images, device)
+    images = _image_split(config)
+    originals, generated = _networks(config, Collection.load(paths.collection), paths)
+    shards = open_shards(paths.shards, config.ray)
+    return measure(
+        shards.layout, _training_set(shards), originals, generated,
+        predict=lambda models: family.predict(models, images),
+        labels=lambda conditions: family.labels(conditions, images),
+        task_name=task_name,
+        noise_levels=config.evaluate.noise_levels,
+        ridge_penalty=config.evaluate.ridge_penalty,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _image_split(config: Config) -> str:
+    """The images that no network was chosen by; settings are chosen on the validation images."""
+    return "test" if config.generate.split == CollectionSplit.heldout else "validation"
+
+
+def _uses_gpu(config: Config) -> bool:
+    return config.ray.use_gpu and task_family(family_name(config)).uses_gpu
+
+
+def _need(config: Config) -> Need | None:
+    return Need("evaluation", 1, "ray.use_gpu=true", use_gpu=True) if _uses_gpu(config) else None
 
 
 def why_not(config: Config) -> str | None:
@@ -130,6 +165,7 @@ EVALUATE = Stage(
     run=run,
     sections=("evaluate",),
     after=GENERATE,
+    need=_need,
     outputs=lambda paths: [paths.root / REPORT_FILE, paths.root / REPORT_PAGE],
 )
 

@@ -48,7 +48,7 @@ class Stage:
     given: Callable[[Config], AnyPath | None] = lambda config: None
     """The file that describes an output which was there before, if the config names one: then the stage is
     only a check, made when a later stage needs it."""
-    need: Callable[[Config], Need] | None = None
+    need: Callable[[Config], Need | None] = lambda config: None
     """Workers that it cannot do without, besides one CPU."""
     check: Callable[[Config], None] = lambda config: None
     """Refuses with an `RPGError` what can be seen to be wrong before Ray is started."""
@@ -119,7 +119,8 @@ def require_needs(stages: Sequence[Stage], config: Config) -> None:
     Raises:
         RPGError: as `require`.
     """
-    require([stage.need(config) for stage in stages if stage.need], config.ray.wait_seconds)
+    needs = [stage.need(config) for stage in stages]
+    require([need for need in needs if need], config.ray.wait_seconds)
 
 
 def with_stages_before(stage: Stage) -> list[Stage]:

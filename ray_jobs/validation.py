@@ -19,6 +19,7 @@ class ValidationTasks:
     """Tasks that no generator is trained on and no report is about."""
 
     family: str
+    images: str
     conditions: list[list[float]]
     models_per_task: int
     seed: int
@@ -39,11 +40,15 @@ class ValidationTasks:
                 f"{collection.root}: cannot validate: expected checkpoints of a task family, with condition "
                 "vectors, some of them of split 'validation'; set train.validate_every=0"
             )
-        return cls(family, [list(c) for c in conditions], config.train.validation_models, config.seed)
+        task_family(family, config.collect.images).check_images()
+        return cls(
+            family, config.collect.images, [list(c) for c in conditions],
+            config.train.validation_models, config.seed,
+        )  # fmt: skip
 
     def accuracy(self, generator: Generator) -> float:
         """Mean accuracy, on the validation images, of networks that `generator` makes for the tasks."""
-        family = task_family(self.family)
+        family = task_family(self.family, self.images, generator.positions.device)
         with tempfile.TemporaryDirectory() as directory:
             sampling = generator.config.sampling
             files = generate_models(

@@ -121,7 +121,10 @@ class CollectConfig:
     """A collection that is there already (see `rpg register`), a directory or URI, used as it is instead of
     training one."""
     family: str = "digits"
-    """Task family to train networks for (see `rpg/tasks`)."""
+    """Task family to train networks for (see `rpg/tasks`): digits or cifar10."""
+    images: str = ""
+    """Directory or URI of the images, for a family that does not bring its own (cifar10: `train.parquet` and
+    `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
     checkpoints_per_task: int = 3
     backbone_epochs: int = 40
     epochs: int = 6
@@ -318,7 +321,8 @@ class RayConfig:
     num_cpus: int | None = None
     """CPUs of a Ray that the job itself starts; None: all of the machine's."""
     use_gpu: bool = False
-    """One GPU for each training worker and for each generating worker."""
+    """One GPU for each training worker, for each generating worker, and for a task that trains or evaluates
+    networks of a family that uses one (cifar10)."""
     train_workers: int = 1
     min_train_workers: int = 0
     """Start with as few and grow up to `train_workers` when there is room; 0: always `train_workers`."""

@@ -4,97 +4,86 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rpg.config import CollectConfig
 from rpg.seeds import derived_seed
-from rpg.tasks.class_subsets import CLASSES, class_bits, task_of
+from rpg.tasks.class_subsets import CLASSES, class_bits, in_set
 from rpg.tasks.digits import DigitsNet, digits_images, digits_patches, digits_side_by_side
+from rpg.tasks.fine_tuning import binary_loss, ten_class_loss, unstacked, with_fresh_heads
 from rpg.tasks.side_by_side import train_side_by_side
 
 
-def train_backbone(config: CollectConfig, seed: int) -> dict[str, Tensor]:
-    """A ten-class `DigitsNet` trained on the training images; its state dict."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "backbone", 0))
-        start = DigitsNet(outputs=CLASSES).state_dict()
-    train = digits_images()["train"]
-    trained = train_side_by_side(
-        {name: value[None] for name, value in start.items()},
-        digits_side_by_side,
-        lambda logits, classes: F.cross_entropy(logits.flatten(0, 1), classes.flatten())[None],
-        digits_patches(train.images),
-        train.classes[None],
-        seeds=[derived_seed(seed, "backbone order", 0)],
-        epochs=config.backbone_epochs,
-        batch_size=config.batch_size,
-        learning_rate=3e-3,
-    )
-    return {name: value[0] for name, value in trained.items()}
+class BinaryDigits:
+    """The family; its images come with scikit-learn, and its networks are small enough for a CPU."""
 
+    uses_gpu = False
 
-def fine_tune(
-    backbone: dict[str, Tensor], models: list[tuple[int, int]], config: CollectConfig, seed: int
-) -> list[dict[str, Tensor]]:
-    """Fine-tune binary classifiers from the backbone's convolutions and a fresh head of zeros.
+    def check_images(self) -> None:
+        """Nothing can be missing."""
 
-    Args:
-        backbone: from `train_backbone`.
-        models: (task, copy) of each model; copies of a task differ in their data order.
-        config: epochs, batch size, learning rate.
-        seed: of the collection.
+    def train_backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
+        """A ten-class `DigitsNet` trained on the training images; its state dict."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(seed, "backbone", 0))
+            start = DigitsNet(outputs=CLASSES).state_dict()
+        train = digits_images()["train"]
+        trained = train_side_by_side(
+            {name: value[None] for name, value in start.items()},
+            digits_side_by_side,
+            ten_class_loss,
+            digits_patches(train.images),
+            train.classes[None],
+            seeds=[derived_seed(seed, "backbone order", 0)],
+            epochs=config.backbone_epochs,
+            batch_size=config.batch_size,
+            learning_rate=3e-3,
+        )
+        return {name: value[0] for name, value in trained.items()}
 
-    Returns:
-        One state dict a model, of `DigitsNet()`.
-    """
-    count = len(models)
-    features = {name: value for name, value in backbone.items() if not name.startswith("head.")}
-    start = {name: value.expand(count, *value.shape) for name, value in features.items()}
-    start["head.weight"] = torch.zeros(count, 1, backbone["head.weight"].shape[1])
-    start["head.bias"] = torch.zeros(count, 1)
-    train = digits_images()["train"]
-    trained = train_side_by_side(
-        start,
-        digits_side_by_side,
-        _binary_loss,
-        digits_patches(train.images),
-        labels([class_bits(task) for task, _ in models], "train").float(),
-        seeds=[derived_seed(seed, f"task {task}", copy) for task, copy in models],
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-    )
-    names = DigitsNet().state_dict()
-    return [{name: trained[name][i].clone() for name in names} for i in range(count)]
+    def fine_tune(
+        self, backbone: dict[str, Tensor], models: list[tuple[int, int]], config: CollectConfig, seed: int
+    ) -> list[dict[str, Tensor]]:
+        """Fine-tune binary classifiers from the backbone's convolutions and a fresh head of zeros.
 
+        Args:
+            backbone: from `train_backbone`.
+            models: (task, copy) of each model; copies of a task differ in their data order.
+            config: epochs, batch size, learning rate.
+            seed: of the collection.
 
-def build_network() -> nn.Module:
-    """The plain PyTorch network that checkpoints of this family load into."""
-    return DigitsNet()
+        Returns:
+            One state dict a model, of `DigitsNet()`.
+        """
+        train = digits_images()["train"]
+        trained = train_side_by_side(
+            with_fresh_heads(backbone, len(models)),
+            digits_side_by_side,
+            binary_loss,
+            digits_patches(train.images),
+            self.labels([class_bits(task) for task, _ in models], "train"),
+            seeds=[derived_seed(seed, f"task {task}", copy) for task, copy in models],
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+        )
+        return unstacked(trained, list(DigitsNet().state_dict()))
 
+    def build_network(self) -> nn.Module:
+        """The plain PyTorch network that checkpoints of this family load into."""
+        return DigitsNet()
 
-def labels(conditions: Sequence[Sequence[float]], split: str) -> Tensor:
-    """Whether each image's class is in the set that each condition names, bool [conditions, images]."""
-    return torch.tensor(conditions).bool()[:, digits_images()[split].classes]
+    def labels(self, conditions: Sequence[Sequence[float]], split: str) -> Tensor:
+        """Whether each image's class is in the set that each condition names, bool [conditions, images]."""
+        return in_set(conditions, digits_images()[split].classes)
 
-
-def task_name(condition: Sequence[float]) -> str:
-    """The task's id, as upstream numbers them."""
-    return str(task_of(condition))
-
-
-@torch.no_grad()
-def predict(models: list[dict[str, Tensor]], split: str, group: int = 64) -> Tensor:
-    """The models' answers on a split's images, bool [models, images]."""
-    patches = digits_patches(digits_images()[split].images)
-    answers = []
-    for i in range(0, len(models), group):
-        some = models[i : i + group]
-        stacked = {name: torch.stack([model[name] for model in some]) for name in some[0]}
-        logits = digits_side_by_side(stacked, patches.expand(len(some), *patches.shape))
-        answers.append(logits[..., 0] > 0)
-    return torch.cat(answers) if answers else torch.zeros(0, len(patches), dtype=torch.bool)
-
-
-def _binary_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits[..., 0], labels, reduction="none").mean(1)
+    @torch.no_grad()
+    def predict(self, models: list[dict[str, Tensor]], split: str, group: int = 64) -> Tensor:
+        """The models' answers on a split's images, bool [models, images]; `group` of them at a time."""
+        patches = digits_patches(digits_images()[split].images)
+        answers = []
+        for i in range(0, len(models), group):
+            some = models[i : i + group]
+            stacked = {name: torch.stack([model[name] for model in some]) for name in some[0]}
+            logits = digits_side_by_side(stacked, patches.expand(len(some), *patches.shape))
+            answers.append(logits[..., 0] > 0)
+        return torch.cat(answers) if answers else torch.zeros(0, len(patches), dtype=torch.bool)

@@ -6,6 +6,9 @@ A task's id is its ten class bits read as a binary number, class 0 first: 1 … 
 import random
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from rpg.collection.conditions import bits
 from rpg.errors import RPGError
 
@@ -25,6 +28,16 @@ def class_bits(task: int) -> list[float]:
 def task_of(condition: Sequence[float]) -> int:
     """The id of the task that a condition names."""
     return int("".join("1" if value else "0" for value in condition), 2)
+
+
+def task_name(condition: Sequence[float]) -> str:
+    """The task's id, as upstream numbers them."""
+    return str(task_of(condition))
+
+
+def in_set(conditions: Sequence[Sequence[float]], classes: Tensor) -> Tensor:
+    """Whether each of `classes` (int64 [N]) is in the set that each condition names, bool [conditions, N]."""
+    return torch.tensor(conditions).bool().to(classes.device)[:, classes]
 
 
 def task_splits(validation_tasks: int, seed: int) -> dict[int, str]:

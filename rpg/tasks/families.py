@@ -1,17 +1,25 @@
 """The task families that collections can be made from, by the name in `collect.family`."""
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from rpg.config import CollectConfig
 from rpg.errors import RPGError
-from rpg.tasks import binary_digits
+from rpg.tasks.binary_cifar10 import BinaryCifar10
+from rpg.tasks.binary_digits import BinaryDigits
 
 
 class TaskFamily(Protocol):
-    """What a family's module offers; see `rpg/tasks/binary_digits.py` for each function."""
+    """What a family offers; see `rpg/tasks/binary_digits.py` for each method."""
+
+    uses_gpu: bool
+    """Whether its networks are trained and run on a GPU where there is one."""
+
+    def check_images(self) -> None:
+        """Raise an `RPGError` if its images are not where they should be, before any work is done."""
 
     def train_backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
         """The network that all others are fine-tuned from."""
@@ -27,22 +35,26 @@ class TaskFamily(Protocol):
     def labels(self, conditions: Sequence[Sequence[float]], split: str) -> Tensor:
         """Right answers of the tasks that conditions name, bool [conditions, images]."""
 
-    def task_name(self, condition: Sequence[float]) -> str:
-        """What to call the task that a condition names."""
-
     def predict(self, models: list[dict[str, Tensor]], split: str) -> Tensor:
         """The models' answers, bool [models, images]."""
 
 
-_FAMILIES = {"digits": binary_digits}
+FAMILIES = ("cifar10", "digits")
 
 
-def task_family(name: str) -> TaskFamily:
+def task_family(name: str, images: str = "", device: torch.device | None = None) -> TaskFamily:
     """The family called `name`.
+
+    Args:
+        name: one of `FAMILIES`.
+        images: where the images lie, the setting `collect.images`, for families that need some.
+        device: where networks are trained and run, for families that use GPUs; None: the CPU.
 
     Raises:
         RPGError: if there is none.
     """
-    if name not in _FAMILIES:
-        raise RPGError(f"collect.family: expected one of {', '.join(sorted(_FAMILIES))}, got '{name}'")
-    return cast(TaskFamily, _FAMILIES[name])
+    if name == "digits":
+        return BinaryDigits()
+    if name == "cifar10":
+        return BinaryCifar10(images, device or torch.device("cpu"))
+    raise RPGError(f"collect.family: expected one of {', '.join(FAMILIES)}, got '{name}'")

@@ -1,10 +1,11 @@
 """Training many small networks of one architecture at once, each on its own task and data order."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from rpg.tasks.adam import SideBySideAdam
 
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -34,29 +35,16 @@ def train_side_by_side(
     """
     weights = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     leaves = list(weights.values())
-    first = [torch.zeros_like(leaf) for leaf in leaves]
-    second = [torch.zeros_like(leaf) for leaf in leaves]
-    beta1, beta2, epsilon, warmup = 0.9, 0.99, 1e-8, 20
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     count = len(inputs)
     batch_size = min(batch_size, count)
     batches = count // batch_size
-    step, steps = 0, epochs * batches
+    adam = SideBySideAdam(leaves, learning_rate, epochs * batches)
     rows = torch.arange(len(seeds))[:, None]
     for _ in range(epochs):
         order = torch.stack([torch.randperm(count, generator=generator) for generator in generators])
         for batch in torch.split(order[:, : batches * batch_size], batch_size, dim=1):
             # Summing over models keeps each model's gradient its own.
             total = loss(forward(weights, inputs[batch]), targets[rows, batch]).sum()
-            gradients = torch.autograd.grad(total, leaves)
-            step += 1
-            rate = learning_rate * min(1.0, step / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            with torch.no_grad():
-                torch._foreach_lerp_(first, gradients, 1 - beta1)
-                torch._foreach_mul_(second, beta2)
-                torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
-                scale = torch._foreach_div(second, 1 - beta2**step)
-                torch._foreach_sqrt_(scale)
-                torch._foreach_add_(scale, epsilon)
-                torch._foreach_addcdiv_(leaves, first, scale, value=-rate / (1 - beta1**step))
+            adam.step(torch.autograd.grad(total, leaves))
     return {name: value.detach() for name, value in weights.items()}

@@ -5,41 +5,40 @@ import torch
 from torch import Tensor
 
 from rpg.config import CollectConfig
-from rpg.errors import RPGError
-from rpg.tasks.binary_digits import build_network, fine_tune, labels, predict, train_backbone
+from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.class_subsets import class_bits
 from rpg.tasks.digits import digits_images
-from rpg.tasks.families import task_family
 
 TASKS = [314, 1, 589, 1022]
+FAMILY = BinaryDigits()
 CONFIG = CollectConfig(backbone_epochs=15, epochs=6)
 
 
 @pytest.fixture(scope="module")
 def backbone() -> dict[str, Tensor]:
-    return train_backbone(CONFIG, seed=0)
+    return FAMILY.train_backbone(CONFIG, seed=0)
 
 
 def accuracy(models: list[dict[str, Tensor]], tasks: list[int], split: str) -> Tensor:
-    right = predict(models, split) == labels([class_bits(task) for task in tasks], split)
+    right = FAMILY.predict(models, split) == FAMILY.labels([class_bits(task) for task in tasks], split)
     return right.double().mean(1)
 
 
 def test_labels_ask_whether_the_class_is_in_the_set() -> None:
-    found = labels([class_bits(314), class_bits(1)], "validation")
+    found = FAMILY.labels([class_bits(314), class_bits(1)], "validation")
     for row, members in zip(found, ({1, 4, 5, 6, 8}, {9}), strict=True):
         assert row.tolist() == [c in members for c in digits_images()["validation"].classes.tolist()]
 
 
 def test_fine_tuned_networks_are_accurate(backbone: dict[str, Tensor]) -> None:
-    models = fine_tune(backbone, [(task, copy) for task in TASKS for copy in range(2)], CONFIG, seed=0)
+    models = FAMILY.fine_tune(backbone, [(task, copy) for task in TASKS for copy in range(2)], CONFIG, seed=0)
     tasks = [task for task in TASKS for _ in range(2)]
     assert accuracy(models, tasks, "validation").min() > 0.9
     # Copies of a task have the same start and differ in their data order.
     assert not torch.equal(models[0]["head.weight"], models[1]["head.weight"])
-    network = build_network()
+    network = FAMILY.build_network()
     images = digits_images()["test"].images
-    answers = predict(models, "test", group=3)
+    answers = FAMILY.predict(models, "test", group=3)
     for model, answer in zip(models, answers, strict=True):
         network.load_state_dict(model, strict=True)
         with torch.no_grad():
@@ -50,9 +49,9 @@ def test_fine_tuned_networks_are_accurate(backbone: dict[str, Tensor]) -> None:
 
 def test_a_model_is_determined_by_seed_task_and_copy(backbone: dict[str, Tensor]) -> None:
     quick = CollectConfig(epochs=1)
-    (alone,) = fine_tune(backbone, [(314, 1)], quick, seed=0)
-    among = fine_tune(backbone, [(589, 0), (314, 1), (314, 0)], quick, seed=0)
-    other = fine_tune(backbone, [(314, 1)], quick, seed=1)[0]
+    (alone,) = FAMILY.fine_tune(backbone, [(314, 1)], quick, seed=0)
+    among = FAMILY.fine_tune(backbone, [(589, 0), (314, 1), (314, 0)], quick, seed=0)
+    other = FAMILY.fine_tune(backbone, [(314, 1)], quick, seed=1)[0]
     for name, value in alone.items():
         torch.testing.assert_close(among[1][name], value, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(other["head.weight"], alone["head.weight"], rtol=1e-3, atol=1e-4)
@@ -64,18 +63,14 @@ def test_the_backbone_knows_ten_classes_and_other_randomness_is_left_alone() -> 
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    first = train_backbone(quick, seed=0)
+    first = FAMILY.train_backbone(quick, seed=0)
     assert torch.equal(torch.rand(2), expected)
     assert first["head.weight"].shape == (10, 96)
-    assert all(torch.equal(value, first[name]) for name, value in train_backbone(quick, seed=0).items())
-    assert not torch.equal(train_backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
+    assert all(
+        torch.equal(value, first[name]) for name, value in FAMILY.train_backbone(quick, seed=0).items()
+    )
+    assert not torch.equal(FAMILY.train_backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
 
 
 def test_no_models_have_no_answers() -> None:
-    assert predict([], "test").shape[0] == 0
-
-
-def test_families_are_found_by_name() -> None:
-    assert task_family("digits").build_network().state_dict().keys() == build_network().state_dict().keys()
-    with pytest.raises(RPGError, match=r"collect\.family: expected one of digits, got 'digit'"):
-        task_family("digit")
+    assert FAMILY.predict([], "test").shape[0] == 0

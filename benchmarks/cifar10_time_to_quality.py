@@ -1,0 +1,303 @@
+"""Time to quality on CIFAR-10's 1,022 binary tasks: accuracy against training seconds and sampling steps.
+
+    python benchmarks/cifar10_time_to_quality.py --images DIRECTORY --output results
+
+runs the presets `cifar10-binary` (which trains the collection) and `cifar10-binary-paper` (the same networks,
+the published generator) from images to report on one GPU; then each of the two generators with fewer and more
+sampling steps, and shorter trainings of each with a schedule of their own. Everything is measured on the
+twenty held-out tasks and the test images; no setting is chosen here.
+
+What is finished is kept below `--runs`, and a later call with the same presets goes on from there.
+`--seconds` ends a call before the next piece once so many have passed. The last call writes `results.json`
+and figures below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it runs, and measures
+nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from rpg.collection.checkpoint import read_checkpoint
+from rpg.collection.shards import ShardedCollection
+from rpg.config import Config, load_config, to_plain
+from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
+from rpg.files import read_json, remove_directory, write_json
+from rpg.generation.job import generate_models
+from rpg.generator.generator import Generator
+from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
+from rpg.tasks.families import task_family
+from rpg.training.fit import Progress, fit, new_trainer
+from rpg.versions import versions
+
+ROOT = Path(__file__).parents[1]
+KINDS = {"fast": "cifar10-binary", "paper": "cifar10-binary-paper"}
+"""Denoiser and its preset."""
+SAMPLING_STEPS = (50, 20, 8, 4, 2, 1)
+TRAINING_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Of the preset's training steps; the whole is the preset's own run."""
+TINY = (
+    "ray.use_gpu=false", "ray.num_cpus=2", "collect.checkpoints_per_task=1", "collect.backbone_epochs=1",
+    "collect.epochs=2", "collect.batch_size=8", "collect.models_per_batch=64", "shard.token_size=768",
+    "generator.denoiser.width=32", "generator.denoiser.depth=1", "generator.denoiser.channels=[1,2,4,2,1]",
+    "generator.recurrent.width=64", "generator.recurrent.depth=1", "generator.recurrent.state_size=8",
+    "generator.condition.width=32", "generator.sampling.token_batch=512", "train.steps=32",
+    "train.warmup_steps=1", "train.checkpoints_per_step=2", "train.tokens_per_checkpoint=4",
+    "generate.models_per_task=1", "generate.seen_tasks=1", "evaluate.noise_levels=[0.02]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the call was asked for."""
+
+    images: str
+    runs: Path
+    output: Path
+    seconds: float
+    tiny: bool
+    began: float
+
+    def overrides(self, kind: str) -> list[str]:
+        """Changes to the preset of `kind`."""
+        changes = [
+            *(TINY if self.tiny else ()),
+            f"collect.images={self.images}",
+            f"output={self.runs / kind}",
+        ]
+        if kind != "fast":
+            changes.append(f"collect.directory={self.runs / 'fast' / 'collection'}")
+        return changes
+
+    def preset(self, kind: str) -> Path:
+        """The preset's file."""
+        return ROOT / "configs" / f"{KINDS[kind]}.yaml"
+
+    def config(self, kind: str) -> Config:
+        """The preset with the changes."""
+        return load_config(self.preset(kind), self.overrides(kind))
+
+    def device(self) -> torch.device:
+        """Where generators train and sample."""
+        return torch.device("cpu" if self.tiny else "cuda")
+
+    def pieces(self) -> Path:
+        """Where results lie, apart for other settings."""
+        settings = [to_plain(load_config(self.preset(kind), self.overrides(kind))) for kind in KINDS]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return self.runs / f"pieces-{digest[:12]}"
+
+    def piece(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `measure` found, in this call or an earlier one; the call ends here if its time is over."""
+        path = self.pieces() / f"{name}.json"
+        if not path.exists():
+            if time.monotonic() - self.began > self.seconds:
+                print(f"{name}: not begun, the {self.seconds:g} s are over; call again", file=sys.stderr)
+                sys.exit(3)
+            found = measure()
+            write_json(path, found)
+        result: dict[str, Any] = read_json(path, "a measurement")
+        print(f"{name}: {json.dumps(result)[:300]}", file=sys.stderr, flush=True)
+        return result
+
+
+def run_preset(session: Session, kind: str) -> dict[str, Any]:
+    """The whole pipeline, whose finished stages are kept; its report in a few numbers."""
+    command = [sys.executable, "-m", "ray_jobs.pipeline", str(session.preset(kind)), *session.overrides(kind)]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(f"{kind}: the pipeline failed; call again to go on with it")
+    report = read_json(session.runs / kind / "report.json", "a report")
+    history = read_json(session.runs / kind / "generator" / "history.json", "a training history")
+    accuracy = report["accuracy"]
+    return {
+        "originals": accuracy["originals"]["mean"],
+        "generated": accuracy["generated_unseen"]["mean"],
+        "ratio": accuracy["ratio"],
+        "baselines": {name: row["mean"] for name, row in accuracy["baselines"].items()},
+        "similarity": report["similarity"]["unseen"],
+        "distance": report["distance"],
+        "timing_seconds": report["timing_seconds"],
+        "training_steps": history[-1]["step"],
+        "training_seconds": history[-1]["seconds"],
+    }
+
+
+def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, float]:
+    """Mean accuracy of networks generated for the held-out tasks, and the seconds until all were written."""
+    config = session.config(kind)
+    conditions = [class_bits(task) for task in HELD_OUT_TASKS]
+    number, seed, sampling = config.generate.models_per_task, config.seed, generator.config.sampling
+    directory = session.runs / "generated"
+    # The first networks of a process wait for kernels to be loaded.
+    generate_models(generator, conditions[:1], 1, seed, directory, sampling)
+    remove_directory(directory)
+    began = time.perf_counter()
+    files = generate_models(generator, conditions, number, seed, directory, sampling)
+    seconds = time.perf_counter() - began
+    models = [read_checkpoint(file) for file in files]
+    family = task_family(config.collect.family, config.collect.images, session.device())
+    asked = [condition for condition in conditions for _ in range(number)]
+    accuracy = (family.predict(models, "test") == family.labels(asked, "test")).float().mean()
+    remove_directory(directory)
+    return {"accuracy": float(accuracy), "networks": len(models), "generation_seconds": seconds}
+
+
+def with_sampling_steps(session: Session, kind: str, steps: int) -> dict[str, Any]:
+    """The preset's generator, sampled in so many steps."""
+    generator = Generator.from_pretrained(session.runs / kind / "generator").to(session.device())
+    generator.config = replace(generator.config, sampling=replace(generator.config.sampling, steps=steps))
+    return {"sampling_steps": steps, **accuracy_of(session, kind, generator)}
+
+
+def trained_for(session: Session, kind: str, share: float) -> dict[str, Any]:
+    """A generator trained as the preset says for a share of its steps, warm-up and cosine included."""
+    config = session.config(kind)
+    steps = max(1, round(config.train.steps * share))
+    warmup = max(1, round(config.train.warmup_steps * share))
+    train = replace(
+        config.train, steps=steps, warmup_steps=warmup, save_every=steps, log_every=max(1, steps // 4)
+    )
+    shards = ShardedCollection.open(session.runs / kind / "shards")
+    trainer = new_trainer(shards, config.generator, train, config.seed, session.device())
+    last: list[Progress] = []
+    fit(trainer, shards, config.seed, last.append, lambda trainer, progress: None)
+    found = accuracy_of(session, kind, trainer.average)
+    return {"training_steps": steps, "training_seconds": last[-1].seconds, "loss": last[-1].loss, **found}
+
+
+def curve_figure(results: dict[str, Any]) -> Figure:
+    """Accuracy against training seconds and against sampling steps."""
+    originals, baselines = results["presets"]["fast"]["originals"], results["presets"]["fast"]["baselines"]
+    colours = {"fast": (LIGHT.generated, "o", "-"), "paper": (LIGHT.originals, "s", "--")}
+    with style(LIGHT):
+        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, sharey=True)
+        for kind, (colour, marker, line) in colours.items():
+            for axes, key, rows in (
+                (left, "training_seconds", results["training"][kind]),
+                (right, "sampling_steps", results["sampling"][kind]),
+            ):
+                points = sorted((row[key], row["accuracy"]) for row in rows)
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=kind)
+        for axes, label in ((left, "training, seconds"), (right, "sampling steps")):
+            axes.axhline(originals, color=LIGHT.ink, linewidth=1.2, label="originals")
+            axes.axhline(
+                0.99 * originals, color=LIGHT.ink, linewidth=1, linestyle=":", label="0.99 × originals"
+            )
+            axes.axhline(
+                baselines["ridge_3"], color=LIGHT.baselines[0], linestyle="-.", label="ridge, order 3"
+            )
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel(label)
+        right.set_xticks(SAMPLING_STEPS, [str(steps) for steps in SAMPLING_STEPS])
+        left.set_ylabel("accuracy, 20 held-out tasks")
+        legend_below(figure, *left.get_legend_handles_labels(), columns=5)
+        return figure
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    presets = results["presets"]
+    originals = presets["fast"]["originals"]
+    seconds = presets["fast"]["timing_seconds"]
+    lines = [
+        f"{results['machine']}; PyTorch {results['versions']['torch']}; collection trained in "
+        f"{seconds['collect']:.0f} s, sharded in {seconds['shard']:.0f} s; originals {originals:.4f} on the "
+        f"held-out tasks, "
+        + ", ".join(f"{name} {value:.4f}" for name, value in presets["fast"]["baselines"].items()),
+        "",
+        "| denoiser | training steps | training s | sampling steps | accuracy | against originals | "
+        "generation s, networks |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, found in presets.items():
+        trained = [(row, "preset") for row in results["training"][kind]]
+        sampled = [
+            (
+                {**row, **{key: found[key] for key in ("training_steps", "training_seconds")}},
+                str(row["sampling_steps"]),
+            )
+            for row in results["sampling"][kind]
+        ]
+        for row, steps in [*trained, *sampled]:
+            lines.append(
+                f"| {kind} | {row['training_steps']:,} | {row['training_seconds']:.1f} | {steps} | "
+                f"{row['accuracy']:.4f} | {row['accuracy'] / originals:.4f} | "
+                f"{row['generation_seconds']:.2f}, {row['networks']} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, and print the table as Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", required=True, help="directory of train.parquet and test.parquet")
+    parser.add_argument("--output", type=Path, required=True, help="directory for results.json and figures")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "cifar10_time_to_quality")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, to see that it runs")
+    given = parser.parse_args()
+    if not given.tiny and not torch.cuda.is_available():
+        parser.error("needs a GPU; --tiny runs on a CPU")
+    images = str(Path(given.images).absolute())
+    session = Session(
+        images, given.runs.absolute(), given.output.absolute(), given.seconds, given.tiny, time.monotonic()
+    )
+    shares = TRAINING_SHARES[-2:] if given.tiny else TRAINING_SHARES
+    numbers = SAMPLING_STEPS[-2:] if given.tiny else SAMPLING_STEPS
+    results: dict[str, Any] = {
+        "machine": "CPU" if given.tiny else torch.cuda.get_device_name(),
+        "versions": versions(),
+        "presets": {},
+        "sampling": {},
+        "training": {},
+    }
+    for kind in KINDS:
+        results["presets"][kind] = session.piece(f"{kind}-preset", lambda k=kind: run_preset(session, k))
+        results["sampling"][kind] = [
+            session.piece(
+                f"{kind}-{n}-sampling-steps", lambda k=kind, n=n: with_sampling_steps(session, k, n)
+            )
+            for n in numbers
+        ]
+        results["training"][kind] = [
+            session.piece(f"{kind}-{share:g}-of-training", lambda k=kind, s=share: trained_for(session, k, s))
+            for share in shares
+        ]
+        # The preset's own run is the last point of the curve; sampled again, to be timed as the others are.
+        whole = session.piece(f"{kind}-whole-training", lambda k=kind: whole_training(session, k))
+        results["training"][kind].append(whole)
+    write_json(given.output / "results.json", results)
+    figure = curve_figure(results)
+    for form, drawn in (("svg", to_svg(figure)), ("png", to_png(figure))):
+        (given.output / f"time_to_quality.{form}").write_bytes(drawn)
+    print(table(results))
+
+
+def whole_training(session: Session, kind: str) -> dict[str, Any]:
+    """The preset's generator, sampled as the preset says."""
+    preset = read_json(session.pieces() / f"{kind}-preset.json", "a measurement")
+    generator = Generator.from_pretrained(session.runs / kind / "generator").to(session.device())
+    trained = {key: preset[key] for key in ("training_steps", "training_seconds")}
+    return {**trained, **accuracy_of(session, kind, generator)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Training side by side on shared batches: against training each network alone with plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpg.tasks.cifar10_images import Images
+from rpg.tasks.cifar10_net import (
+    Cifar10Net,
+    convolved,
+    evaluation_logits,
+    first_patches,
+    is_trained,
+    normalised,
+    stacked,
+    training_logits,
+)
+from rpg.tasks.fine_tuning import binary_loss, ten_class_loss
+from rpg.tasks.shared_batches import (
+    _compiled_total_loss,
+    _total_loss,
+    augmented,
+    batches,
+    train_on_shared_batches,
+)
+
+CPU = torch.device("cpu")
+SEED, EPOCHS, BATCH, RATE = 7, 2, 8, 1e-2
+
+
+def networks(count: int, outputs: int = 1) -> list[Cifar10Net]:
+    torch.manual_seed(0)
+    made = [Cifar10Net(outputs).double() for _ in range(count)]
+    for network in made:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # Away from the ones and zeros that hide mistakes.
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.2)
+                assert module.running_mean is not None and module.running_var is not None
+                nn.init.normal_(module.running_mean, 0, 0.2)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return made
+
+
+def some_images(count: int = 20) -> Images:
+    torch.manual_seed(1)
+    return Images(torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,)))
+
+
+def alone(network: nn.Module, images: Images, answers: Tensor, outputs: int) -> None:
+    """PyTorch's own modules and Adam, on the same batches, with the same schedule."""
+    network.train()
+    optimiser = torch.optim.Adam(network.parameters(), lr=RATE, betas=(0.9, 0.99))
+    steps = EPOCHS * (len(images.classes) // BATCH)
+    for step, (pixels, classes) in enumerate(batches(images, SEED, EPOCHS, BATCH), start=1):
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1, step / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.zero_grad()
+        logits = network(normalised(pixels).double())
+        if outputs == 1:
+            loss = F.binary_cross_entropy_with_logits(logits[:, 0], answers[classes].double())
+        else:
+            loss = F.cross_entropy(logits, answers[classes])
+        torch.autograd.backward(loss)
+        optimiser.step()
+
+
+@pytest.mark.parametrize("outputs", [1, 10])
+def test_equals_training_each_model_alone(outputs: int) -> None:
+    made, images = networks(3, outputs), some_images()
+    answers = torch.randint(2, (3, 10)).bool() if outputs == 1 else torch.stack([torch.randperm(10)] * 3)
+    trained = train_on_shared_batches(
+        stacked([network.state_dict() for network in made], CPU), images, answers,
+        binary_loss if outputs == 1 else ten_class_loss, SEED, EPOCHS, BATCH, RATE, torch.float64,
+    )  # fmt: skip
+    for i, network in enumerate(made):
+        before = network.head.weight.detach().clone()
+        alone(network, images, answers[i], outputs)
+        assert (network.head.weight - before).abs().max() > 1e-3
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(trained[name][i], value, rtol=1e-6, atol=1e-8)
+
+
+def test_a_model_does_not_depend_on_its_neighbours() -> None:
+    start, images = stacked([network.state_dict() for network in networks(2)], CPU), some_images()
+    answers = torch.tensor([[1, 0] * 5, [0, 0, 1, 1, 1] * 2]).bool()
+
+    def trained(rows: slice, seed: int = SEED) -> dict[str, Tensor]:
+        some = {name: value[rows] for name, value in start.items()}
+        return train_on_shared_batches(
+            some, images, answers[rows], binary_loss, seed, EPOCHS, BATCH, RATE, torch.float64
+        )
+
+    together, one = trained(slice(0, 2)), trained(slice(1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(value[0], together[name][1])
+    assert not torch.allclose(trained(slice(1, 2), seed=8)["conv1.weight"], one["conv1.weight"])
+
+
+def test_evaluation_is_that_of_the_plain_network() -> None:
+    made, images = networks(3, 10), normalised(some_images(6).pixels).double()
+    logits = evaluation_logits(stacked([each.state_dict() for each in made], CPU), first_patches(images))
+    for i, network in enumerate(made):
+        with torch.no_grad():
+            torch.testing.assert_close(logits[i], network.eval()(images))
+
+
+def test_bfloat16_is_near_to_float32() -> None:
+    start = stacked([network.float().state_dict() for network in networks(2)], CPU)
+    patches = first_patches(normalised(some_images(16).pixels))
+    exact, _ = training_logits(start, patches, torch.float32)
+    rough, statistics = training_logits(start, patches, torch.bfloat16)
+    assert rough.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for pair in statistics.values() for value in pair)
+    assert (rough - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_compiled_on_a_gpu_is_the_same() -> None:
+    device = torch.device("cuda")
+    start = stacked([network.float().state_dict() for network in networks(3)], device)
+    weights = {name: value.requires_grad_() for name, value in start.items() if is_trained(name)}
+    patches = first_patches(normalised(some_images(16).pixels.to(device)))
+    right = torch.randint(2, (3, 16), device=device).bool()
+    results = []
+    for total_loss in (_total_loss, _compiled_total_loss()):
+        total, statistics = total_loss(weights, patches, right, binary_loss, torch.float32)
+        results.append((torch.autograd.grad(total, list(weights.values())), statistics))
+    for expected, found in zip(*(gradients for gradients, _ in results), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    for layer, expected_pair in results[0][1].items():
+        torch.testing.assert_close(results[1][1][layer], expected_pair)
+
+
+def test_convolutions_and_their_gradients_are_pytorchs_own() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 7, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    result = convolved(images, weight)
+    plain = torch.stack([F.conv2d(images[i].movedim(-1, 1), weight[i], padding=1) for i in range(2)])
+    torch.testing.assert_close(result, plain.movedim(2, -1))
+    assert torch.autograd.gradcheck(convolved, (images, weight))
+
+
+def test_augmentation_moves_and_mirrors_each_image() -> None:
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    pixels = torch.stack([rows, columns, rows + columns], dim=-1).to(torch.uint8).expand(200, -1, -1, -1)
+    result = augmented(pixels, torch.Generator().manual_seed(0)).int()
+    moves = set()
+    for image in result:
+        # Every pixel tells where it comes from; the middle is never cut off.
+        step = int(image[16, 17, 1] - image[16, 16, 1])
+        assert step in (1, -1)
+        down, right = int(image[16, 16, 0]) - 16, int(image[16, 16 if step == 1 else 15, 1]) - 16
+        across = (torch.arange(32) if step == 1 else 31 - torch.arange(32)) + right
+        assert torch.equal(image[..., 0], (rows + down).clamp(0, 31))
+        assert torch.equal(image[..., 1], across.clamp(0, 31).expand(32, -1))
+        moves.add((down, right, step))
+    assert {move[0] for move in moves} == {move[1] for move in moves} == set(range(-4, 5))
+    assert len(moves) > 80
