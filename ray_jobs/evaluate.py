@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from ray_jobs.collect import FAMILY
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
 from ray_jobs.node_copies import load_generator, open_shards
 from ray_jobs.progress import stage_progress
@@ -29,7 +28,7 @@ from rpg.evaluation.report import build_report, figure_pairs, model_card_table, 
 from rpg.evaluation.results import Results, Split
 from rpg.files import read_json, write_text
 from rpg.generator.generator import CARD_FILE
-from rpg.tasks.families import task_family
+from rpg.tasks.families import FAMILY, task_family
 from rpg.versions import versions
 
 REPORT_FILE = "report.json"

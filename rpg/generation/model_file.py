@@ -39,19 +39,32 @@ class ModelFile:
         size: bytes of the whole file.
     """
 
-    def __init__(self, path: AnyPath, layout: Layout, metadata: Mapping[str, str]) -> None:
-        """Write to `path` a model of `layout`, with `metadata` in the file's header."""
+    def __init__(
+        self,
+        path: AnyPath,
+        layout: Layout,
+        metadata: Mapping[str, str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write to `path` a model of `layout`, with `metadata` in the file's header.
+
+        `dtype` is that of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+        """
         self.path = path
         self.layout = layout
         self._offsets: dict[str, int] = {}
         self._names: dict[str, list[str]] = {}
+        self._dtypes = {
+            spec.name: dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+            for spec in layout.specs
+        }
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
         # Wide types first keeps every tensor aligned to its element size.
-        for spec in sorted(layout.specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
-            size = spec.numel * spec.dtype.itemsize
+        for spec in sorted(layout.specs, key=lambda spec: (-self._dtypes[spec.name].itemsize, spec.name)):
+            size = spec.numel * self._dtypes[spec.name].itemsize
             header[spec.name] = {
-                "dtype": _DTYPE_NAMES[spec.dtype],
+                "dtype": _DTYPE_NAMES[self._dtypes[spec.name]],
                 "shape": list(spec.shape),
                 "data_offsets": [end, end + size],
             }
@@ -82,6 +95,8 @@ class ModelFile:
             RPGError: naming file and tensor, if the weights are not finite.
         """
         spec, start, weights = self.layout.decode_token(index, values)
+        # What is too large for the file's type becomes infinite here.
+        weights = weights.to(self._dtypes[spec.name])
         if not weights.isfinite().all():
             raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
         self._write(spec.name, start, weights)
@@ -97,7 +112,7 @@ class ModelFile:
         self._stack.__exit__(kind, error, traceback)
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
-        data = values.contiguous().view(torch.uint8).numpy().tobytes()
+        data = values.to(self._dtypes[name]).contiguous().view(torch.uint8).numpy().tobytes()
         for each in self._names.get(name, ()):
             self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
             self._file.write(data)

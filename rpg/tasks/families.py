@@ -34,6 +34,9 @@ class TaskFamily(Protocol):
         """The models' answers, bool [models, images]."""
 
 
+FAMILY = "family"
+"""Key of a collection's architecture that names the task family of its networks."""
+
 _FAMILIES = {"digits": binary_digits}
 
 

@@ -33,6 +33,7 @@ from serve.access import Caller
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
 from serve.desk import DispatcherDesk
 from serve.dispatcher import Dispatcher
+from serve.feed import Served
 from serve.job_store import JobStore
 from serve.local_maker import LocalMaker
 from serve.metrics import NoMeters
@@ -137,15 +138,15 @@ async def _service(
 ) -> AsyncIterator[Service]:
     store = JobStore(location(config.storage))
     maker = LocalMaker(config.generators[0], store, CacheConfig())
-    dispatcher = Dispatcher(
-        store, {"small": maker._generator.config}, {"small": wrap(maker)}, {"small": 1},
-        config.limits, config.retention, NoMeters(),
-    )  # fmt: skip
+    dispatcher = Dispatcher(store, config.limits, config.retention, NoMeters())
 
     async def metrics() -> str:
         return "# HELP ray_rpg_models Models made\n"
 
     await dispatcher.start()
+    await dispatcher.serve(
+        Served("small", maker._generator.config, 1, bool(config.generators[0].collection)), wrap(maker)
+    )
     app = http_app(DispatcherDesk(dispatcher), store, config, metrics)
     transport = httpx.ASGITransport(app)
     try:
@@ -170,13 +171,17 @@ class Server:
     process: subprocess.Popen[str]
     log: Path
 
-    def part(self, title: str) -> psutil.Process:
-        """The process of one deployment, such as `front`."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:rpg:{title}"):
-                    return child
-        raise AssertionError(f"no process {title}")
+    def part(self, title: str, seconds: float = 30) -> psutil.Process:
+        """The process of one deployment, such as `rpg:front` or `rpg.small.`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            # Now and then a title cannot be read: Ray rewrites it at every call.
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:{title}"):
+                        return child
+            assert time.monotonic() < deadline, f"no process {title}"
+            time.sleep(0.05)
 
     def kill_all(self) -> None:
         """SIGKILL for the command and everything of its Ray, children first so that none is missed."""
@@ -197,7 +202,7 @@ class Server:
             raise
 
     def wait_ready(self) -> "Server":
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while "http://" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()

@@ -15,12 +15,20 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, load_file
 from torch import Tensor
 
+from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
+from rpg.collection.collection import Collection, Entry
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
+from rpg.tasks import binary_digits
+from rpg.tasks.digits import DigitsNet, digits_images
+from rpg.tasks.families import FAMILY
 from serve import dispatcher as dispatcher_module
+from serve import feed
 from serve.config import ServeConfig
 from serve.job_store import JobStore
 from serve.lease import Description, Lease
@@ -80,6 +88,77 @@ def files(config: ServeConfig, job: str) -> dict[str, bytes]:
 
 def named(content: list[bytes]) -> dict[str, bytes]:
     return {f"model_{i:06d}.safetensors": each for i, each in enumerate(content)}
+
+
+def test_models_in_another_dtype(config: ServeConfig, in_process: InProcess, expected: Expected) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, number=3, seed=1, dtype="bfloat16")).json()["id"]
+            job = await service.ended(id)
+            assert (job["state"], job["dtype"]) == ("succeeded", "bfloat16")
+
+    asyncio.run(run())
+    (directory,) = (Path(config.storage) / "jobs").iterdir()
+    for index, content in enumerate(expected(CONDITIONS[:1], 3, 1)):
+        path = directory / "models" / f"model_{index:06d}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata()["rpg.dtype"] == "bfloat16"
+        whole = load(content)
+        for name, tensor in load_file(path).items():
+            assert tensor.equal(whole[name].bfloat16() if whole[name].is_floating_point() else whole[name])
+
+
+def test_models_are_measured_where_that_is_asked_for(
+    config: ServeConfig, in_process: InProcess, make_generator: Any, make_layout: Any, tmp_path: Path
+) -> None:
+    """Killed in the middle and begun again: every model has its measures."""
+    template = DigitsNet().state_dict()
+    condition = [0.0, 1.0] * 5
+    make_generator(make_layout(576, template), condition_size=10).save_pretrained(tmp_path / "digits")
+    collection = tmp_path / "collection"
+    write_checkpoint(collection / "a.safetensors", template, {})
+    Collection(
+        collection,
+        {FAMILY: "digits"},
+        [Entry("a.safetensors", checkpoint_sha256(collection / "a.safetensors"), condition)],
+    ).save()
+    config.roots.append(str(tmp_path))
+    config.generators[0].path, config.generators[0].collection = str(tmp_path / "digits"), str(collection)
+    asked = {"conditions": [condition, condition[::-1]], "number": 20, "evaluate": True}
+
+    async def begin() -> str:
+        async with in_process(config) as service:
+            id = str((await submit(service, **asked)).json()["id"])
+            while len(service.dispatcher.job(caller(), id).progress.made) < 3:
+                await asyncio.sleep(0.01)
+            return id
+
+    async def go_on(id: str) -> None:
+        async with in_process(config) as service:
+            job = await service.ended(id)
+            assert (job["state"], job["finished"], job["evaluate"]) == ("succeeded", 40, True)
+            models = (await service.client.get(f"/v1/jobs/{id}/models", headers=bearer("alice"))).json()[
+                "models"
+            ]
+            labels = binary_digits.labels(asked["conditions"], "test")  # type: ignore[arg-type]
+            images = digits_images()["test"].images
+            for model, path in zip(
+                models, sorted(JobStore(Path(config.storage)).models(id).iterdir()), strict=True
+            ):
+                net = DigitsNet()
+                net.load_state_dict(load_file(path))
+                with torch.no_grad():
+                    right = (net(images)[:, 0] > 0) == labels[model["index"] // 20]
+                assert model["accuracy"] == pytest.approx(right.float().mean().item())
+                assert (model["similarity"] is None) == (model["index"] >= 20)
+            mean = sum(model["accuracy"] for model in models) / 40
+            assert job["accuracy"] == pytest.approx(mean)
+
+    id = asyncio.run(begin())
+    state = Path(config.storage) / "jobs" / id / "state.json"
+    known = json.loads(state.read_text())
+    state.write_text(json.dumps({**known, "made": known["made"][:1]}))
+    asyncio.run(go_on(id))
 
 
 def test_a_small_job_does_not_wait_behind_a_large_one(config: ServeConfig, in_process: InProcess) -> None:
@@ -170,7 +249,7 @@ def test_a_job_that_every_replica_is_lost_at_fails(
             raise ConnectionError("out of memory")
             yield []
 
-    monkeypatch.setattr(dispatcher_module, "_LOST_REPLICAS", 3)
+    monkeypatch.setattr(feed, "_LOST_REPLICAS", 3)
 
     async def run() -> None:
         async with in_process(config, Deadly) as service:
