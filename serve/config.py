@@ -99,6 +99,8 @@ class ServeConfig:
     tokens: list[TokenEntry] = field(default_factory=list)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    wait_for_nodes: bool = False
+    """Generators that need more than the cluster has now wait for it to grow, instead of being refused."""
     num_cpus: int | None = None
     """CPUs of a Ray that `python -m serve` itself starts; None: all of the machine's."""
     http: HttpConfig = field(default_factory=HttpConfig)

@@ -24,11 +24,15 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
+from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
+from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.config import RecurrentKind, SamplingConfig, Solver, save_config
 from rpg.generation.job import GenerationJob, run_job
 from rpg.generator.generator import Generator
 from rpg.storage import location
+from rpg.tasks.digits import DigitsNet
+from rpg.tasks.families import FAMILY
 from serve.access import Caller
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
 from serve.desk import DispatcherDesk
@@ -69,6 +73,39 @@ def saved(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("roots") / "small"
     generator.save_pretrained(directory)
     return directory
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """A generator of digits networks, untrained, and a collection of one network for `condition`."""
+
+    root: Path
+    condition: list[float]
+
+    def of(self, config: ServeConfig) -> ServeConfig:
+        """`config` with this generator under the same name."""
+        config.roots.append(str(self.root))
+        config.generators[0].path = str(self.root / "generator")
+        config.generators[0].collection = str(self.root / "collection")
+        return config
+
+
+@pytest.fixture(scope="session")
+def measurable(
+    make_generator: Callable[..., Generator],
+    make_layout: Callable[..., Layout],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Measurable:
+    root, template = tmp_path_factory.mktemp("measurable"), DigitsNet().state_dict()
+    generator = make_generator(make_layout(576, template), recurrent=RecurrentKind.lstm, condition_size=10)
+    generator.config.sampling = SamplingConfig(solver=Solver.ddim, steps=3, token_batch=32)
+    generator.save_pretrained(root / "generator")
+    path = root / "collection" / "a.safetensors"
+    write_checkpoint(path, template, {})
+    condition = [0.0, 1.0] * 5
+    entry = Entry(path.name, checkpoint_sha256(path), condition)
+    Collection(path.parent, {FAMILY: "digits"}, [entry]).save()
+    return Measurable(root, condition)
 
 
 @pytest.fixture

@@ -19,14 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
-from rpg.collection.collection import Collection, Entry
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
 from rpg.tasks import binary_digits
 from rpg.tasks.digits import DigitsNet, digits_images
-from rpg.tasks.families import FAMILY
 from serve import dispatcher as dispatcher_module
 from serve import feed
 from serve.config import ServeConfig
@@ -35,7 +32,7 @@ from serve.lease import Description, Lease
 from serve.local_maker import LocalMaker
 from serve.records import Made, Manifest
 from tests.s3_server import S3Server
-from tests.serve.conftest import CONDITIONS, bearer, caller
+from tests.serve.conftest import CONDITIONS, Measurable, bearer, caller
 
 InProcess = Callable[..., Any]
 Expected = Callable[..., list[bytes]]
@@ -109,21 +106,11 @@ def test_models_in_another_dtype(config: ServeConfig, in_process: InProcess, exp
 
 
 def test_models_are_measured_where_that_is_asked_for(
-    config: ServeConfig, in_process: InProcess, make_generator: Any, make_layout: Any, tmp_path: Path
+    config: ServeConfig, in_process: InProcess, measurable: Measurable
 ) -> None:
     """Killed in the middle and begun again: every model has its measures."""
-    template = DigitsNet().state_dict()
-    condition = [0.0, 1.0] * 5
-    make_generator(make_layout(576, template), condition_size=10).save_pretrained(tmp_path / "digits")
-    collection = tmp_path / "collection"
-    write_checkpoint(collection / "a.safetensors", template, {})
-    Collection(
-        collection,
-        {FAMILY: "digits"},
-        [Entry("a.safetensors", checkpoint_sha256(collection / "a.safetensors"), condition)],
-    ).save()
-    config.roots.append(str(tmp_path))
-    config.generators[0].path, config.generators[0].collection = str(tmp_path / "digits"), str(collection)
+    measurable.of(config)
+    condition = measurable.condition
     asked = {"conditions": [condition, condition[::-1]], "number": 20, "evaluate": True}
 
     async def begin() -> str:

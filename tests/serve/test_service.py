@@ -199,3 +199,5 @@ def test_more_generators_than_gpus_are_refused(config: ServeConfig) -> None:
     config.generators = [GeneratorEntry("a", "x", num_gpus=0, replicas=3)]
     with pytest.raises(RPGError, match=r"need 3 CPUs \(a: 3\), the cluster has 2$"):
         check_room(config, {"CPU": 2.0})
+    config.wait_for_nodes = True
+    check_room(config, {"CPU": 2.0})
