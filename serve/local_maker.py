@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 
 from rpg.collection.collection import Collection
 from rpg.errors import RPGError
-from rpg.evaluation.judge import Judge
 from rpg.generation.job import JobPlan
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import CARD_FILE, Generator
@@ -49,6 +48,9 @@ class LocalMaker:
         self._generator = generator.to(device_of(entry.num_gpus))
         self._judge = None
         if entry.collection:
+            # Not before: task families bring scikit-learn with them.
+            from rpg.evaluation.judge import Judge
+
             self._judge = Judge(Collection.load(location(entry.collection)))
         self._plans: OrderedDict[str, tuple[JobPlan, bool]] = OrderedDict()
         self.engine = Engine(self._generator, observe)

@@ -4,15 +4,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rpg.collection.checkpoint import read_checkpoint
-from rpg.evaluation.judge import Judge
 from rpg.generation.batch_sampler import BatchSampler, Rows
 from rpg.generation.job import JobPlan
 from rpg.generation.model_file import ModelFile
 from rpg.storage import AnyPath
 from serve.records import Made
+
+if TYPE_CHECKING:
+    from rpg.evaluation.judge import Judge
 
 
 class Segment(NamedTuple):
@@ -43,7 +45,7 @@ class Work:
     indices: Sequence[int]
     out: AnyPath
     report: Callable[[Made | Exception], None]
-    judge: Judge | None = None
+    judge: "Judge | None" = None
     dropped: bool = False
     files: dict[int, ModelFile] = field(default_factory=dict)
     finishing: set["Future[None]"] = field(default_factory=set)
