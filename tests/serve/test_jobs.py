@@ -279,6 +279,30 @@ def test_an_interrupted_service_goes_on_where_it_was(
     assert files(config, id) == named(expected(CONDITIONS[:1], 300))
 
 
+def test_jobs_wait_for_a_generator_that_is_withdrawn(
+    config: ServeConfig, in_process: InProcess, expected: Expected
+) -> None:
+    async def run() -> str:
+        async with in_process(config) as service:
+            id = str((await submit(service, number=300)).json()["id"])
+            while not service.dispatcher.job(caller(), id).progress.made:
+                await asyncio.sleep(0.01)
+            served = service.dispatcher.feeds["small"].served
+            await service.dispatcher.withdraw("small")
+            made = len(service.dispatcher.job(caller(), id).progress.made)
+            await asyncio.sleep(0.5)
+            job = (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).json()
+            assert (job["finished"], job["error"]) == (made, "waits: generator 'small' is not served")
+            assert made < 300
+            assert (await submit(service)).status_code == 422
+            await service.dispatcher.serve(served, service.maker)
+            job = await service.ended(id)
+            assert (job["state"], job["finished"], job["error"]) == ("succeeded", 300, None)
+            return id
+
+    assert files(config, asyncio.run(run())) == named(expected(CONDITIONS[:1], 300))
+
+
 def test_an_ended_job_is_not_begun_again(config: ServeConfig, in_process: InProcess) -> None:
     async def run() -> None:
         async with in_process(config) as service:
