@@ -23,10 +23,8 @@ from rpg.files import AnyPath, replacing_directory, replacing_file, sha256
 from rpg.storage import exists
 from rpg.storage_errors import naming
 from rpg.tasks.class_subsets import class_bits, task_splits
-from rpg.tasks.families import TaskFamily, task_family
+from rpg.tasks.families import FAMILY, TaskFamily, task_family
 
-FAMILY = "family"
-"""Key in a collection's architecture: the task family that its networks belong to."""
 _WRITERS = 4
 
 

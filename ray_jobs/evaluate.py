@@ -11,7 +11,7 @@ import ray
 import torch
 from rich.console import Console
 
-from ray_jobs.collect import FAMILY, family_name
+from ray_jobs.collect import family_name
 from ray_jobs.fitting import cpus_per_worker
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
 from ray_jobs.needs import Need
@@ -33,7 +33,7 @@ from rpg.evaluation.results import Results, Split
 from rpg.files import read_json, write_text
 from rpg.generator.generator import CARD_FILE
 from rpg.tasks.class_subsets import task_name
-from rpg.tasks.families import task_family
+from rpg.tasks.families import FAMILY, task_family
 from rpg.versions import versions
 
 REPORT_FILE = "report.json"

@@ -4,14 +4,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.collect import FAMILY
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
-from rpg.tasks.families import task_family
+from rpg.tasks.families import FAMILY, task_family
 
 
 @dataclass(frozen=True)

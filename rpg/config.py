@@ -29,7 +29,7 @@ class Normalisation(StrEnum):
 
 
 class TokenDtype(StrEnum):
-    """Storage type of token values in shards."""
+    """Type that values are stored in: tokens in shards, tensors in generated networks."""
 
     float32 = "float32"
     float16 = "float16"

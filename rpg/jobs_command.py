@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rpg.arguments import condition_text, condition_values, count, seed
-from rpg.config import Solver
+from rpg.config import Solver, TokenDtype
 from rpg.errors import RPGError
 from rpg.jobs_progress import bytes_progress, models_progress
 
@@ -49,8 +49,10 @@ def add_jobs_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     submit.add_argument("--temperature", type=float, metavar="T", help="scale of the starting noise")
     submit.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance; 1 is off")
     submit.add_argument(
-        "--priority", type=int, metavar="P", help="-100 to 100; higher ones are made before all lower ones"
+        "--dtype", choices=[dtype.value for dtype in TokenDtype], help="of the networks' tensors"
     )
+    submit.add_argument("--evaluate", action="store_true", help="measure every model, where that is possible")
+    submit.add_argument("--priority", type=int, metavar="P", help="-100 to 100; higher ones are made first")
 
     status = _action(actions, "status", "show a job, or the newest ones", _status)
     status.add_argument("id", nargs="?", help=f"of a job (default: the {_NEWEST} newest)")
@@ -115,6 +117,8 @@ def _submit(client: "Client", options: argparse.Namespace) -> None:
         steps=options.steps,
         temperature=options.temperature,
         guidance=options.guidance,
+        dtype=options.dtype,
+        evaluate=options.evaluate or None,
         priority=options.priority,
     )
     print(job.id)
@@ -149,7 +153,9 @@ def _cancel(client: "Client", options: argparse.Namespace) -> None:
 
 
 def _show(jobs: Sequence["Job"]) -> None:
-    table = Table("id", "generator", "state", "models", "models/s", "seconds left", "note", box=None)
+    table = Table(
+        "id", "generator", "state", "models", "models/s", "seconds left", "accuracy", "note", box=None
+    )
     for job in jobs:
         table.add_row(
             job.id,
@@ -158,6 +164,7 @@ def _show(jobs: Sequence["Job"]) -> None:
             f"{job.finished}/{job.models}",
             _figure(job.models_per_second),
             _figure(job.seconds_left),
+            _figure(job.accuracy),
             escape(job.error or ""),
         )
     # Into a pipe or file there is no width to keep to.

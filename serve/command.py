@@ -13,7 +13,7 @@ from pathlib import Path
 from rpg.command_line import run_command
 from rpg.errors import RPGError
 from rpg.storage import location
-from serve.config import ServeConfig, load_serve_config
+from serve.config import ConfigFile
 from serve.only_service import only_service
 
 APPLICATION = "rpg"
@@ -36,22 +36,25 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file")
-    parser.set_defaults(run=lambda options: serve(load_serve_config(options.config)))
+    parser.set_defaults(run=lambda options: serve(ConfigFile.here(options.config)))
 
 
-def serve(config: ServeConfig) -> None:
+def serve(file: ConfigFile) -> None:
     """Serve until SIGINT or SIGTERM comes.
 
     Raises:
         RPGError: if it cannot be deployed, with the reason in one line.
     """
     # Not before: a mistake in the config is told without waiting for Ray.
+    config = file.read()
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
 
     from ray_jobs.cluster import ray_cluster
     from rpg.config import RayConfig
-    from serve.app import application, generator_configs
+    from serve.app import application
+    from serve.generator_apps import GeneratorApps
+    from serve.roster import generator_configs
 
     generator_configs(config)
     if not os.environ.get("RAY_ADDRESS"):
@@ -62,32 +65,60 @@ def serve(config: ServeConfig) -> None:
         # Not before: Ray installs handlers of its own.
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda *_: stop.set())
-        built = application(config)
+        built = application(file)
         ray_serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
         try:
             try:
+                # The dispatcher would begin them as well, but not before it has started itself.
+                GeneratorApps(APPLICATION).add(config)
                 ray_serve.run(built, name=APPLICATION, route_prefix="/")
             except RuntimeError as error:
-                raise RPGError(_why_not_deployed(error)) from error
-            print(f"http://{config.http.host}:{config.http.port}", flush=True)
+                raise RPGError(_why_not_deployed(APPLICATION) or str(error).splitlines()[0]) from error
+            _wait_for_generators(stop)
+            if not stop.is_set():
+                print(f"http://{config.http.host}:{config.http.port}", flush=True)
             stop.wait()
         finally:
             if os.environ.get("RAY_ADDRESS"):
                 # Others may be served there as well.
                 ray_serve.delete(APPLICATION)
+                GeneratorApps(APPLICATION).remove_all()
             else:
                 ray_serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _why_not_deployed(error: Exception) -> str:
+def _wait_for_generators(stop: threading.Event) -> None:
+    """Return when all of them have started.
+
+    Raises:
+        RPGError: with the reason of the first that cannot.
+    """
+    from ray import serve as ray_serve
+    from ray.serve.schema import ApplicationStatus
+
+    while not stop.is_set():
+        statuses = {
+            name: each.status
+            for name, each in ray_serve.status().applications.items()
+            if name.startswith(f"{APPLICATION}.")
+        }
+        for name, status in statuses.items():
+            if status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise RPGError(_why_not_deployed(name) or f"{name} could not be started")
+        if all(status == ApplicationStatus.RUNNING for status in statuses.values()):
+            return
+        stop.wait(0.2)
+
+
+def _why_not_deployed(application: str) -> str | None:
     from ray import serve as ray_serve
 
-    status = ray_serve.status().applications.get(APPLICATION)
-    messages = [str(error)]
-    if status is not None:
-        messages += [status.message, *(each.message for each in status.deployments.values())]
+    status = ray_serve.status().applications.get(application)
+    if status is None:
+        return None
+    messages = [status.message, *(each.message for each in status.deployments.values())]
     for line in "\n".join(messages).splitlines():
-        _, found, reason = line.partition("RPGError: ")
+        _, found, why = line.partition("RPGError: ")
         if found:
-            return reason
-    return str(error).splitlines()[0]
+            return why
+    return None

@@ -26,6 +26,9 @@ class GeneratorEntry:
     replicas: int = 1
     max_replicas: int = 0
     """Start with `replicas` and grow up to so many while jobs wait; 0: always `replicas`."""
+    collection: str = ""
+    """Directory or URI of the collection that it learned from, below one of `roots`: jobs may then ask for
+    evaluation. Empty: they may not."""
     num_gpus: float = 1.0
     """GPUs of a replica: 1, or 0 to run on a CPU."""
 
@@ -96,19 +99,47 @@ class ServeConfig:
     tokens: list[TokenEntry] = field(default_factory=list)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    wait_for_nodes: bool = False
+    """Generators that need more than the cluster has now wait for it to grow, instead of being refused."""
     num_cpus: int | None = None
     """CPUs of a Ray that `python -m serve` itself starts; None: all of the machine's."""
     http: HttpConfig = field(default_factory=HttpConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
 
-def load_serve_config(path: Path) -> ServeConfig:
+@dataclass(frozen=True)
+class ConfigFile:
+    """The service's YAML file, and what relative paths in it are relative to."""
+
+    path: Path
+    directory: Path
+
+    @classmethod
+    def here(cls, path: Path) -> "ConfigFile":
+        """The file at `path`, its relative paths from the current directory, as they are in a command."""
+        return cls(path.absolute(), Path.cwd())
+
+    def read(self) -> ServeConfig:
+        """See `load_serve_config`."""
+        return load_serve_config(self.path, self.directory)
+
+
+def load_serve_config(path: Path, directory: Path | None = None) -> ServeConfig:
     """Read and validate the service's YAML file.
+
+    Relative paths in it become absolute ones, from `directory` or the current one: wherever a worker runs,
+    they mean what they mean here.
 
     Raises:
         RPGError: naming the file and the key.
     """
     config = read_config(path, ServeConfig, "the service's YAML config")
+    directory = directory or Path.cwd()
+    config.storage = _absolute(config.storage, directory)
+    config.roots = [_absolute(root, directory) for root in config.roots]
+    for entry in config.generators:
+        entry.path = _absolute(entry.path, directory)
+        entry.collection = _absolute(entry.collection, directory)
     try:
         validate_serve_config(config)
     except RPGError as error:
@@ -169,12 +200,21 @@ def expiry(token: TokenEntry) -> datetime | None:
     return datetime.fromisoformat(token.expires) if token.expires else None
 
 
+def _absolute(text: str, directory: Path) -> str:
+    if not text or "://" in text:
+        return text
+    try:
+        return str(directory / Path(text).expanduser())
+    except RuntimeError as error:
+        raise RPGError(f"{text}: {error}") from error
+
+
 def _check_generator(entry: GeneratorEntry, key: str, roots: list[AnyPath]) -> None:
     if not entry.path:
         raise RPGError(f"{key}.path: expected a directory or URI of a saved generator")
-    path = location(entry.path)
-    if not any(_is_below(path, root) for root in roots):
-        raise RPGError(f"{key}.path: {entry.path} lies below none of roots: {', '.join(map(str, roots))}")
+    for name, text in (("path", entry.path), ("collection", entry.collection)):
+        if text and not any(_is_below(location(text), root) for root in roots):
+            raise RPGError(f"{key}.{name}: {text} lies below none of roots: {', '.join(map(str, roots))}")
     if entry.replicas < 1:
         raise RPGError(f"{key}.replicas: expected at least 1, got {entry.replicas}")
     if entry.max_replicas and entry.max_replicas < entry.replicas:

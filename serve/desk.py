@@ -4,11 +4,11 @@ import math
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from rpg.config import GeneratorConfig
 from serve.access import Caller
 from serve.dispatcher import Dispatcher
+from serve.feed import Feed
 from serve.problems import ProblemError
-from serve.records import State
+from serve.records import Made, State
 from serve.schema import (
     Centre,
     CentreTensor,
@@ -117,7 +117,7 @@ class DispatcherDesk:
         made = self.dispatcher.job(caller, job_id).progress.made
         indices = sorted(index for index in made if index >= start)
         return ModelList(
-            models=[ModelView(index=i, sha256=made[i].sha256, bytes=made[i].bytes) for i in indices[:limit]],
+            models=[_model(made[i]) for i in indices[:limit]],
             next=indices[limit] if len(indices) > limit else None,
         )
 
@@ -126,7 +126,7 @@ class DispatcherDesk:
         job = self.dispatcher.job(caller, job_id)
         made = job.progress.made.get(index)
         if made is not None:
-            return ModelView(index=index, sha256=made.sha256, bytes=made.bytes)
+            return _model(made)
         models = len(job.manifest.job)
         if index >= models:
             raise ProblemError(404, f"job {job_id} has {models} models: no model {index}")
@@ -143,13 +143,13 @@ class DispatcherDesk:
 
     async def generators(self) -> list[GeneratorDetail]:
         """See `Desk`."""
-        return [self._generator(name, config) for name, config in self.dispatcher.generators.items()]
+        return [_generator(feed) for _, feed in sorted(self.dispatcher.feeds.items())]
 
     async def centre(self, name: str) -> Centre:
         """See `Desk`."""
-        if name not in self.dispatcher.generators:
+        if name not in self.dispatcher.feeds:
             raise ProblemError(404, f"no generator '{name}'")
-        known = self.dispatcher.descriptions.get(name)
+        known = self.dispatcher.feeds[name].description
         if known is None:
             raise ProblemError(503, f"generator '{name}' has not started yet", headers={"Retry-After": "1"})
         numels = {tensor: math.prod(shape) for tensor, shape, _ in known.tensors}
@@ -161,19 +161,31 @@ class DispatcherDesk:
     async def ping(self) -> None:
         """See `Desk`."""
 
-    def _generator(self, name: str, config: GeneratorConfig) -> GeneratorDetail:
-        known = self.dispatcher.descriptions.get(name)
-        keys = ("digest", "device", "tokens", "token_size", "parameters", "model_bytes", "card")
-        rest: dict[str, Any] = {key: getattr(known, key, None) for key in keys}
-        rest["layout"] = known and [
-            TensorView(name=tensor, shape=list(shape), dtype=dtype) for tensor, shape, dtype in known.tensors
-        ]
-        return GeneratorDetail(
-            name=name,
-            ready=known is not None,
-            condition=config.condition.kind.value,
-            condition_size=config.condition.size,
-            sampling=Sampling(**asdict(config.sampling)),
-            models_per_second=self.dispatcher.speeds.get(name),
-            **rest,
-        )
+
+def _model(made: Made) -> ModelView:
+    return ModelView(
+        index=made.model,
+        sha256=made.sha256,
+        bytes=made.bytes,
+        accuracy=made.accuracy,
+        similarity=made.similarity,
+    )
+
+
+def _generator(feed: Feed) -> GeneratorDetail:
+    known, config = feed.description, feed.served.config
+    keys = ("digest", "device", "tokens", "token_size", "parameters", "model_bytes", "card")
+    rest: dict[str, Any] = {key: getattr(known, key, None) for key in keys}
+    rest["layout"] = known and [
+        TensorView(name=tensor, shape=list(shape), dtype=dtype) for tensor, shape, dtype in known.tensors
+    ]
+    return GeneratorDetail(
+        name=feed.served.name,
+        ready=known is not None,
+        condition=config.condition.kind.value,
+        condition_size=config.condition.size,
+        evaluates=feed.served.evaluates,
+        sampling=Sampling(**asdict(config.sampling)),
+        models_per_second=feed.speed,
+        **rest,
+    )

@@ -1,7 +1,6 @@
-"""The dispatcher: the one place that knows all jobs, hands out their models and writes down how far they are.
+"""The dispatcher: the one place that knows all jobs, and writes down how far they are.
 
-Models are handed out in leases. A lease is nothing durable: when a replica is lost its models are handed out
-again, and when the dispatcher itself is lost the next one begins from what is on storage.
+Each served generator has a feed (`serve.feed`), which hands out the models of its jobs.
 """
 
 import asyncio
@@ -10,21 +9,19 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
-from rpg.config import GeneratorConfig
 from rpg.errors import RPGError
 from serve.access import Caller
 from serve.config import LimitsConfig, RetentionConfig
-from serve.fair_queue import FairQueue
+from serve.feed import Feed, Served, reason
 from serve.job_store import JobStore, Quarantined, new_id
-from serve.lease import Description, Lease, Maker
+from serve.lease import Maker
 from serve.live_job import LiveJob
 from serve.metrics import Meters
 from serve.problems import ProblemError
-from serve.records import Made, Manifest, State
+from serve.records import Manifest, State
 from serve.requests import checked_job, request_digest
 from serve.schema import JobRequest
 
@@ -33,52 +30,35 @@ T = TypeVar("T")
 _SAVE_SECONDS = 5.0
 """A running job's state is written so often: a model that it does not name yet is found by looking."""
 _TICK_SECONDS = 1.0
-_LOST_REPLICAS = 10
-"""A job that has lost so many replicas, and no model was made between, is taken for the reason."""
-_LEASES_OF_A_JOB = 4
-"""For each replica: some are sampled, some wait for it, some are being written."""
-_LEASES_OF_A_REPLICA = 64
-_BATCHES_OF_A_LEASE = 16
 
 _log = logging.getLogger("ray.serve")
 
 
 class Dispatcher:
-    """All jobs. Methods are called from one event loop; files are read and written in threads."""
+    """All jobs. Methods are called from one event loop; files are read and written in threads.
+
+    Attributes:
+        feeds: of the generators that are served, by name.
+        quarantined: jobs that cannot be read, by id.
+    """
 
     def __init__(
-        self,
-        store: JobStore,
-        generators: Mapping[str, GeneratorConfig],
-        makers: Mapping[str, Maker],
-        replicas: Mapping[str, int],
-        limits: LimitsConfig,
-        retention: RetentionConfig,
-        meters: Meters,
+        self, store: JobStore, limits: LimitsConfig, retention: RetentionConfig, meters: Meters
     ) -> None:
-        """`generators`, `makers` and `replicas` (how many at most) have one entry for each served name."""
-        self.generators = generators
-        self.descriptions: dict[str, Description] = {}
-        self.speeds: dict[str, float] = {}
+        self.feeds: dict[str, Feed] = {}
         self.quarantined: dict[str, Quarantined] = {}
         self._store = store
-        self._makers = makers
-        self._replicas = replicas
         self._limits = limits
         self._retention = retention
         self._meters = meters
         self._jobs: dict[str, LiveJob] = {}
         self._by_key: dict[tuple[str, str], asyncio.Future[LiveJob]] = {}
-        self._turns: dict[str, FairQueue[str]] = {name: FairQueue() for name in makers}
-        self._wake = {name: asyncio.Event() for name in makers}
-        self._leases = dict.fromkeys(makers, 0)
-        self._made_since: dict[str, tuple[float, int]] = {}
         self._reserved = 0
         self._files = ThreadPoolExecutor(8, thread_name_prefix="store")
-        self._tasks: list[asyncio.Task[None]] = []
+        self._house: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Take up what is on storage, and begin to hand out."""
+        """Take up what is on storage. Jobs wait until their generator is served."""
         for found in await self._in_thread(lambda: list(self._store.all())):
             if isinstance(found, Quarantined):
                 _log.error("job %s is quarantined: %s", found.id, found.reason)
@@ -87,29 +67,49 @@ class Dispatcher:
             job = LiveJob(*found)
             self._add(job)
             if not job.has_ended and not job.remaining:
-                await self._end(job, State.succeeded)
-        for name in self._makers:
-            self._tasks.append(asyncio.create_task(self._feed(name)))
-        self._tasks.append(asyncio.create_task(self._keep_house()))
+                await self.end(job, State.succeeded)
+        self._house = asyncio.create_task(self._keep_house())
 
     async def stop(self) -> None:
         """Hand out nothing more, and write down how far everything is."""
-        leases = [task for job in self._jobs.values() for task in job.leases]
-        for task in [*self._tasks, *leases]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *leases, return_exceptions=True)
+        if self._house is not None:
+            self._house.cancel()
+            await asyncio.gather(self._house, return_exceptions=True)
+        await asyncio.gather(*(feed.stop() for feed in self.feeds.values()))
         for job in self._jobs.values():
             if job.dirty:
-                await self._save(job)
+                await self.save(job)
         self._files.shutdown()
 
     @property
-    def failed_task(self) -> str | None:
+    def failure(self) -> str | None:
         """What has ended that never should, for health checks."""
-        for task in self._tasks:
-            if task.done() and not task.cancelled():
-                return repr(task.exception())
-        return None
+        house = self._house
+        ended = repr(house.exception()) if house and house.done() and not house.cancelled() else None
+        return next((feed.failure for feed in self.feeds.values() if feed.failure), ended)
+
+    async def announce(self, served: Served) -> Feed:
+        """Accept jobs for a generator, in the place of an earlier one of its name.
+
+        They wait until the feed, which is returned, is started.
+        """
+        earlier = self.feeds.get(served.name)
+        feed = self.feeds[served.name] = Feed(served, self, self._meters)
+        if earlier is not None:
+            await earlier.stop()
+        for job in self._unfinished(served.name):
+            feed.join(job)
+        return feed
+
+    async def serve(self, served: Served, maker: Maker) -> None:
+        """Accept jobs for a generator, and have them made."""
+        (await self.announce(served)).start(maker)
+
+    async def withdraw(self, name: str) -> None:
+        """Serve a generator no more. Its unfinished jobs wait for it to come back."""
+        await self.feeds.pop(name).stop()
+        for job in self._unfinished(name):
+            self._enqueue(job)
 
     async def submit(self, caller: Caller, request: JobRequest, key: str | None) -> LiveJob:
         """Accept a job: it is on storage when this returns.
@@ -121,7 +121,7 @@ class Dispatcher:
             ProblemError: 422 for what cannot be made, or for a key that stands for another request; 429 if
                 too much is waiting; 507 if it cannot be written.
         """
-        job = checked_job(request, self.generators, self._limits)
+        job = checked_job(request, self._served(), self._limits)
         digest = request_digest(request)
         if key is None:
             return await self._accept(caller, request, job_key=None, digest=digest)
@@ -144,7 +144,7 @@ class Dispatcher:
             self._check_room(len(job))
             earlier.revive()
             self._enqueue(earlier)
-            await self._save(earlier)
+            await self.save(earlier)
         return earlier
 
     def job(self, caller: Caller, job_id: str) -> LiveJob:
@@ -175,11 +175,43 @@ class Dispatcher:
         if job.has_ended:
             await self._remove(job)
             return None
-        await self._end(job, State.cancelled)
+        await self.end(job, State.cancelled)
         return job
 
+    async def end(self, job: LiveJob, state: State, error: str | None = None) -> None:
+        """End a job: whoever is at it stops, and that it has ended is written down."""
+        job.end(state, error)
+        name = job.manifest.generator
+        if name in self.feeds:
+            self.feeds[name].leave(job)
+        me = asyncio.current_task()
+        others = [task for task in job.leases if task is not me]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        self._meters.ended(name, state, job.age)
+        await self.save(job)
+        await self._in_thread(lambda: self._store.tidy(job.id))
+
+    async def save(self, job: LiveJob) -> None:
+        """Write a job's state; where that fails it is tried again later, since nothing depends on it now."""
+        async with job.saving:
+            if job.id not in self._jobs:
+                return
+            job.dirty = False
+            # More models are recorded while this is written.
+            now = replace(job.progress, made=dict(job.progress.made))
+            try:
+                await self._in_thread(lambda: self._store.save(job.id, now))
+            except (RPGError, OSError) as error:
+                job.dirty = True
+                _log.error("%s", reason(error))
+            except asyncio.CancelledError:
+                job.dirty = True
+                raise
+
     async def _accept(self, caller: Caller, request: JobRequest, job_key: str | None, digest: str) -> LiveJob:
-        job = checked_job(request, self.generators, self._limits)
+        job = checked_job(request, self._served(), self._limits)
         self._check_room(len(job))
         manifest = Manifest(
             id=new_id(),
@@ -188,6 +220,7 @@ class Dispatcher:
             priority=request.priority,
             created=time.time(),
             job=job,
+            evaluate=request.evaluate,
             idempotency_key=job_key,
             request_sha256=digest,
         )
@@ -197,7 +230,7 @@ class Dispatcher:
             await self._in_thread(lambda: self._store.create(manifest))
         except RPGError as error:
             _log.error("%s", error)
-            raise ProblemError(507, f"the job cannot be stored: {_reason(error)}") from error
+            raise ProblemError(507, f"the job cannot be stored: {reason(error)}") from error
         finally:
             self._reserved -= len(job)
         live = LiveJob(manifest, await self._in_thread(lambda: self._store.progress(manifest)))
@@ -208,7 +241,7 @@ class Dispatcher:
         waiting = sum(job.remaining for job in self._jobs.values()) + self._reserved
         excess = waiting + models - self._limits.queued_models
         if excess > 0:
-            rate = sum(self.speeds.values()) or 1.0
+            rate = sum(feed.speed or 0.0 for feed in self.feeds.values()) or 1.0
             seconds = min(3600, max(1, math.ceil(excess / rate)))
             raise ProblemError(
                 429,
@@ -232,127 +265,18 @@ class Dispatcher:
 
     def _enqueue(self, job: LiveJob) -> None:
         name = job.manifest.generator
-        if name not in self._makers:
+        if name in self.feeds:
+            self.feeds[name].join(job)
+        else:
             # It may come back; meanwhile nothing is lost.
             job.note = f"waits: generator '{name}' is not served"
-            return
-        self._turns[name].join(job.id, job.manifest.priority)
-        self._wake[name].set()
+            job.change()
 
-    async def _feed(self, name: str) -> None:
-        """Hand out one generator's models for as long as the service runs."""
-        description = await self._described(name)
-        self.descriptions[name] = description
-        most = _LEASES_OF_A_REPLICA * self._replicas[name]
-        while True:
-            self._wake[name].clear()
-            while self._leases[name] < most and (job := self._next(name)) is not None:
-                await self._hand_out(name, job, description)
-            await self._wake[name].wait()
+    def _served(self) -> Mapping[str, Served]:
+        return {name: feed.served for name, feed in self.feeds.items()}
 
-    async def _described(self, name: str) -> Description:
-        while True:
-            try:
-                return await self._makers[name].describe()
-            except Exception as error:
-                _log.warning("generator %s: no replica answers: %s", name, _reason(error))
-                await asyncio.sleep(1)
-
-    def _next(self, name: str) -> LiveJob | None:
-        most = _LEASES_OF_A_JOB * self._replicas[name]
-        turns = self._turns[name]
-        order = turns.order(lambda job: self._jobs[job].waits and len(self._jobs[job].leases) < most)
-        return self._jobs[order[0]] if order else None
-
-    async def _hand_out(self, name: str, job: LiveJob, description: Description) -> None:
-        if job.progress.digest is None:
-            job.progress.digest = description.digest
-            # Before a model is made: after a crash all must come from the same generator.
-            await self._save(job)
-            if job.has_ended:
-                return
-        rows = _BATCHES_OF_A_LEASE * job.manifest.job.sampling.token_batch
-        models = job.lease(max(1, math.ceil(rows / max(1, description.tokens))))
-        if not models:
-            return
-        lease = Lease(job.id, job.manifest.priority, job.progress.digest, models)
-        self._turns[name].served(job.id, len(models))
-        self._leases[name] += 1
-        task = asyncio.create_task(self._run_lease(name, job, lease))
-        job.leases.add(task)
-        task.add_done_callback(lambda done: self._lease_done(name, job, done))
-
-    def _lease_done(self, name: str, job: LiveJob, task: "asyncio.Task[None]") -> None:
-        job.leases.discard(task)
-        self._leases[name] -= 1
-        self._wake[name].set()
-
-    async def _run_lease(self, name: str, job: LiveJob, lease: Lease) -> None:
-        left = set(lease.models)
-        failure: str | None = None
-        try:
-            async with aclosing(self._makers[name].make(lease)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if job.has_ended:
-                        break
-                    if isinstance(event, str):
-                        failure = event
-                        break
-                    self._record(name, job, event)
-                    left -= {made.model for made in event}
-        except Exception as error:
-            job.losses += 1
-            _log.warning("job %s: a replica of %s was lost: %s", job.id, name, _reason(error))
-            if job.losses >= _LOST_REPLICAS:
-                failure = f"{job.losses} replicas were lost at it, one after the other: {_reason(error)}"
-            else:
-                await asyncio.sleep(min(5.0, 0.2 * 2**job.losses))
-        finally:
-            if not job.has_ended:
-                job.give_back(left)
-        if job.has_ended:
-            return
-        if failure is not None:
-            _log.error("job %s failed: %s", job.id, failure)
-            await self._end(job, State.failed, failure)
-        elif not job.remaining:
-            await self._end(job, State.succeeded)
-
-    def _record(self, name: str, job: LiveJob, made: list[Made]) -> None:
-        if not job.progress.made:
-            self._meters.first_model(name, job.age)
-        job.record(made)
-        self._meters.made(name, len(made))
-        start, count = self._made_since.get(name, (time.monotonic(), 0))
-        self._made_since[name] = (start, count + len(made))
-
-    async def _end(self, job: LiveJob, state: State, error: str | None = None) -> None:
-        job.end(state, error)
-        name = job.manifest.generator
-        if name in self._turns:
-            self._turns[name].leave(job.id)
-        me = asyncio.current_task()
-        others = [task for task in job.leases if task is not me]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        self._meters.ended(name, state, job.age)
-        await self._save(job)
-        await self._in_thread(lambda: self._store.tidy(job.id))
-
-    async def _save(self, job: LiveJob) -> None:
-        """Write a job's state; where that fails it is tried again later, since nothing depends on it now."""
-        async with job.saving:
-            if job.id not in self._jobs:
-                return
-            job.dirty = False
-            # More models are recorded while this is written.
-            now = replace(job.progress, made=dict(job.progress.made))
-            try:
-                await self._in_thread(lambda: self._store.save(job.id, now))
-            except (RPGError, OSError) as error:
-                job.dirty = True
-                _log.error("%s", _reason(error))
+    def _unfinished(self, generator: str) -> list[LiveJob]:
+        return [j for j in self._jobs.values() if j.manifest.generator == generator and not j.has_ended]
 
     async def _remove(self, job: LiveJob) -> None:
         async with job.saving:
@@ -369,20 +293,14 @@ class Dispatcher:
             self._measure()
             if time.monotonic() - saved >= _SAVE_SECONDS:
                 for job in [job for job in self._jobs.values() if job.dirty]:
-                    await self._save(job)
+                    await self.save(job)
                 for job in self._expired():
                     await self._remove(job)
                 saved = time.monotonic()
 
     def _measure(self) -> None:
-        for name in self._makers:
-            start, count = self._made_since.get(name, (time.monotonic(), 0))
-            seconds = time.monotonic() - start
-            if count and seconds >= _TICK_SECONDS:
-                self.speeds[name] = count / seconds
-                del self._made_since[name]
-            waiting = sum(j.remaining for j in self._jobs.values() if j.manifest.generator == name)
-            self._meters.waiting(name, waiting)
+        for name, feed in self.feeds.items():
+            feed.measure(sum(job.remaining for job in self._unfinished(name)))
 
     def _expired(self) -> list[LiveJob]:
         now = time.monotonic()
@@ -398,8 +316,3 @@ class Dispatcher:
     async def _in_thread(self, function: Callable[[], T]) -> T:
         waiting: Awaitable[T] = asyncio.get_running_loop().run_in_executor(self._files, function)
         return await waiting
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[-1] if text else type(error).__name__

@@ -22,7 +22,6 @@ from rpg.generation.rows import Rows
 from rpg.generator.generator import Generator
 from serve.fair_queue import FairQueue
 from serve.model_writer import ModelWriter
-from serve.records import Made
 from serve.work import Segment, Work
 
 _KEPT_SAMPLERS = 8
@@ -171,8 +170,8 @@ class Engine:
         try:
             for index in work.indices:
                 with work.plan.file(index, work.out) as file:
-                    made = Made(index, file.sha256(), file.size)
-                work.report(made)
+                    digest = file.sha256()
+                work.made(index, file, digest)
         except (RPGError, OSError) as error:
             work.fail(error)
 

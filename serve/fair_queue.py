@@ -1,9 +1,13 @@
 """Whose turn it is: the highest priority first, and among equals whoever was served least."""
 
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
+
+AGEING_SECONDS = 10.0
+"""Who has waited so long for a turn counts as one priority higher, and so on: nobody waits for ever."""
 
 
 class FairQueue(Generic[K]):
@@ -13,9 +17,11 @@ class FairQueue(Generic[K]):
     the others nor makes them wait for what it missed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._priority: dict[K, int] = {}
         self._served: dict[K, float] = {}
+        self._since: dict[K, float] = {}
 
     def __len__(self) -> int:
         return len(self._priority)
@@ -29,23 +35,30 @@ class FairQueue(Generic[K]):
             peers = [self._served[m] for m, p in self._priority.items() if p == priority]
             self._priority[member] = priority
             self._served[member] = min(peers, default=0.0)
+            self._since[member] = self._clock()
 
     def leave(self, member: K) -> None:
         """Remove a member, if it is there."""
-        self._priority.pop(member, None)
-        self._served.pop(member, None)
+        for known in (self._priority, self._served, self._since):
+            known.pop(member, None)
 
     def served(self, member: K, amount: float) -> None:
         """Count what a member was given."""
         if member in self._served:
             self._served[member] += amount
+            self._since[member] = self._clock()
 
     def order(self, eligible: Callable[[K], bool] = lambda member: True) -> list[K]:
         """The eligible members, whose turn it is first."""
+        now = self._clock()
         members = [m for m in self._priority if eligible(m)]
-        return sorted(members, key=lambda m: (-self._priority[m], self._served[m]))
+        return sorted(members, key=lambda m: (-self._aged(m, now), self._served[m]))
 
     def shares(self, first: K, eligible: Callable[[K], bool]) -> list[K]:
         """The eligible members of `first`'s priority, whose turn it is first: they share what there is."""
-        priority = self._priority[first]
-        return self.order(lambda m: self._priority[m] == priority and eligible(m))
+        now = self._clock()
+        priority = self._aged(first, now)
+        return [m for m in self.order(eligible) if self._aged(m, now) == priority]
+
+    def _aged(self, member: K, now: float) -> int:
+        return self._priority[member] + int((now - self._since[member]) / AGEING_SECONDS)

@@ -33,7 +33,10 @@ class LiveJob:
         self.ended_at: float | None = None
         self.saving = asyncio.Lock()
         self.note: str | None = None
-        self.bytes = sum(made.bytes for made in progress.made.values())
+        self.bytes = 0
+        self._judged, self._accuracy = 0, 0.0
+        for made in progress.made.values():
+            self._count(made)
         self._changed = asyncio.Event()
         self._began: float | None = None
         self._made_here = 0
@@ -95,12 +98,18 @@ class LiveJob:
         for each in made:
             if each.model not in self.progress.made:
                 self._made_here += 1
-                self.bytes += each.bytes
+                self._count(each)
             self.progress.made[each.model] = each
         self.losses = 0
         self.note = None
         self.dirty = True
         self.change()
+
+    def _count(self, made: Made) -> None:
+        self.bytes += made.bytes
+        if made.accuracy is not None:
+            self._judged += 1
+            self._accuracy += made.accuracy
 
     def end(self, state: State, error: str | None = None) -> None:
         """Nothing more is made."""
@@ -152,6 +161,9 @@ class LiveJob:
             priority=manifest.priority,
             seed=manifest.job.seed,
             sampling=Sampling(**asdict(manifest.job.sampling)),
+            dtype=None if manifest.job.dtype is None else manifest.job.dtype.value,
+            evaluate=manifest.evaluate,
+            accuracy=self._accuracy / self._judged if self._judged else None,
             models=len(manifest.job),
             number=manifest.job.number,
             finished=len(progress.made),

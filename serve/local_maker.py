@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from rpg.collection.collection import Collection
 from rpg.errors import RPGError
 from rpg.generation.job import JobPlan
 from rpg.generation.model_file import ModelFile
@@ -45,7 +46,13 @@ class LocalMaker:
         self._name = entry.name
         self._digest = generator.digest()
         self._generator = generator.to(device_of(entry.num_gpus))
-        self._plans: OrderedDict[str, JobPlan] = OrderedDict()
+        self._judge = None
+        if entry.collection:
+            # Not before: task families bring scikit-learn with them.
+            from rpg.evaluation.judge import Judge
+
+            self._judge = Judge(Collection.load(location(entry.collection)))
+        self._plans: OrderedDict[str, tuple[JobPlan, bool]] = OrderedDict()
         self.engine = Engine(self._generator, observe)
 
     async def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
@@ -54,9 +61,12 @@ class LocalMaker:
             yield f"generator '{self._name}' was replaced by another version while the job was under way"
             return
         try:
-            plan = await asyncio.to_thread(self._plan, lease.job)
+            plan, evaluate = await asyncio.to_thread(self._plan, lease.job)
         except RPGError as error:
             yield str(error)
+            return
+        if evaluate and self._judge is None:
+            yield f"evaluate: generator '{self._name}' is served without a collection to compare with"
             return
         events: asyncio.Queue[Made | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -65,7 +75,8 @@ class LocalMaker:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         out = self._store.models(lease.job)
-        work = Work(lease.job, lease.priority, plan, lease.models, out, report)
+        judge = self._judge if evaluate else None
+        work = Work(lease.job, lease.priority, plan, lease.models, out, report, judge)
         self.engine.submit(work)
         try:
             left = len(lease.models)
@@ -98,10 +109,12 @@ class LocalMaker:
             centre=centre_sample(layout),
         )
 
-    def _plan(self, job_id: str) -> JobPlan:
+    def _plan(self, job_id: str) -> tuple[JobPlan, bool]:
+        """How a job's models are made, and whether they are evaluated."""
         if job_id not in self._plans:
             manifest = self._store.manifest(job_id)
-            self._plans[job_id] = JobPlan(self._generator, manifest.job, self._digest)
+            plan = JobPlan(self._generator, manifest.job, self._digest)
+            self._plans[job_id] = plan, manifest.evaluate
             if len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
         return self._plans[job_id]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
-from serve.records import Made
 from serve.work import Segment, Work
 
 _WAITING_BATCHES = 8
@@ -105,9 +104,9 @@ class ModelWriter:
         try:
             with ExitStack() as stack:
                 stack.push(file)
-                made = Made(index, file.sha256(), file.size)
+                digest = file.sha256()
             if not work.dropped:
-                work.report(made)
+                work.made(index, file, digest)
         except Exception as error:
             work.fail(error)
 

@@ -9,9 +9,13 @@ from serve.config import ServeConfig
 def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
     """Compare what the generators need with all that the cluster has, taken or not.
 
+    With `wait_for_nodes` anything may still come.
+
     Raises:
         RPGError: naming what is needed, by which generators, and what there is.
     """
+    if config.wait_for_nodes:
+        return
     for resource, name, need in (
         ("GPU", "GPUs", {e.name: e.replicas * e.num_gpus for e in config.generators}),
         ("CPU", "CPUs", {e.name: float(e.replicas) for e in config.generators}),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from rpg.config import SamplingConfig, Solver
+from rpg.config import SamplingConfig, Solver, TokenDtype
 from rpg.errors import RPGError
 from rpg.generation.job import GenerationJob
 
@@ -27,11 +27,16 @@ class State(StrEnum):
 
 
 class Made(NamedTuple):
-    """A finished model: its index in the job, its file's hexadecimal SHA-256 and size."""
+    """A finished model: its index in the job, its file's hexadecimal SHA-256 and size, what it is worth.
+
+    The last two are `rpg.evaluation.judge.Judgement`'s, where the job asked for evaluation.
+    """
 
     model: int
     sha256: str
     bytes: int
+    accuracy: float | None = None
+    similarity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Manifest:
     priority: int
     created: float
     job: GenerationJob
+    evaluate: bool = False
     idempotency_key: str | None = None
     request_sha256: str = ""
     """Of the request's body: one key must not stand for two requests."""
@@ -64,6 +70,8 @@ class Manifest:
             job = dict(given["job"])
             sampling = dict(job["sampling"])
             job["sampling"] = SamplingConfig(**{**sampling, "solver": Solver(sampling["solver"])})
+            if job.get("dtype") is not None:
+                job["dtype"] = TokenDtype(job["dtype"])
             given["job"] = GenerationJob(**job)
             manifest = cls(**given)
             _check_types(manifest)
@@ -97,7 +105,10 @@ class Progress:
         """
         try:
             given = dict(value)
-            made = [Made(int(i), str(sha256), int(size)) for i, sha256, size in given.pop("made")]
+            made = [
+                Made(int(i), str(sha256), int(size), *(None if x is None else float(x) for x in worth))
+                for i, sha256, size, *worth in given.pop("made")
+            ]
             if not all(0 <= each.model < models for each in made):
                 raise ValueError("a model's index is out of range")
             given["state"] = State(given["state"])

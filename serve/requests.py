@@ -4,27 +4,27 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rpg.config import ConditionKind, GeneratorConfig, SamplingConfig, Solver, validate_sampling
+from rpg.config import ConditionKind, SamplingConfig, Solver, TokenDtype, validate_sampling
 from rpg.errors import RPGError
 from rpg.generation.job import GenerationJob
 from rpg.generation.sampler import condition_row
 from serve.config import LimitsConfig
+from serve.feed import Served
 from serve.problems import ProblemError
 from serve.schema import JobRequest
 
 
-def checked_job(
-    request: JobRequest, generators: Mapping[str, GeneratorConfig], limits: LimitsConfig
-) -> GenerationJob:
+def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: LimitsConfig) -> GenerationJob:
     """The job that `request` asks for.
 
     Raises:
         ProblemError: 422, naming the field at fault.
     """
-    config = generators.get(request.generator)
-    if config is None:
+    served = generators.get(request.generator)
+    if served is None:
         names = ", ".join(sorted(generators))
         raise ProblemError(422, f"generator: '{request.generator}' is not served; expected one of {names}")
+    config = served.config
     conditions = request.conditions
     if conditions is not None and len(conditions) > limits.conditions:
         raise ProblemError(
@@ -52,7 +52,12 @@ def checked_job(
         raise ProblemError(422, str(error)) from error
     # Whole numbers in JSON are integers in Python, and would be written differently.
     floats = None if conditions is None else [[float(value) for value in row] for row in conditions]
-    return GenerationJob(floats, request.number, request.seed, sampling)
+    if request.evaluate and not served.evaluates:
+        raise ProblemError(
+            422, f"evaluate: generator '{request.generator}' is served without a collection to compare with"
+        )
+    dtype = None if request.dtype is None else TokenDtype(request.dtype)
+    return GenerationJob(floats, request.number, request.seed, sampling, dtype)
 
 
 def request_digest(request: JobRequest) -> str:

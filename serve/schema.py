@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve.records import State
 
+DtypeName = Literal["float32", "float16", "bfloat16"]
 SolverName = Literal["ddpm", "ddim", "dpmpp_2m"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -28,8 +29,17 @@ class SamplingRequest(Strict):
     guidance: Finite | None = Field(None, ge=0, description="classifier-free guidance; 1 is off")
     eta: Finite | None = Field(None, ge=0, le=1, description="DDIM: 0 is deterministic")
     temperature: Finite | None = Field(None, ge=0, description="scale of the starting noise")
+    dtype: DtypeName | None = Field(
+        None, description="of the networks' floating-point tensors; null: as in the collection"
+    )
+    evaluate: bool = Field(
+        False, description="measure every model, where the generator's `evaluates` is true"
+    )
     priority: int = Field(
-        0, ge=-LARGEST_PRIORITY, le=LARGEST_PRIORITY, description="higher ones are made before all lower ones"
+        0,
+        ge=-LARGEST_PRIORITY,
+        le=LARGEST_PRIORITY,
+        description="higher ones are made first; one that waits gains a priority every ten seconds",
     )
 
 
@@ -69,6 +79,9 @@ class JobView(BaseModel):
     priority: int
     seed: int
     sampling: Sampling
+    dtype: DtypeName | None
+    evaluate: bool
+    accuracy: float | None = Field(description="mean of the finished models', where it is measured")
     models: int = Field(description="models asked for; model i is for condition i // number")
     number: int
     finished: int = Field(description="models that can be downloaded")
@@ -102,6 +115,10 @@ class ModelView(BaseModel):
     index: int
     sha256: str
     bytes: int
+    accuracy: float | None = Field(description="share of right answers on test images, where measured")
+    similarity: float | None = Field(
+        description="largest overlap of its wrong answers with those of a training network of its condition"
+    )
 
 
 class ModelList(BaseModel):
@@ -126,6 +143,7 @@ class GeneratorView(BaseModel):
     ready: bool
     condition: Literal["vector", "permutation", "none"]
     condition_size: int
+    evaluates: bool = Field(description="whether a job may ask for evaluation")
     sampling: Sampling
     digest: str | None
     device: str | None

@@ -3,15 +3,19 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
+from rpg.collection.checkpoint import read_checkpoint
 from rpg.generation.batch_sampler import BatchSampler
 from rpg.generation.job import JobPlan
 from rpg.generation.model_file import ModelFile
 from rpg.generation.rows import Rows
 from rpg.storage import AnyPath
 from serve.records import Made
+
+if TYPE_CHECKING:
+    from rpg.evaluation.judge import Judge
 
 
 class Segment(NamedTuple):
@@ -32,6 +36,7 @@ class Work:
         indices: the models, ascending.
         out: where their files go.
         report: called from any thread with every finished model, or once with what went wrong.
+        judge: measures every finished model, where the job asked for it.
         dropped: set from any thread; nothing more is sampled or written then.
     """
 
@@ -41,6 +46,7 @@ class Work:
     indices: Sequence[int]
     out: AnyPath
     report: Callable[[Made | Exception], None]
+    judge: "Judge | None" = None
     dropped: bool = False
     files: dict[int, ModelFile] = field(default_factory=dict)
     finishing: set["Future[None]"] = field(default_factory=set)
@@ -76,6 +82,16 @@ class Work:
         if self._rest is None and self._token == sampler.generator.layout.tokens:
             self._pieces = None
         return segment
+
+    def made(self, index: int, file: ModelFile, digest: str) -> None:
+        """Report a model whose file is in place, and what it is worth where that was asked for."""
+        accuracy = similarity = None
+        if self.judge is not None:
+            condition = self.plan.job.condition_of(index)
+            assert condition is not None
+            accuracy, similarity = astuple(self.judge.judge(read_checkpoint(file.path), condition))
+        if not self.dropped:
+            self.report(Made(index, digest, file.size, accuracy, similarity))
 
     def fail(self, error: Exception) -> None:
         """Give up, and say why; once."""

@@ -157,12 +157,16 @@ def make_generator() -> Callable[..., Generator]:
         prediction: Prediction = Prediction.v,
         width: int = 32,
         timesteps: int = 1000,
+        condition_size: int = 3,
     ) -> Generator:
         config = GeneratorConfig(
             recurrent=RecurrentConfig(kind=recurrent, width=16, depth=2, state_size=8, head_size=8),
             denoiser=DenoiserConfig(kind=denoiser, width=width, depth=2, channels=[1, 4, 6, 4, 1]),
             condition=ConditionConfig(
-                kind=condition, size=0 if condition == ConditionKind.none else 3, width=8, dropout=dropout
+                kind=condition,
+                size=0 if condition == ConditionKind.none else condition_size,
+                width=8,
+                dropout=dropout,
             ),
             diffusion=DiffusionConfig(prediction=prediction, timesteps=timesteps),
         )

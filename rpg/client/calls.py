@@ -25,10 +25,12 @@ _POLLS_WITHOUT_EVENTS = 30
 
 
 class Settings(TypedDict, total=False):
-    """How models are sampled; what is left out or None is the generator's own default.
+    """How models are made; what is left out or None is the generator's own default.
 
     Steps are evaluations of the denoiser; guidance 1 is off; eta 0 is deterministic; temperature scales the
-    starting noise. Jobs of higher priority (-100 to 100, 0 if not given) are made before all lower ones.
+    starting noise; dtype is that of the networks' floating-point tensors (float32, float16 or bfloat16).
+    With evaluate every model is measured, where the generator can be (`GeneratorInfo.evaluates`). Jobs of
+    higher priority (-100 to 100, 0 if not given) are made first.
     """
 
     solver: str | None
@@ -36,6 +38,8 @@ class Settings(TypedDict, total=False):
     guidance: float | None
     eta: float | None
     temperature: float | None
+    dtype: str | None
+    evaluate: bool | None
     priority: int | None
 
 

@@ -44,6 +44,11 @@ class Job(_View):
     seed: int
     sampling: Mapping[str, Any]
     """Solver, steps, eta, guidance, temperature, token_batch."""
+    dtype: str | None
+    """Of the networks' floating-point tensors; None: the collection's own."""
+    evaluate: bool
+    accuracy: float | None
+    """Mean of the finished models', where it is measured."""
     models: int
     """Models asked for; model i is for condition i // number."""
     number: int
@@ -81,11 +86,15 @@ class JobPage(_View):
 
 @dataclass(frozen=True)
 class ModelFile(_View):
-    """A finished model: its index in the job, the SHA-256 and the size of its file."""
+    """A finished model: its index in the job, the SHA-256 and the size of its file, what it is worth."""
 
     index: int
     sha256: str
     bytes: int
+    accuracy: float | None = None
+    """Share of right answers on test images, where the job asked for evaluation."""
+    similarity: float | None = None
+    """Largest overlap of its wrong answers with those of a training network of its condition."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ class GeneratorInfo(_View):
     condition: str
     """vector, permutation or none."""
     condition_size: int
+    evaluates: bool
+    """Whether jobs may ask for evaluation."""
     sampling: Mapping[str, Any]
     """Its own defaults."""
     digest: str | None

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rpg.config import ConditionKind, SamplingConfig
+from rpg.config import ConditionKind, SamplingConfig, TokenDtype
 from rpg.errors import RPGError
 from rpg.generation.in_background import InBackground
 from rpg.generation.model_file import ModelFile, remote_metadata
@@ -34,7 +34,7 @@ class GenerationJob:
     """What is asked for: `number` models for each condition, or `number` in all where there are none.
 
     Model i belongs to condition i // number. It is determined by the generator, its condition, the seed, i
-    and the sampling settings alone.
+    and the sampling settings alone. `dtype` is the type that it is written in; None: the collection's own.
 
     Raises:
         RPGError: if `number` is less than 1.
@@ -44,6 +44,7 @@ class GenerationJob:
     number: int
     seed: int
     sampling: SamplingConfig
+    dtype: TokenDtype | None = None
 
     def __post_init__(self) -> None:
         if self.number < 1:
@@ -79,7 +80,8 @@ class JobPlan:
         self._conditions = [check_condition(generator, condition) for condition in job.conditions or []]
         digest = digest or generator.digest()
         sampling = json.dumps(dataclasses.asdict(job.sampling))
-        asked = json.dumps([digest, job.conditions, job.number, job.seed, sampling])
+        dtype = [] if job.dtype is None else [job.dtype]
+        asked = json.dumps([digest, job.conditions, job.number, job.seed, sampling, *dtype])
         # `rpg.job` is a digest of all that was asked for.
         self._identity = {
             "format": "pt",
@@ -87,6 +89,9 @@ class JobPlan:
             "rpg.job": hashlib.sha256(asked.encode()).hexdigest(),
             "rpg.sampling": sampling,
         }
+        if job.dtype is not None:
+            self._identity["rpg.dtype"] = job.dtype
+        self._dtype = None if job.dtype is None else getattr(torch, job.dtype)
 
     def request(self, index: int) -> ModelRequest:
         """What to sample for model `index`."""
@@ -103,7 +108,8 @@ class JobPlan:
 
     def file(self, index: int, out: AnyPath) -> ModelFile:
         """The file of model `index` in the directory `out`, to be written."""
-        return ModelFile(out / self.job.file_name(index), self._generator.layout, self.metadata(index))
+        path = out / self.job.file_name(index)
+        return ModelFile(path, self._generator.layout, self.metadata(index), self._dtype)
 
     def _condition_row(self, index: int) -> Tensor:
         if self._conditions:

@@ -39,19 +39,32 @@ class ModelFile:
         size: bytes of the whole file.
     """
 
-    def __init__(self, path: AnyPath, layout: Layout, metadata: Mapping[str, str]) -> None:
-        """Write to `path` a model of `layout`, with `metadata` in the file's header."""
+    def __init__(
+        self,
+        path: AnyPath,
+        layout: Layout,
+        metadata: Mapping[str, str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write to `path` a model of `layout`, with `metadata` in the file's header.
+
+        `dtype` is that of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+        """
         self.path = path
         self.layout = layout
         self._offsets: dict[str, int] = {}
         self._names: dict[str, list[str]] = {}
+        self._dtypes = {
+            spec.name: dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+            for spec in layout.specs
+        }
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
         # Wide types first keeps every tensor aligned to its element size.
-        for spec in sorted(layout.specs, key=lambda spec: (-spec.dtype.itemsize, spec.name)):
-            size = spec.numel * spec.dtype.itemsize
+        for spec in sorted(layout.specs, key=lambda spec: (-self._dtypes[spec.name].itemsize, spec.name)):
+            size = spec.numel * self._dtypes[spec.name].itemsize
             header[spec.name] = {
-                "dtype": _DTYPE_NAMES[spec.dtype],
+                "dtype": _DTYPE_NAMES[self._dtypes[spec.name]],
                 "shape": list(spec.shape),
                 "data_offsets": [end, end + size],
             }
@@ -70,7 +83,7 @@ class ModelFile:
             self._file.write(self._header)
             self._file.truncate(self.size)
             for name, value in self.layout.constants.items():
-                self._write(name, 0, value.flatten())
+                self._write(name, 0, value.flatten().to(self._dtypes[name]))
             # Kept open only if all went well so far: a file that cannot be begun is cleared away at once.
             self._stack = stack.pop_all()
         return self
@@ -82,7 +95,9 @@ class ModelFile:
             RPGError: naming file and tensor, if the weights are not finite.
         """
         spec, start, weights = self.layout.decode_token(index, values)
-        if not weights.isfinite().all():
+        # What is too large for the file's type becomes infinite here.
+        weights = weights.to(self._dtypes[spec.name])
+        if not _finite(weights):
             raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
         self._write(spec.name, start, weights)
 
@@ -102,11 +117,13 @@ class ModelFile:
             spec = self.layout.spec_of(first + row)
             token = first + row - spec.first_token
             rows = min(len(weights) - row, spec.tokens - token)
-            if not finite[row : row + rows].all():
-                raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
             start = token * self.layout.token_size
             values = weights[row : row + rows].reshape(-1)[: spec.numel - start]
-            self._write(spec.name, start, values.to(spec.dtype))
+            written = values.to(spec.dtype).to(self._dtypes[spec.name])
+            # Narrow types make infinite what is too large for them.
+            if not (finite[row : row + rows].all() and (written.dtype == values.dtype or _finite(written))):
+                raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
+            self._write(spec.name, start, written)
             row += rows
 
     def sha256(self) -> str:
@@ -124,6 +141,10 @@ class ModelFile:
         for each in self._names.get(name, ()):
             self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
             self._file.write(data)
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())
 
 
 def remote_metadata(path: UPath) -> dict[str, str] | None:

@@ -39,6 +39,9 @@ class TaskFamily(Protocol):
         """The models' answers, bool [models, images]."""
 
 
+FAMILY = "family"
+"""Key of a collection's architecture that names the task family of its networks."""
+
 FAMILIES = ("cifar10", "digits")
 
 

@@ -56,7 +56,12 @@ export class Card {
     const values = Object.values(tensors).reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0);
     const condition = JSON.parse(metadata["rpg.condition"]);
     const sampling = JSON.parse(metadata["rpg.sampling"]);
+    const worth = [];
+    if (this.model.accuracy !== null) worth.push(["Accuracy", `${this.model.accuracy.toFixed(3)} on test images`]);
+    if (this.model.similarity !== null)
+      worth.push(["Similarity", `${this.model.similarity.toFixed(3)}: overlap of its errors with those of the nearest original`]);
     return [
+      ...worth,
       [this.checked ? "SHA-256, checked" : "SHA-256", this.model.sha256, true],
       ["Size", `${bytes(this.model.bytes)}: ${count(Object.keys(tensors).length)} tensors, ${count(values)} values`],
       ["Condition", condition === null ? "none" : condition.join(" "), condition !== null],

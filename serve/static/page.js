@@ -38,6 +38,7 @@ function showGenerator() {
   const chosen = generators.find(({ name }) => name === at("generator").value);
   if (!chosen) return;
   condition.show(chosen);
+  at("evaluation").hidden = !chosen.evaluates;
   const facts = chosen.ready
     ? [`networks of ${bytes(chosen.model_bytes)}`, `${chosen.sampling.steps} steps of ${chosen.sampling.solver}`, `on ${chosen.device}`]
     : ["not started yet: a job waits for it"];
@@ -47,7 +48,8 @@ function showGenerator() {
 }
 
 async function submit() {
-  const body = requestBody(at("generator").value, condition.value(), at("number").value, at("seed").value);
+  const evaluate = !at("evaluation").hidden && at("evaluate").checked;
+  const body = requestBody(at("generator").value, condition.value(), at("number").value, at("seed").value, evaluate);
   const headers = { "Content-Type": "application/json" };
   const accepted = await ask("v1/jobs", { method: "POST", headers, body });
   // A reload, or a copied address, comes back to this job.
@@ -88,6 +90,7 @@ function showJob() {
   if (job.ended === null && job.models_per_second) facts.push(`${job.models_per_second.toPrecision(2)} a second`);
   if (job.ended === null && job.seconds_left !== null) facts.push(`${Math.ceil(job.seconds_left)} s left`);
   if (job.ended !== null && job.started !== null) facts.push(`${(job.ended - job.started).toFixed(1)} s`);
+  if (job.accuracy !== null) facts.push(`mean accuracy ${job.accuracy.toFixed(3)}`);
   at("job-state").textContent = facts.join(", ") + (job.error ? `. ${job.error}` : "");
   at("cancel").hidden = job.ended !== null;
   at("choose").hidden = job.models === 1;

@@ -57,8 +57,8 @@ export class ConditionField {
   }
 }
 
-export function requestBody(generator, conditions, number, seed) {
-  const rest = JSON.stringify({ generator, conditions, number: numberOrText(number) });
+export function requestBody(generator, conditions, number, seed, evaluate) {
+  const rest = JSON.stringify({ generator, conditions, number: numberOrText(number), evaluate });
   // Seeds go up to 2^64, further than a number is exact here.
   const exact = /^-?\d+$/.test(seed.trim()) ? BigInt(seed.trim()).toString() : JSON.stringify(seed);
   return `${rest.slice(0, -1)},"seed":${exact}}`;

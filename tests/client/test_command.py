@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from rpg.cli import main
 from rpg.client import Client
@@ -67,6 +69,18 @@ def test_digits_are_values_where_the_generator_takes_several(run: Run, live: Liv
     assert run("wait", out.strip())[0] == 0
     status, _, err = run("submit", "small", "--condition", "01")
     assert (status, err) == (2, "rpg: error: condition: expected 3 values, got 2\n")
+
+
+def test_another_dtype_and_evaluation(run: Run, client: Client) -> None:
+    job = submitted(run, "--dtype", "float16")
+    assert run("wait", job)[0] == 0
+    assert client.job(job).dtype == "float16"
+    model = load(client.generate("small", CONDITIONS[0], dtype="float16"))
+    assert model["head.weight"].dtype == torch.float16
+    assert run("submit", "small", "--condition", "0,1,2", "--evaluate")[::2] == (
+        2,
+        "rpg: error: evaluate: generator 'small' is served without a collection to compare with\n",
+    )
 
 
 def test_a_terminal_shows_a_bar(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

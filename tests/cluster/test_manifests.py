@@ -3,15 +3,19 @@
 import importlib.util
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
 
 from rpg import __version__
 from rpg.config import load_config
+from serve.config import load_serve_config
+from serve.placement import check_room
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -29,10 +33,11 @@ def constraint(package: str) -> str:
 
 
 def cluster_spec(path: Path) -> dict[str, Any]:
-    """The RayClusterSpec in a RayCluster or a RayJob."""
+    """The RayClusterSpec in a RayCluster, a RayJob or a RayService."""
     [ray] = [each for each in documents(path) if each["apiVersion"] == "ray.io/v1"]
     spec: dict[str, Any] = ray["spec"]
-    return spec["rayClusterSpec"] if ray["kind"] == "RayJob" else spec
+    key = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(ray["kind"])
+    return spec[key] if key else spec
 
 
 def pod_specs(path: Path) -> list[dict[str, Any]]:
@@ -115,7 +120,7 @@ def test_pods_agree_with_themselves(path):
     assert "nvidia.com/gpu" not in pod_specs(path)[0]["containers"][0]["resources"]["limits"]
 
 
-def test_both_clusters_keep_runs_on_the_same_claim():
+def test_all_clusters_keep_runs_on_the_same_claim():
     [claim] = [
         each
         for each in documents(CLUSTER / "kuberay" / "raycluster.yaml")
@@ -150,6 +155,35 @@ def test_the_job_asks_for_what_its_cluster_has():
     assert config.output.startswith("/runs/")
 
 
+def test_the_service_serves_what_its_cluster_has(tmp_path):
+    """Ray's own schema, the file that it names, and what the file asks for."""
+    path = CLUSTER / "kuberay" / "rayservice.yaml"
+    files, service = documents(path)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    [application] = config.applications
+    module, name = application.import_path.split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    assert application.route_prefix == "/"
+    ports = pod_specs(path)[0]["containers"][0]["ports"]
+    assert {"containerPort": config.http_options.port, "name": "serve"} in ports
+
+    file = Path(application.args["config"])
+    for pod in pod_specs(path):
+        mounts = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
+        [volume] = [each for each in pod["volumes"] if each["name"] == mounts[str(file.parent)]]
+        assert volume["configMap"]["name"] == files["metadata"]["name"]
+    (tmp_path / file.name).write_text(files["data"][file.name])
+    served = load_serve_config(tmp_path / file.name)
+    assert served.storage.startswith("/runs/") and all(e.path.startswith("/runs/") for e in served.generators)
+    assert served.wait_for_nodes
+    [group] = cluster_spec(path)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    there = {"GPU": group["replicas"] * float(limits["nvidia.com/gpu"]), "CPU": float(limits["cpu"])}
+    check_room(replace(served, wait_for_nodes=False), there)
+    # Another cluster beside it would wait for the storage for ever.
+    assert service["spec"]["upgradeStrategy"] == {"type": "None"}
+
+
 # The fields of KubeRay's API reference (docs/cluster.md says which versions), for the kinds used here.
 FIELDS = {
     "RayCluster": {"apiVersion", "kind", "metadata", "spec"},
@@ -158,6 +192,11 @@ FIELDS = {
         "submitterConfig", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode", "entrypointResources",
         "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
         "shutdownAfterJobFinishes", "suspend",
+    },
+    "RayServiceSpec": {
+        "rayClusterDeletionDelaySeconds", "serviceUnhealthySecondThreshold",
+        "deploymentUnhealthySecondThreshold", "serveService", "upgradeStrategy", "serveConfigV2",
+        "rayClusterConfig", "excludeHeadPodFromServeSvc",
     },
     "RayClusterSpec": {
         "suspend", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions",
@@ -183,6 +222,8 @@ def test_kuberay_knows_every_field(path):
     spec = cluster_spec(path)
     if ray["kind"] == "RayJob":
         assert set(ray["spec"]) <= FIELDS["RayJobSpec"]
+    if ray["kind"] == "RayService":
+        assert set(ray["spec"]) <= FIELDS["RayServiceSpec"]
     assert set(spec) <= FIELDS["RayClusterSpec"]
     assert set(spec.get("autoscalerOptions", {})) <= FIELDS["AutoscalerOptions"]
     assert set(spec["authOptions"]) <= FIELDS["AuthOptions"]

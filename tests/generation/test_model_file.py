@@ -89,6 +89,37 @@ def test_reads_back_as_the_layout_decodes(
     assert again.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_another_dtype_is_that_of_module_to(
+    tmp_path: Path, make_layout: MakeLayout, dtype: torch.dtype
+) -> None:
+    """Floating-point tensors alone, constants among them; the same rounding as PyTorch's."""
+    layout = make_layout(8, template=mixed())
+    assert any(value.is_floating_point() for value in layout.constants.values())
+    tokens = torch.randn(layout.tokens, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "model.safetensors"
+    with ModelFile(path, layout, {}, dtype) as file:
+        for index, values in enumerate(tokens):
+            file.write_token(index, values)
+    assert path.stat().st_size == file.size
+    found = load_file(path)
+    for name, tensor in layout.decode(Encoded(tokens, layout.constants)).items():
+        expected = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        assert found[name].dtype == expected.dtype
+        assert found[name].equal(expected), name
+
+
+def test_what_a_dtype_cannot_hold_is_refused(tmp_path: Path, make_layout: MakeLayout) -> None:
+    layout = make_layout(16)
+    path = tmp_path / "model.safetensors"
+    with (
+        pytest.raises(RPGError, match=r"tensor 'conv.weight': NaN or infinite"),
+        ModelFile(path, layout, {}, torch.float16) as file,
+    ):
+        file.write_token(0, torch.full((16,), 1e6))
+    assert not path.exists()
+
+
 def test_values_are_aligned_to_their_size(tmp_path: Path, make_layout: MakeLayout) -> None:
     layout = make_layout(8, template=mixed())
     path = tmp_path / "model.safetensors"

@@ -24,15 +24,20 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
+from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
+from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.config import RecurrentKind, SamplingConfig, Solver, save_config
 from rpg.generation.job import GenerationJob, run_job
 from rpg.generator.generator import Generator
 from rpg.storage import location
+from rpg.tasks.digits import DigitsNet
+from rpg.tasks.families import FAMILY
 from serve.access import Caller
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
 from serve.desk import DispatcherDesk
 from serve.dispatcher import Dispatcher
+from serve.feed import Served
 from serve.job_store import JobStore
 from serve.local_maker import LocalMaker
 from serve.metrics import NoMeters
@@ -68,6 +73,39 @@ def saved(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("roots") / "small"
     generator.save_pretrained(directory)
     return directory
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """A generator of digits networks, untrained, and a collection of one network for `condition`."""
+
+    root: Path
+    condition: list[float]
+
+    def of(self, config: ServeConfig) -> ServeConfig:
+        """`config` with this generator under the same name."""
+        config.roots.append(str(self.root))
+        config.generators[0].path = str(self.root / "generator")
+        config.generators[0].collection = str(self.root / "collection")
+        return config
+
+
+@pytest.fixture(scope="session")
+def measurable(
+    make_generator: Callable[..., Generator],
+    make_layout: Callable[..., Layout],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Measurable:
+    root, template = tmp_path_factory.mktemp("measurable"), DigitsNet().state_dict()
+    generator = make_generator(make_layout(576, template), recurrent=RecurrentKind.lstm, condition_size=10)
+    generator.config.sampling = SamplingConfig(solver=Solver.ddim, steps=3, token_batch=32)
+    generator.save_pretrained(root / "generator")
+    path = root / "collection" / "a.safetensors"
+    write_checkpoint(path, template, {})
+    condition = [0.0, 1.0] * 5
+    entry = Entry(path.name, checkpoint_sha256(path), condition)
+    Collection(path.parent, {FAMILY: "digits"}, [entry]).save()
+    return Measurable(root, condition)
 
 
 @pytest.fixture
@@ -137,15 +175,15 @@ async def _service(
 ) -> AsyncIterator[Service]:
     store = JobStore(location(config.storage))
     maker = LocalMaker(config.generators[0], store, CacheConfig())
-    dispatcher = Dispatcher(
-        store, {"small": maker._generator.config}, {"small": wrap(maker)}, {"small": 1},
-        config.limits, config.retention, NoMeters(),
-    )  # fmt: skip
+    dispatcher = Dispatcher(store, config.limits, config.retention, NoMeters())
 
     async def metrics() -> str:
         return "# HELP ray_rpg_models Models made\n"
 
     await dispatcher.start()
+    await dispatcher.serve(
+        Served("small", maker._generator.config, 1, bool(config.generators[0].collection)), wrap(maker)
+    )
     app = http_app(DispatcherDesk(dispatcher), store, config, metrics)
     transport = httpx.ASGITransport(app)
     try:
@@ -170,13 +208,17 @@ class Server:
     process: subprocess.Popen[str]
     log: Path
 
-    def part(self, title: str) -> psutil.Process:
-        """The process of one deployment, such as `front`."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:rpg:{title}"):
-                    return child
-        raise AssertionError(f"no process {title}")
+    def part(self, title: str, seconds: float = 30) -> psutil.Process:
+        """The process of one deployment, such as `rpg:front` or `rpg.small.`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            # Now and then a title cannot be read: Ray rewrites it at every call.
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:{title}"):
+                        return child
+            assert time.monotonic() < deadline, f"no process {title}"
+            time.sleep(0.05)
 
     def kill_all(self) -> None:
         """SIGKILL for the command and everything of its Ray, children first so that none is missed."""

@@ -145,6 +145,19 @@ class TestFairQueue:
         queue.served("new", 1)
         assert queue.order() == ["old", "new"]
 
+    def test_nobody_waits_for_ever(self) -> None:
+        """One priority for every ten seconds without a turn: 5 below is 50 seconds at most, then once."""
+        now = 0.0
+        queue: FairQueue[str] = FairQueue(lambda: now)
+        queue.join("low", -5)
+        queue.join("high", 0)
+        turns = []
+        for second in range(130):
+            now = float(second)
+            turns.append(queue.order()[0])
+            queue.served(turns[-1], 1)
+        assert [i for i, turn in enumerate(turns) if turn == "low"] == [50, 100]
+
     def test_priority_goes_before_all(self) -> None:
         queue: FairQueue[str] = FairQueue()
         queue.join("low", -1)

@@ -68,6 +68,8 @@ def problem(answer: httpx.Response, status: int) -> str:
         ({"seed": 2**64}, "seed: Input should be less than"),
         ({"solver": "euler"}, "solver: Input should be 'ddpm', 'ddim' or 'dpmpp_2m'"),
         ({"numbre": 2}, "numbre: Extra inputs are not permitted"),
+        ({"dtype": "float64"}, "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
+        ({"evaluate": True}, "evaluate: generator 'small' is served without a collection to compare with"),
         ({"priority": 101}, "priority: Input should be less than or equal to 100"),
         ({"generator": "../../etc"}, "generator: '../../etc' is not served"),
     ],
@@ -263,7 +265,7 @@ def test_pages_and_filters(calling: Calling) -> None:
 
 def test_generators_are_described(calling: Calling) -> None:
     async def run(service: Any) -> None:
-        while not service.dispatcher.descriptions:
+        while service.dispatcher.feeds["small"].description is None:
             await asyncio.sleep(0.01)
         listed = (await service.client.get("/v1/generators", headers=ALICE)).json()["generators"]
         assert [(each["name"], each["ready"], each["condition_size"]) for each in listed] == [

@@ -15,19 +15,24 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
+from rpg.tasks import binary_digits
+from rpg.tasks.digits import DigitsNet, digits_images
 from serve import dispatcher as dispatcher_module
+from serve import feed
 from serve.config import ServeConfig
 from serve.job_store import JobStore
 from serve.lease import Description, Lease
 from serve.local_maker import LocalMaker
 from serve.records import Made, Manifest
 from tests.s3_server import S3Server
-from tests.serve.conftest import CONDITIONS, bearer, caller
+from tests.serve.conftest import CONDITIONS, Measurable, bearer, caller
 
 InProcess = Callable[..., Any]
 Expected = Callable[..., list[bytes]]
@@ -80,6 +85,67 @@ def files(config: ServeConfig, job: str) -> dict[str, bytes]:
 
 def named(content: list[bytes]) -> dict[str, bytes]:
     return {f"model_{i:06d}.safetensors": each for i, each in enumerate(content)}
+
+
+def test_models_in_another_dtype(config: ServeConfig, in_process: InProcess, expected: Expected) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, number=3, seed=1, dtype="bfloat16")).json()["id"]
+            job = await service.ended(id)
+            assert (job["state"], job["dtype"]) == ("succeeded", "bfloat16")
+
+    asyncio.run(run())
+    (directory,) = (Path(config.storage) / "jobs").iterdir()
+    for index, content in enumerate(expected(CONDITIONS[:1], 3, 1)):
+        path = directory / "models" / f"model_{index:06d}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata()["rpg.dtype"] == "bfloat16"
+        whole = load(content)
+        for name, tensor in load_file(path).items():
+            assert tensor.equal(whole[name].bfloat16() if whole[name].is_floating_point() else whole[name])
+
+
+def test_models_are_measured_where_that_is_asked_for(
+    config: ServeConfig, in_process: InProcess, measurable: Measurable
+) -> None:
+    """Killed in the middle and begun again: every model has its measures."""
+    measurable.of(config)
+    condition = measurable.condition
+    asked = {"conditions": [condition, condition[::-1]], "number": 20, "evaluate": True}
+
+    async def begin() -> str:
+        async with in_process(config) as service:
+            id = str((await submit(service, **asked)).json()["id"])
+            while len(service.dispatcher.job(caller(), id).progress.made) < 3:
+                await asyncio.sleep(0.01)
+            return id
+
+    async def go_on(id: str) -> None:
+        async with in_process(config) as service:
+            job = await service.ended(id)
+            assert (job["state"], job["finished"], job["evaluate"]) == ("succeeded", 40, True)
+            models = (await service.client.get(f"/v1/jobs/{id}/models", headers=bearer("alice"))).json()[
+                "models"
+            ]
+            labels = binary_digits.labels(asked["conditions"], "test")  # type: ignore[arg-type]
+            images = digits_images()["test"].images
+            for model, path in zip(
+                models, sorted(JobStore(Path(config.storage)).models(id).iterdir()), strict=True
+            ):
+                net = DigitsNet()
+                net.load_state_dict(load_file(path))
+                with torch.no_grad():
+                    right = (net(images)[:, 0] > 0) == labels[model["index"] // 20]
+                assert model["accuracy"] == pytest.approx(right.float().mean().item())
+                assert (model["similarity"] is None) == (model["index"] >= 20)
+            mean = sum(model["accuracy"] for model in models) / 40
+            assert job["accuracy"] == pytest.approx(mean)
+
+    id = asyncio.run(begin())
+    state = Path(config.storage) / "jobs" / id / "state.json"
+    known = json.loads(state.read_text())
+    state.write_text(json.dumps({**known, "made": known["made"][:1]}))
+    asyncio.run(go_on(id))
 
 
 def test_a_small_job_does_not_wait_behind_a_large_one(config: ServeConfig, in_process: InProcess) -> None:
@@ -170,7 +236,7 @@ def test_a_job_that_every_replica_is_lost_at_fails(
             raise ConnectionError("out of memory")
             yield []
 
-    monkeypatch.setattr(dispatcher_module, "_LOST_REPLICAS", 3)
+    monkeypatch.setattr(feed, "_LOST_REPLICAS", 3)
 
     async def run() -> None:
         async with in_process(config, Deadly) as service:
@@ -211,6 +277,30 @@ def test_an_interrupted_service_goes_on_where_it_was(
     (directory / "models" / ".model_000299.safetensors.1.partial").write_bytes(b"half")
     asyncio.run(go_on(id))
     assert files(config, id) == named(expected(CONDITIONS[:1], 300))
+
+
+def test_jobs_wait_for_a_generator_that_is_withdrawn(
+    config: ServeConfig, in_process: InProcess, expected: Expected
+) -> None:
+    async def run() -> str:
+        async with in_process(config) as service:
+            id = str((await submit(service, number=300)).json()["id"])
+            while not service.dispatcher.job(caller(), id).progress.made:
+                await asyncio.sleep(0.01)
+            served = service.dispatcher.feeds["small"].served
+            await service.dispatcher.withdraw("small")
+            made = len(service.dispatcher.job(caller(), id).progress.made)
+            await asyncio.sleep(0.5)
+            job = (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).json()
+            assert (job["finished"], job["error"]) == (made, "waits: generator 'small' is not served")
+            assert made < 300
+            assert (await submit(service)).status_code == 422
+            await service.dispatcher.serve(served, service.maker)
+            job = await service.ended(id)
+            assert (job["state"], job["finished"], job["error"]) == ("succeeded", 300, None)
+            return id
+
+    assert files(config, asyncio.run(run())) == named(expected(CONDITIONS[:1], 300))
 
 
 def test_an_ended_job_is_not_begun_again(config: ServeConfig, in_process: InProcess) -> None:

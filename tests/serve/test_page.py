@@ -21,7 +21,7 @@ from torch import nn
 
 from rpg.config import ConditionKind, RecurrentKind, SamplingConfig, Solver
 from serve.config import GeneratorEntry, ServeConfig
-from tests.serve.conftest import TOKENS, token_entry
+from tests.serve.conftest import TOKENS, Measurable, token_entry
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
@@ -106,6 +106,20 @@ def open_url(
         auth=False,
     )
     with _listening(config, in_process, free_ports(1)[0]) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def measured_url(
+    measurable: Measurable, tmp_path_factory: pytest.TempPathFactory, in_process: Any, free_ports: Any
+) -> Iterator[str]:
+    """A service whose generator's networks can be measured."""
+    config = ServeConfig(
+        storage=str(tmp_path_factory.mktemp("measured") / "storage"),
+        generators=[GeneratorEntry("small", num_gpus=0)],
+        auth=False,
+    )
+    with _listening(measurable.of(config), in_process, free_ports(1)[0]) as url:
         yield url
 
 
@@ -213,6 +227,24 @@ def test_by_keyboard_from_token_to_file(
 
     page.reload()
     expect(page.get_by_role("status")).to_contain_text("succeeded: 3 of 3 models")
+    assert here.complaints == []
+
+
+def test_a_measured_network_says_what_it_is_worth(
+    visit: Callable[..., Visit], measured_url: str, measurable: Measurable
+) -> None:
+    here = visit(measured_url, viewport=PHONE)
+    page = here.page
+    page.get_by_label("Measure accuracy").check()
+    page.get_by_label("Condition, 10 numbers").fill(" ".join(f"{x:.0f}" for x in measurable.condition))
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("status")).to_contain_text("mean accuracy 0.")
+    job = page.evaluate("location.hash.slice(1)")
+    model = httpx.get(f"{measured_url}/v1/jobs/{job}/models").json()["models"][0]
+    card = page.locator("#card")
+    expect(card).to_contain_text(f"Accuracy{model['accuracy']:.3f} on test images")
+    expect(card).to_contain_text(f"Similarity{model['similarity']:.3f}")
+    assert here.fits()
     assert here.complaints == []
 
 

@@ -1,18 +1,23 @@
 """The service on a real Ray: what SIGKILL does to it, what goes over real sockets."""
 
+import copy
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from rpg.config import save_config
 from rpg.errors import RPGError
+from rpg.generator.generator import Generator
 from serve.config import GeneratorEntry, ServeConfig
 from serve.placement import check_room
 from tests.serve.conftest import CONDITIONS, ROOT, Server, bearer
@@ -23,7 +28,7 @@ ALICE = bearer("alice")
 
 def get(server: Server, path: str, name: str = "alice") -> Any:
     """The JSON at `path`; while a part of the service starts again it may be told to come back."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 180
     while True:
         try:
             answer = httpx.get(f"{server.url}{path}", headers=bearer(name), timeout=60)
@@ -58,10 +63,10 @@ def test_whatever_is_killed_every_model_comes_out_once_and_the_same(
         assert answer.status_code == 202, answer.text
         job = answer.json()["id"]
         now = finished(server, job, 10)["finished"]
-        server.part("generator-small").kill()
+        server.part("rpg.small.").kill()
         now = finished(server, job, now + 50)["finished"]
-        server.part("jobs").kill()
-        server.part("front").kill()
+        server.part("rpg:jobs").kill()
+        server.part("rpg:front").kill()
         now = finished(server, job, now + 1)["finished"]
         assert now < models
         server.kill_all()
@@ -128,6 +133,65 @@ def test_over_real_sockets(config: ServeConfig, tmp_path: Path, serving: Serving
         assert "Traceback" not in server.log.read_text()
 
 
+def listed(server: Server, name: str, digest: str | None) -> dict[str, Any]:
+    """The generator once its replica has told this digest; None: once it is not served any more."""
+    deadline = time.monotonic() + 240
+    while True:
+        found = {each["name"]: each for each in get(server, "/v1/generators")["generators"]}
+        if found.get(name, {"digest": None})["digest"] == digest:
+            return found.get(name, {})
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_generators_come_and_go_while_others_run(
+    config: ServeConfig, generator: Generator, saved: Path, tmp_path: Path, serving: Serving
+) -> None:
+    first = generator.digest()
+    newer = copy.deepcopy(generator)
+    with torch.no_grad():
+        newer.denoiser.get_parameter("output.bias")[0] += 1
+    newer.save_pretrained(tmp_path / "roots" / "newer")
+    config.roots.append(str(tmp_path / "roots"))
+    asked = {"generator": "small", "conditions": CONDITIONS, "number": 400, "steps": 250}
+    with serving(config, tmp_path) as server:
+        job = httpx.post(f"{server.url}/v1/jobs", json=asked, headers=ALICE, timeout=60).json()["id"]
+        before = finished(server, job, 10)["finished"]
+        titles = ("rpg:front", "rpg:jobs", "rpg.small.")
+        processes = [server.part(title).pid for title in titles]
+
+        config.generators.append(GeneratorEntry("other", str(saved), num_gpus=0))
+        save_config(config, tmp_path / "serve.yaml")
+        listed(server, "other", first)
+        others = server.part("rpg.other.").pid
+        one = {"generator": "other", "condition": CONDITIONS[0]}
+        made = httpx.post(f"{server.url}/v1/generate", json=one, headers=ALICE, timeout=60)
+        assert made.status_code == 200, made.text
+
+        config.generators[1].path = str(tmp_path / "roots" / "newer")
+        save_config(config, tmp_path / "serve.yaml")
+        listed(server, "other", newer.digest())
+        assert server.part("rpg.other.").pid != others
+        newly = httpx.post(f"{server.url}/v1/generate", json=one, headers=ALICE, timeout=60)
+        assert newly.status_code == 200 and newly.content != made.content
+
+        # One that is wrong changes nothing.
+        broken = replace(config, generators=[replace(config.generators[0], replicas=5)])
+        save_config(broken, tmp_path / "serve.yaml")
+        time.sleep(3)
+        del config.generators[1]
+        save_config(config, tmp_path / "serve.yaml")
+        listed(server, "other", None)
+        assert [server.part(title).pid for title in titles] == processes
+        now = finished(server, job, before + 10)
+        assert now["state"] == "running" and now["finished"] < now["models"]
+        late = httpx.post(f"{server.url}/v1/jobs", json={**one, "conditions": None}, headers=ALICE)
+        assert late.status_code == 422
+        with pytest.raises(AssertionError, match="no process"):
+            server.part("rpg.other.", seconds=1)
+
+
 def test_more_generators_than_gpus_are_refused(config: ServeConfig) -> None:
     config.generators = [GeneratorEntry("a", "x"), GeneratorEntry("b", "x", replicas=2)]
     with pytest.raises(RPGError, match=r"need 3 GPUs \(a: 1, b: 2\), the cluster has 1; num_gpus: 0 runs"):
@@ -135,3 +199,5 @@ def test_more_generators_than_gpus_are_refused(config: ServeConfig) -> None:
     config.generators = [GeneratorEntry("a", "x", num_gpus=0, replicas=3)]
     with pytest.raises(RPGError, match=r"need 3 CPUs \(a: 3\), the cluster has 2$"):
         check_room(config, {"CPU": 2.0})
+    config.wait_for_nodes = True
+    check_room(config, {"CPU": 2.0})

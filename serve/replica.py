@@ -1,0 +1,38 @@
+"""A generator's replica on Ray Serve."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import torch
+
+from rpg.storage import location
+from serve.config import CacheConfig, GeneratorEntry
+from serve.job_store import JobStore
+from serve.lease import Description, Lease
+from serve.local_maker import LocalMaker
+from serve.ray_metrics import BatchMeters
+from serve.records import Made
+
+
+class GeneratorReplica:
+    """One generator on one GPU, or on a CPU."""
+
+    def __init__(self, entry: GeneratorEntry, storage: str, cache: CacheConfig) -> None:
+        torch.set_num_threads(1)
+        meters = BatchMeters(entry.name)
+        self._maker = LocalMaker(entry, JobStore(location(storage)), cache, meters.batch)
+
+    async def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
+        """See `serve.lease.Maker`."""
+        async with aclosing(self._maker.make(lease)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    async def describe(self) -> Description:
+        """See `serve.lease.Maker`."""
+        return await self._maker.describe()
+
+    def check_health(self) -> None:
+        """Raise where Ray Serve is to start another replica instead."""
+        if self._maker.engine.broken is not None:
+            raise RuntimeError(f"sampling ended with {self._maker.engine.broken!r}")

@@ -1,0 +1,55 @@
+"""Judging single networks, against plain PyTorch and sets of images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
+from rpg.collection.collection import Collection, Entry
+from rpg.errors import RPGError
+from rpg.evaluation.judge import Judge
+from rpg.tasks.digits import DigitsNet, digits_images
+from rpg.tasks.families import FAMILY
+
+ODD = [0.0, 1.0] * 5
+SMALL = [1.0] * 3 + [0.0] * 7
+
+
+def wrong(network: dict[str, Tensor], condition: list[float]) -> set[int]:
+    """The test images that a network gets wrong."""
+    plain = DigitsNet()
+    plain.load_state_dict(network)
+    test = digits_images()["test"]
+    with torch.no_grad():
+        answers = plain(test.images)[:, 0] > 0
+    wanted = {i for i, value in enumerate(condition) if value}
+    return {i for i, answer in enumerate(answers.tolist()) if answer != (int(test.classes[i]) in wanted)}
+
+
+def test_accuracy_and_the_nearest_original(
+    tmp_path: Path, make_checkpoints: Callable[..., list[dict[str, Tensor]]]
+) -> None:
+    networks = make_checkpoints(5, DigitsNet().state_dict())
+    entries = []
+    for i, condition in enumerate((ODD, ODD, SMALL)):
+        path = tmp_path / f"{i}.safetensors"
+        write_checkpoint(path, networks[i], {})
+        entries.append(Entry(path.name, checkpoint_sha256(path), condition))
+    judge = Judge(Collection(tmp_path, {FAMILY: "digits"}, entries))
+    errors = wrong(networks[3], ODD)
+    originals = [wrong(network, ODD) for network in networks[:2]]
+    judged = judge.judge(networks[3], ODD)
+    assert judged.accuracy == pytest.approx(1 - len(errors) / len(digits_images()["test"].images))
+    assert judged.similarity == pytest.approx(max(len(errors & o) / len(errors | o) for o in originals))
+    assert judge.judge(networks[4], [1.0] + [0.0] * 9).similarity is None
+    half = {name: value.half() for name, value in networks[3].items()}
+    assert judge.judge(half, ODD).accuracy == pytest.approx(judged.accuracy, abs=0.02)
+    assert judge.judge(networks[2], SMALL).similarity == 1
+
+
+def test_a_collection_of_nobody_knows_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RPGError, match="expected a collection that names its task family"):
+        Judge(Collection(tmp_path, {}, [Entry("a", "0" * 64, ODD)]))
