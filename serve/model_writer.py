@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
-from torch import Tensor
-
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
+from rpg.generation.sampled import Sampled
 from serve.work import Segment, Work
 
 _WAITING_BATCHES = 8
@@ -26,7 +25,7 @@ class ModelWriter:
     """Takes batches from the sampling thread and reports to each work what was made of them."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[Sequence[Segment], Tensor] | Work | None] = queue.Queue(
+        self._queue: queue.Queue[tuple[Sequence[Segment], Sampled] | Work | None] = queue.Queue(
             _WAITING_BATCHES
         )
         self._pool = ThreadPoolExecutor(_FINISHING_THREADS, thread_name_prefix="finish")
@@ -34,9 +33,9 @@ class ModelWriter:
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
         self._thread.start()
 
-    def write(self, segments: Sequence[Segment], values: Tensor) -> None:
-        """Write the tokens `values` [N, token_size] of `segments`; waits only where the disk lags behind."""
-        self._queue.put((segments, values))
+    def write(self, segments: Sequence[Segment], sampled: Sampled) -> None:
+        """Write the tokens of `segments`; waits only where the disk lags behind."""
+        self._queue.put((segments, sampled))
 
     def abandon(self, work: Work) -> None:
         """Clear away the unfinished files of a dropped work, after all that was written before."""
@@ -59,7 +58,7 @@ class ModelWriter:
                 # One that nobody foresaw must not end the thread that all jobs depend on.
                 _log.exception("while writing models")
 
-    def _write(self, segments: Sequence[Segment], values: Tensor) -> None:
+    def _write(self, segments: Sequence[Segment], sampled: Sampled) -> None:
         row = 0
         for segment in segments:
             count = len(segment.rows.tokens)
@@ -67,13 +66,13 @@ class ModelWriter:
                 self._clear(segment.work)
             else:
                 try:
-                    self._write_segment(segment, values[row : row + count])
+                    self._write_segment(segment, sampled, slice(row, row + count))
                 except Exception as error:
                     segment.work.fail(error)
                     self._clear(segment.work)
             row += count
 
-    def _write_segment(self, segment: Segment, values: Tensor) -> None:
+    def _write_segment(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
         work, index = segment.work, segment.model
         with ExitStack() as stack:
             if segment.first_token == 0:
@@ -81,11 +80,10 @@ class ModelWriter:
             else:
                 file = work.files.pop(index)
                 stack.push(file)
-            for i, value in enumerate(values):
-                file.write_token(segment.first_token + i, value)
+            sampled.write(rows, file, segment.first_token)
             # All went well so far: it stays open.
             stack.pop_all()
-        if segment.first_token + len(values) < file.layout.tokens:
+        if segment.first_token + rows.stop - rows.start < file.layout.tokens:
             work.files[index] = file
         else:
             self._finish_soon(work, index, file)

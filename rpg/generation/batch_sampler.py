@@ -26,7 +26,7 @@ from rpg.generation.placement import samples_on_gpu
 from rpg.generation.plain_loop import PlainLoop
 from rpg.generation.prototypes import Prototypes, sampling_threads
 from rpg.generation.rows import Rows
-from rpg.generation.sampled import ArrivingBatch, HostCopies, SampledBatch
+from rpg.generation.sampled import HostCopies, Sampled, SampledBatch
 from rpg.generator.generator import Generator
 from rpg.generator.solvers import solver_steps
 
@@ -87,7 +87,7 @@ class BatchSampler:
                 self._loop = self._build_loop()
             return self._loop(rows.padded(self.size))[: len(rows.models)]
 
-    def sample(self, rows: Rows) -> SampledBatch | ArrivingBatch:
+    def sample(self, rows: Rows) -> Sampled:
         """As `denoise`, to be written: on a GPU decoded there, and not waited for."""
         values = self.denoise(rows)
         if self._decoder is None or self._copies is None:

@@ -19,7 +19,7 @@ from rpg.generation.in_background import InBackground
 from rpg.generation.model_file import ModelFile, remote_metadata
 from rpg.generation.noise import permutation_state
 from rpg.generation.rows import Rows
-from rpg.generation.sampled import ArrivingBatch, SampledBatch
+from rpg.generation.sampled import Sampled
 from rpg.generation.sampler import ModelRequest, PackedSampler, check_condition
 from rpg.generator.generator import Generator
 from rpg.storage import AnyPath, is_remote
@@ -171,7 +171,7 @@ def run_job(
 
     file: ModelFile | None = None
 
-    def write(rows: Rows, sampled: SampledBatch | ArrivingBatch) -> None:
+    def write(rows: Rows, sampled: Sampled) -> None:
         nonlocal file
         for start, end in _runs(rows.models):
             token = int(rows.tokens[start])

@@ -52,6 +52,9 @@ class ArrivingBatch:
         file.write_weights(first_token, self.weights[rows], self.finite[rows])
 
 
+Sampled = SampledBatch | ArrivingBatch
+
+
 class HostCopies:
     """Copies from a GPU to the host beside what it computes."""
 

@@ -15,7 +15,7 @@ from rpg.errors import RPGError
 from rpg.generation.batch_sampler import BatchSampler, ModelRequest, check_seed
 from rpg.generation.prototypes import PROTOTYPE_PIECE
 from rpg.generation.rows import Rows
-from rpg.generation.sampled import ArrivingBatch, SampledBatch
+from rpg.generation.sampled import Sampled
 from rpg.generator.generator import Generator
 
 __all__ = [
@@ -50,9 +50,7 @@ class PackedSampler:
         for rows in self.batches(requests):
             yield SampledTokens(rows.models, rows.tokens, self._batches.denoise(rows))
 
-    def sample_to_write(
-        self, requests: Iterable[ModelRequest]
-    ) -> Iterator[tuple[Rows, SampledBatch | ArrivingBatch]]:
+    def sample_to_write(self, requests: Iterable[ModelRequest]) -> Iterator[tuple[Rows, Sampled]]:
         """As `sample`, in the form that files are written from; a GPU samples on meanwhile."""
         for rows in self.batches(requests):
             yield rows, self._batches.sample(rows)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +26,9 @@ class Images:
 @cache
 def digits_images() -> dict[str, Images]:
     """The splits `train` (1,137), `validation` (210) and `test` (450); always the same, never overlapping."""
+    # Imported here: whoever runs other networks need not wait for scikit-learn.
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None]
     classes = torch.tensor(data.target)

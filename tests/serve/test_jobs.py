@@ -22,7 +22,7 @@ from torch import Tensor
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
-from rpg.tasks import binary_digits
+from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
 from serve import dispatcher as dispatcher_module
 from serve import feed
@@ -127,7 +127,7 @@ def test_models_are_measured_where_that_is_asked_for(
             models = (await service.client.get(f"/v1/jobs/{id}/models", headers=bearer("alice"))).json()[
                 "models"
             ]
-            labels = binary_digits.labels(asked["conditions"], "test")  # type: ignore[arg-type]
+            labels = BinaryDigits().labels(asked["conditions"], "test")  # type: ignore[arg-type]
             images = digits_images()["test"].images
             for model, path in zip(
                 models, sorted(JobStore(Path(config.storage)).models(id).iterdir()), strict=True
