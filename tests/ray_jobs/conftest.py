@@ -27,6 +27,9 @@ from pathlib import Path
 import pytest
 from ray.util import get_node_ip_address
 
+from ray_jobs.cluster import ray_cluster
+from rpg.config import RayConfig
+
 ROOT = Path(__file__).parents[2]
 # Of the Rays that this process starts or joins, before it knows of any: it could not change its mind later.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -141,6 +144,15 @@ def cluster(
 def join_job(cluster: "Head") -> Callable[..., subprocess.CompletedProcess[str]]:
     """`join_job(module, arguments)`: in this process, on that cluster."""
     return lambda module, arguments: _call_job(module, arguments, ray_address=cluster.address)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs that this process has started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_cluster(RayConfig(num_cpus=2)):
+            yield
 
 
 @pytest.fixture(scope="session")
