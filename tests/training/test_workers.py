@@ -54,7 +54,7 @@ class Together:
             for rank in range(workers)
         ]  # fmt: skip
         for process in processes:
-            printed, _ = process.communicate(timeout=120)
+            printed, _ = process.communicate(timeout=400)
             assert process.returncode == 0, printed
 
     def history(self, run: str) -> list[dict[str, Any]]:
