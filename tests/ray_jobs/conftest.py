@@ -58,7 +58,7 @@ SMALL = (
 def _run_job(
     module: str,
     arguments: Sequence[object],
-    timeout: float = 300,
+    timeout: float = 540,
     ray_address: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,7 @@ class FinishedRun:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     root = tmp_path_factory.mktemp("run") / "small"
     arguments = [str(DIGITS), *SMALL, f"output={root}"]
-    result = _run_job("pipeline", arguments, timeout=540)
+    result = _run_job("pipeline", arguments)
     assert result.returncode == 0, result.stderr
     return FinishedRun(root, arguments, result.stdout + result.stderr)
 
