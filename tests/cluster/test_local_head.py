@@ -35,7 +35,7 @@ def test_start_status_stop(free_ports, tmp_path):
 
     def local(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=120
+            [str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=240
         )
 
     try:

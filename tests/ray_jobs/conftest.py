@@ -27,6 +27,9 @@ from pathlib import Path
 import pytest
 from ray.util import get_node_ip_address
 
+from ray_jobs.cluster import ray_cluster
+from rpg.config import RayConfig
+
 ROOT = Path(__file__).parents[2]
 # Of the Rays that this process starts or joins, before it knows of any: it could not change its mind later.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -38,7 +41,7 @@ HEAD_SECONDS = 200
 SMALL = (
     "collect.checkpoints_per_task=1",
     "collect.backbone_epochs=5",
-    "collect.epochs=2",
+    "collect.epochs=1",
     "collect.models_per_batch=128",
     "generator.denoiser.width=128",
     "generator.recurrent.width=64",
@@ -55,7 +58,7 @@ SMALL = (
 def _run_job(
     module: str,
     arguments: Sequence[object],
-    timeout: float = 300,
+    timeout: float = 540,
     ray_address: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -112,7 +115,7 @@ class FinishedRun:
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     root = tmp_path_factory.mktemp("run") / "small"
     arguments = [str(DIGITS), *SMALL, f"output={root}"]
-    result = _run_job("pipeline", arguments, timeout=540)
+    result = _run_job("pipeline", arguments)
     assert result.returncode == 0, result.stderr
     return FinishedRun(root, arguments, result.stdout + result.stderr)
 
@@ -141,6 +144,15 @@ def cluster(
 def join_job(cluster: "Head") -> Callable[..., subprocess.CompletedProcess[str]]:
     """`join_job(module, arguments)`: in this process, on that cluster."""
     return lambda module, arguments: _call_job(module, arguments, ray_address=cluster.address)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs that this process has started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_cluster(RayConfig(num_cpus=2)):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-import ray.train
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,13 +63,6 @@ def sigint() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(scope="module")
-def two_cpus(root: Path) -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def config(root: Path, *overrides: str) -> Config:
     return load_config(root / "config.yaml", [*SETTINGS, f"output={root}", *overrides])
 
@@ -87,7 +78,7 @@ def fitted(root: Path, name: str, *overrides: str) -> tuple[Generator, list[dict
 
 
 @pytest.fixture(scope="module")
-def alone(root: Path, two_cpus: None) -> tuple[Generator, list[dict[str, Any]]]:
+def alone(root: Path, local_ray: None) -> tuple[Generator, list[dict[str, Any]]]:
     """One worker that nothing happens to."""
     return fitted(root, "alone")
 
@@ -172,15 +163,16 @@ def test_a_killed_driver_goes_on_from_the_last_whole_checkpoint(
     root: Path, alone: tuple[Generator, list[dict[str, Any]]], sigint: None
 ) -> None:
     script = """
-        import sys, ray
+        import sys
         from pathlib import Path
         from ray_jobs.board import Board
+        from ray_jobs.cluster import ray_cluster
         from ray_jobs.fitting import fit_generator
-        from rpg.config import load_config
+        from rpg.config import RayConfig, load_config
         root, *overrides = sys.argv[1:]
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         config = load_config(Path(root) / "config.yaml", overrides)
-        fit_generator(config, Path(root) / "shards", Path(root) / "train", "driver", Board.remote())
+        with ray_cluster(RayConfig(num_cpus=1)):
+            fit_generator(config, Path(root) / "shards", Path(root) / "train", "driver", Board.remote())
     """
     longer = [*SETTINGS, f"output={root}"]
     command = [sys.executable, "-c", textwrap.dedent(script), str(root), *longer]
@@ -205,7 +197,7 @@ def test_a_killed_driver_goes_on_from_the_last_whole_checkpoint(
     assert not half.exists()
 
 
-def test_input_that_no_worker_can_train_on_is_refused(root: Path, two_cpus: None, sigint: None) -> None:
+def test_input_that_no_worker_can_train_on_is_refused(root: Path, local_ray: None, sigint: None) -> None:
     with pytest.raises(RPGError, match="expected at least one for each of 2 training workers, got 1"):
         fitted(root, "few", "ray.train_workers=2", "train.checkpoints_per_step=1")
     with pytest.raises(RPGError, match=r"train: the loss is nan at step \d+: lower train.learning_rate"):

@@ -5,11 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from torch import Tensor
 
@@ -58,14 +57,6 @@ def add(collection: Path, first: int, count: int, change: Callable[[StateDict], 
 def configured(collection: Path, output: Path, *overrides: str) -> Config:
     settings = [f"collect.directory={collection}", f"output={output}", "shard.token_size=64", *overrides]
     return load_config(OWN, settings)
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_a_killed_search_goes_on(small_run, tmp_path):
 
     first = start(tmp_path / "first.log")
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 270
         while len(rounds()) < 2 and time.monotonic() < deadline:
             assert first.poll() is None, (tmp_path / "first.log").read_text()
             time.sleep(0.1)
@@ -123,7 +123,7 @@ def test_a_killed_search_goes_on(small_run, tmp_path):
     seen = []
     second = start(tmp_path / "second.log")
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 270
         while second.poll() is None and time.monotonic() < deadline:
             seen.append(rounds())
             time.sleep(0.1)

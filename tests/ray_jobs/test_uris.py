@@ -22,6 +22,14 @@ def bucket(s3):
     return s3.bucket(f"runs-{uuid.uuid4().hex[:12]}")
 
 
+@pytest.fixture
+def new_connections():
+    """What has been opened by then knows other servers."""
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
 def assert_one_line(result, *parts):
     errors = [line for line in result.stderr.splitlines() if "error:" in line]
     assert (result.returncode, len(errors)) == (2, 1), result.stderr
@@ -95,6 +103,7 @@ def test_run_in_a_bucket_that_turns_read_only(small_run, run_job, bucket, s3, pr
     assert kept.count(f"{bucket}/run/shards") == 1
 
 
+@pytest.mark.usefixtures("new_connections")
 @pytest.mark.parametrize(
     "output, environment, parts",
     [
@@ -104,12 +113,12 @@ def test_run_in_a_bucket_that_turns_read_only(small_run, run_job, bucket, s3, pr
     ids=["missing bucket", "nobody there"],
 )
 def test_output_that_cannot_be_written(
-    output, environment, parts, run_job, small_settings, bucket, tmp_path, monkeypatch
+    output, environment, parts, call_job, small_settings, bucket, tmp_path, monkeypatch
 ):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     settings = [*small_settings, f"output={output.format(bucket=bucket)}", f"ray.cache_directory={tmp_path}"]
     began = time.monotonic()
-    assert_one_line(run_job("collect", settings), *parts)
+    assert_one_line(call_job("collect", settings), *parts)
     # Refused before any work is done, without waiting for what does not come.
     assert time.monotonic() - began < 60

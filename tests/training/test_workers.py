@@ -34,6 +34,10 @@ def dequantised(moment: Tensor | dict[str, Tensor]) -> Tensor:
     return (moment["levels"][codes] * blocks).view(moment["codes"].shape)
 
 
+Run = tuple[str, int, str, list[str]]
+"""Its name, number of workers, the run to go on from, and scenarios."""
+
+
 class Together:
     """Runs scenarios with some number of workers; keeps what they wrote."""
 
@@ -41,21 +45,25 @@ class Together:
         self._root = root
         self._shards = shards
 
-    def run(self, name: str, workers: int, scenarios: Sequence[str], resume: str = "") -> None:
-        output = self._root / name
-        output.mkdir()
+    def run(self, runs: Sequence[Run]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-        before = str(self._root / resume) if resume else ""
+        for name, *_ in runs:
+            (self._root / name).mkdir()
+        # Importing PyTorch takes longer than any of the runs: each worker takes part in all of them.
         processes = [
             subprocess.Popen(
-                [sys.executable, SCRIPT, self._shards, output, str(rank), str(workers), before, *scenarios],
+                [sys.executable, SCRIPT, self._shards, self._root, str(rank), json.dumps(runs)],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
-            for rank in range(workers)
+            for rank in range(max(workers for _, workers, *_ in runs))
         ]  # fmt: skip
-        for process in processes:
-            printed, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, printed
+        try:
+            for process in processes:
+                printed, _ = process.communicate(timeout=500)
+                assert process.returncode == 0, printed
+        finally:
+            for process in processes:
+                process.kill()
 
     def history(self, run: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads((self._root / run / "history.json").read_text())
@@ -80,13 +88,17 @@ def together(
     root = tmp_path_factory.mktemp("together")
     make_collection(root / "shards", token_size=64)
     runs = Together(root, root / "shards")
-    runs.run("1", 1, ["fast", "unet", "transformer", "wide", "eight_bits"])
     sharded = ["fast_sharded", "unet_sharded", "transformer_sharded"]
-    runs.run("2", 2, ["fast", "unet", "transformer", *sharded, "eight_bits"])
-    runs.run("4", 4, ["fast", "unet", "fast_sharded"])
-    runs.run("1 after 2", 1, ["fast_sharded"], resume="2")
-    runs.run("2 after 4", 2, ["fast_sharded"], resume="4")
-    runs.run("1 after 1", 1, ["eight_bits"], resume="1")
+    runs.run(
+        [
+            ("1", 1, "", ["fast", "unet", "transformer", "wide", "eight_bits"]),
+            ("2", 2, "", ["fast", "unet", "transformer", *sharded, "eight_bits"]),
+            ("4", 4, "", ["fast", "unet", "fast_sharded"]),
+            ("1 after 2", 1, "2", ["fast_sharded"]),
+            ("2 after 4", 2, "4", ["fast_sharded"]),
+            ("1 after 1", 1, "1", ["eight_bits"]),
+        ]
+    )
     return runs
 
 

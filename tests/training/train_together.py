@@ -1,9 +1,10 @@
 """One of several workers that train the same generators, each described by a name: see `test_workers.py`.
 
-    python train_together.py SHARDS OUTPUT RANK WORKERS RESUME SCENARIO…
+    python train_together.py SHARDS ROOT RANK RUNS
 
-The first worker writes OUTPUT/SCENARIO/history.json and the states; RESUME is the OUTPUT to go on from,
-or empty.
+RUNS is JSON: lists of a run's name, its number of workers, the name of the run to go on from or "", and its
+scenarios. One after another, those whose number of workers is above RANK are taken part in; the first worker
+writes ROOT/NAME/SCENARIO/history.json and the states.
 """
 
 import dataclasses
@@ -98,15 +99,19 @@ def train(shards: ShardedCollection, scenario: str, output: Path, resume: Path |
 
 
 def main() -> None:
-    shards, output, rank, workers, resume, *scenarios = sys.argv[1:]
+    shards, rank = ShardedCollection.open(Path(sys.argv[1])), int(sys.argv[3])
+    root, runs = Path(sys.argv[2]), json.loads(sys.argv[4])
     torch.set_num_threads(1)
-    if int(workers) > 1:
-        store = f"file://{output}/store"
-        dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(workers))
-    for scenario in scenarios:
-        train(ShardedCollection.open(Path(shards)), scenario, Path(output), Path(resume) if resume else None)
-    if int(workers) > 1:
-        dist.destroy_process_group()
+    for name, workers, resume, scenarios in runs:
+        if rank >= workers:
+            continue
+        if workers > 1:
+            store = f"file://{root / name}/store"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
+        for scenario in scenarios:
+            train(shards, scenario, root / name, root / resume if resume else None)
+        if workers > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
