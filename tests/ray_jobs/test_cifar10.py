@@ -20,7 +20,7 @@ SMALL = (
     "collect.checkpoints_per_task=1",
     "collect.backbone_epochs=2",
     "collect.epochs=2",
-    "collect.batch_size=8",
+    "collect.batch_size=4",
     "collect.models_per_batch=64",
     "generator.denoiser.width=32",
     "generator.denoiser.depth=1",
@@ -39,9 +39,10 @@ SMALL = (
 
 def test_from_images_to_report(run_job, tmp_path):
     images = tmp_path / "images"
-    write_cifar10(images, train=12, test=20)
+    write_cifar10(images, train=6, test=20)
     run = tmp_path / "run"
-    result = run_job("pipeline", [PRESET, *SMALL, f"collect.images={images}", f"output={run}"])
+    settings = [PRESET, *SMALL, f"collect.images={images}", f"output={run}"]
+    result = run_job("pipeline", settings, timeout=550)
     assert result.returncode == 0, result.stderr
     report = json.loads((run / "report.json").read_text())
     test = cifar10_images(str(images), "test")
