@@ -103,5 +103,5 @@ def test_networks_have_tens_of_thousands_of_parameters() -> None:
 
 
 def test_images_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RPGError, match=r"test\.parquet: not found"):
+    with pytest.raises(RPGError, match=r"train\.parquet: not found"):
         BinaryCifar10(str(tmp_path), torch.device("cpu")).check_images()

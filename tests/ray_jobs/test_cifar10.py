@@ -1,0 +1,103 @@
+"""The preset `cifar10-binary`, with few and small images, on a CPU: images in, report out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rpg.tasks.cifar10_images import cifar10_images
+from rpg.tasks.cifar10_net import Cifar10Net, normalised
+from tests.cifar10_files import write_cifar10
+
+pytestmark = pytest.mark.slow
+
+PRESET = Path(__file__).parents[2] / "configs" / "cifar10-binary.yaml"
+SMALL = (
+    "ray.use_gpu=false",
+    "ray.num_cpus=2",
+    "collect.checkpoints_per_task=1",
+    "collect.backbone_epochs=2",
+    "collect.epochs=2",
+    "collect.batch_size=4",
+    "collect.models_per_batch=64",
+    "generator.denoiser.width=32",
+    "generator.denoiser.depth=1",
+    "generator.recurrent.width=64",
+    "generator.sampling.steps=2",
+    "generator.sampling.token_batch=512",
+    "train.steps=4",
+    "train.checkpoints_per_step=2",
+    "train.validate_every=4",
+    "train.tokens_per_checkpoint=4",
+    "generate.models_per_task=1",
+    "generate.seen_tasks=1",
+    "evaluate.noise_levels=[0.02]",
+)
+
+
+def test_from_images_to_report(run_job, tmp_path):
+    images = tmp_path / "images"
+    write_cifar10(images, train=6, test=20)
+    run = tmp_path / "run"
+    settings = [PRESET, *SMALL, f"collect.images={images}", f"output={run}"]
+    result = run_job("pipeline", settings, timeout=550)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run / "report.json").read_text())
+    test = cifar10_images(str(images), "test")
+
+    def accuracy(path: Path, condition: list[float]) -> float:
+        network = Cifar10Net().eval()
+        network.load_state_dict(load_file(path), strict=True)
+        with torch.no_grad():
+            answers = network(normalised(test.pixels))[:, 0] > 0
+        right = torch.tensor(condition).bool()[test.classes]
+        return (answers == right).float().mean().item()
+
+    # The report's means, recomputed with the plain PyTorch module from the files alone.
+    job = json.loads((run / "generated" / "job.json").read_text())
+    generated = [
+        accuracy(run / "generated" / model["file"], model["condition"])
+        for model in job["models"]
+        if model["split"] == "unseen"
+    ]
+    assert len(generated) == 20
+    mean = sum(generated) / len(generated)
+    assert report["accuracy"]["generated_unseen"]["mean"] == pytest.approx(mean, abs=1e-6)
+    collection = json.loads((run / "collection" / "collection.json").read_text())
+    originals = [
+        accuracy(run / "collection" / entry["file"], entry["condition"])
+        for entry in collection["entries"]
+        if entry["split"] == "heldout"
+    ]
+    assert len(collection["entries"]) == 1022
+    assert len(originals) == 20
+    mean = sum(originals) / len(originals)
+    assert report["accuracy"]["originals"]["mean"] == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.parametrize(("module", "images"), [("collect", ""), ("pipeline", "collect.images=nowhere")])
+def test_images_that_are_not_there(run_job, tmp_path, module, images):
+    settings = [PRESET, *SMALL, f"output={tmp_path / 'run'}", *([images] if images else [])]
+    result = run_job(module, settings)
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == 2, result.stderr
+    assert len(errors) == 1
+    assert "Traceback" not in result.stderr
+    assert "collect.images" in errors[0]
+    assert not (tmp_path / "run" / "collection").exists()
+
+
+def test_a_gpu_that_is_not_there(run_job, tmp_path):
+    write_cifar10(tmp_path, train=12, test=20)
+    settings = [
+        PRESET,
+        *SMALL,
+        "ray.use_gpu=true",
+        f"collect.images={tmp_path}",
+        f"output={tmp_path / 'run'}",
+    ]
+    result = run_job("collect", settings, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2
+    assert "ray.use_gpu: collecting asks for 1 GPU" in result.stderr
