@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
-    """Clients submit, wait, download and remove, over and over."""
+    """Clients submit, wait and download, over and over."""
     stop = threading.Event()
     made = [0] * CLIENTS
     errors: list[str] = []
