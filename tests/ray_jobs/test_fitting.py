@@ -106,7 +106,10 @@ def when(condition: Callable[[], Any], then: Callable[[], None]) -> threading.Th
 
 
 def workers_of(session: int) -> list[int]:
-    """The processes of Ray's workers and actors in a session."""
+    """The processes of Ray's workers and actors in a session.
+
+    Not its agents: of a Ray that was killed they first try for a minute to tell its GCS.
+    """
     found = []
     for directory in Path("/proc").iterdir():
         if directory.name.isdigit():
@@ -115,7 +118,8 @@ def workers_of(session: int) -> list[int]:
                 fields = (directory / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if title.startswith(b"ray::") and int(fields[3]) == session and fields[0] != "Z":
+            is_agent = title.startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
+            if title.startswith(b"ray::") and not is_agent and int(fields[3]) == session and fields[0] != "Z":
                 found.append(int(directory.name))
     return found
 
