@@ -80,13 +80,13 @@ class ToeplitzConv:
         length = pitch - PADDING
         groups = length // self.group
         columns = self.group * self.outputs
-        grid = (triton.cdiv(groups, self.block_m) * triton.cdiv(columns, self.block_n), count)
+        blocks = triton.cdiv(groups, self.block_m) * triton.cdiv(columns, self.block_n)
         middle = condition is not None and time is not None
-        _conv[grid](
+        _conv[(count * blocks,)](
             x, self.matrix, self.bias, out,
             condition if middle else x, time if middle else x,
             x if skip is None else skip, x if kept is None else kept,
-            groups, length, pitch, self.margin,
+            blocks, groups, length, pitch, self.margin,
             INPUTS=self.inputs, OUTPUTS=self.outputs, GROUP=self.group, K=self.matrix.shape[0],
             MIDDLE=middle, SKIP=skip is not None, KEEP=kept is not None,
             BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k,
@@ -97,13 +97,13 @@ class ToeplitzConv:
 def first_input(x: Tensor, condition: Tensor, time: Tensor, margin: int, out: Tensor) -> None:
     """(x + condition) · time for [N, length], written into `out` [N, length + PADDING, 1]."""
     count, length = x.shape
-    _first_input[(triton.cdiv(length, 1024), count)](x, condition, time, out, length, margin, PAD=PADDING)
+    _first_input[(count, triton.cdiv(length, 1024))](x, condition, time, out, length, margin, PAD=PADDING)
 
 
 @triton.jit
 def _first_input(x, condition, time, out, length, margin, PAD: tl.constexpr):
-    column = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(1) * 1024 + tl.arange(0, 1024)
+    row = tl.program_id(0).to(tl.int64)
     inside = column < length
     values = tl.load(x + row * length + column, mask=inside, other=0.0).to(tl.float32)
     values += tl.load(condition + row * length + column, mask=inside, other=0.0).to(tl.float32)
@@ -114,16 +114,17 @@ def _first_input(x, condition, time, out, length, margin, PAD: tl.constexpr):
 
 @triton.jit
 def _conv(
-    x, matrix, bias, out, condition, time, skip, kept, groups, length, pitch, margin,
+    x, matrix, bias, out, condition, time, skip, kept, blocks, groups, length, pitch, margin,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr,
     MIDDLE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = GROUP * OUTPUTS
     BLOCKS_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    token = tl.program_id(1).to(tl.int64)
-    first_row = (tl.program_id(0) // BLOCKS_N) * BLOCK_M
-    first_column = (tl.program_id(0) % BLOCKS_N) * BLOCK_N
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    first_row = (block // BLOCKS_N) * BLOCK_M
+    first_column = (block % BLOCKS_N) * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_M)
     column = first_column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
