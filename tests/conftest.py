@@ -1,5 +1,6 @@
 """Small networks, collections and generators, shared by the tests of generator, generation and training."""
 
+import os
 import random
 import signal
 import socket
@@ -31,6 +32,10 @@ from rpg.config import (
 )
 from rpg.generator.generator import Generator
 from tests.s3_server import CREDENTIALS, Proxy, S3Server, s3_server
+
+if not torch.cuda.is_available():
+    # Kernels are tested in Triton's interpreter, which must be asked for before Triton is imported anywhere.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 StateDict = dict[str, Tensor]
 

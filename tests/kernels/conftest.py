@@ -1,13 +1,7 @@
-"""Kernels run on the GPU where there is one, and else in Triton's interpreter, which must be asked for before
-the first of them is imported."""
-
-import os
+"""Kernels run on the GPU where there is one, and else in Triton's interpreter."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
