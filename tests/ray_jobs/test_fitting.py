@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, make_collection: Callable[...
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def sigint() -> Iterator[None]:
     """Ray Train takes over Ctrl-C where it runs in the main thread."""
     before = signal.getsignal(signal.SIGINT)
@@ -142,7 +142,7 @@ def assert_same_curve(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
 
 
 def test_a_killed_worker_changes_nothing_where_there_are_two(
-    root: Path, alone: tuple[Generator, list[dict[str, Any]]], sigint: None
+    root: Path, alone: tuple[Generator, list[dict[str, Any]]]
 ) -> None:
     killing = when(lambda: snapshot(root, "killed"), kill_a_worker)
     generator, history = fitted(root, "killed", "ray.train_workers=2")
@@ -164,7 +164,7 @@ def test_a_killed_worker_changes_nothing_where_there_are_two(
 
 
 def test_a_killed_driver_goes_on_from_the_last_whole_checkpoint(
-    root: Path, alone: tuple[Generator, list[dict[str, Any]]], sigint: None
+    root: Path, alone: tuple[Generator, list[dict[str, Any]]]
 ) -> None:
     script = """
         import sys
@@ -201,7 +201,7 @@ def test_a_killed_driver_goes_on_from_the_last_whole_checkpoint(
     assert not half.exists()
 
 
-def test_input_that_no_worker_can_train_on_is_refused(root: Path, local_ray: None, sigint: None) -> None:
+def test_input_that_no_worker_can_train_on_is_refused(root: Path, local_ray: None) -> None:
     with pytest.raises(RPGError, match="expected at least one for each of 2 training workers, got 1"):
         fitted(root, "few", "ray.train_workers=2", "train.checkpoints_per_step=1")
     with pytest.raises(RPGError, match=r"train: the loss is nan at step \d+: lower train.learning_rate"):
