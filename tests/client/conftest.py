@@ -138,7 +138,7 @@ def answered(status: int, headers: dict[str, str], body: bytes = b"") -> Fault:
     return fault
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(
     saved: Path, in_process: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Live]:

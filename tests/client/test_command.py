@@ -154,14 +154,18 @@ def test_ctrl_c_leaves_the_job_alone(live: Live, client: Client) -> None:
         [sys.executable, "-c", code, "jobs", "wait", job.id, "--server", live.url],
         env={**os.environ, "RPG_TOKEN": TOKEN}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    while not live.asked("GET", "/events"):
-        assert waiting.poll() is None
-        time.sleep(0.05)
-    waiting.send_signal(signal.SIGINT)
-    out, err = waiting.communicate(timeout=30)
-    assert (waiting.returncode, out, err.splitlines()[-1]) == (130, "", "rpg: interrupted")
-    assert "Traceback" not in err
-    assert not client.cancel(job.id).error
+    try:
+        while not live.asked("GET", "/events"):
+            assert waiting.poll() is None, waiting.communicate()
+            time.sleep(0.05)
+        waiting.send_signal(signal.SIGINT)
+        out, err = waiting.communicate(timeout=30)
+        assert (waiting.returncode, out, err.splitlines()[-1]) == (130, "", "rpg: interrupted"), err
+        assert "Traceback" not in err
+        assert client.job(job.id).state == "running"
+    finally:
+        waiting.kill()
+        client.cancel(job.id)
 
 
 def test_the_library_does_not_load_ray_or_the_service() -> None:
