@@ -80,9 +80,19 @@ def _needs(scope: str) -> Callable[..., Caller]:
     def caller(request: Request, token: Annotated[Any, Depends(HTTPBearer(auto_error=False))]) -> Caller:
         found: Caller = request.state.caller
         found.needs(scope)
+        _refuse_unknown_query(request)
         return found
 
     return caller
+
+
+def _refuse_unknown_query(request: Request) -> None:
+    """A misspelt filter would otherwise be no filter at all."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "none"
+            raise ProblemError(422, f"query: unknown parameter '{name}'; expected {expected}")
 
 
 Reader = Annotated[Caller, Depends(_needs("read"))]
@@ -107,7 +117,7 @@ _MEANINGS = {
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The problems that a call may be answered with, for OpenAPI; those of any call are added."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    every = (400, 401, 403, 413, 503)
+    every = (400, 401, 403, 413, 422, 503)
     return {
         s: {"description": _MEANINGS.get(s, "Bad request"), "content": content} for s in (*every, *statuses)
     }

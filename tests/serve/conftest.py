@@ -213,12 +213,19 @@ class Server:
         deadline = time.monotonic() + seconds
         while True:
             # Now and then a title cannot be read: Ray rewrites it at every call.
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with suppress(psutil.Error):
-                    if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:{title}"):
-                        return child
+            if found := self.parts(title):
+                return found[0]
             assert time.monotonic() < deadline, f"no process {title}"
             time.sleep(0.05)
+
+    def parts(self, title: str) -> list[psutil.Process]:
+        """The processes of a title, as far as it can be read."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if " ".join(child.cmdline()).startswith(f"ray::ServeReplica:{title}"):
+                    found.append(child)
+        return found
 
     def kill_all(self) -> None:
         """SIGKILL for the command and everything of its Ray, children first so that none is missed."""

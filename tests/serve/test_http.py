@@ -49,6 +49,22 @@ def problem(answer: httpx.Response, status: int) -> str:
 
 
 @pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/jobs?stat=running", "query: unknown parameter 'stat'; expected one of state, generator,"),
+        ("/v1/jobs?=1", "query: unknown parameter ''"),
+        ("/v1/generators?x=1", "query: unknown parameter 'x'; expected none"),
+    ],
+)
+def test_a_misspelt_filter_is_refused(calling: Calling, path: str, message: str) -> None:
+    async def go(service: Any) -> None:
+        answer = await service.client.get(path, headers=ALICE)
+        assert problem(answer, 422).startswith(message)
+
+    calling(go)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"generator": "large"}, "generator: 'large' is not served; expected one of small"),

@@ -188,8 +188,11 @@ def test_generators_come_and_go_while_others_run(
         assert now["state"] == "running" and now["finished"] < now["models"]
         late = httpx.post(f"{server.url}/v1/jobs", json={**one, "conditions": None}, headers=ALICE)
         assert late.status_code == 422
-        with pytest.raises(AssertionError, match="no process"):
-            server.part("rpg.other.", seconds=1)
+        # What still sampled is given a moment to end.
+        deadline = time.monotonic() + 60
+        while server.parts("rpg.other."):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
 
 def test_more_generators_than_gpus_are_refused(config: ServeConfig) -> None:
