@@ -57,17 +57,8 @@ def run(config: Config) -> None:
                 entry["split"] = splits[model[0]]
                 entries[model] = Entry(**entry)
             progress.update(len(entries), len(models), _mean_accuracy(list(entries.values())))
-        _remove_others(directory, {entry.file for entry in entries.values()})
         architecture = {FAMILY: config.collect.family}
         Collection(directory, architecture, [entries[model] for model in models]).save()
-
-
-def _remove_others(directory: AnyPath, files: set[str]) -> None:
-    """Clear away what lost nodes had begun to write."""
-    with naming(directory):
-        for path in directory.iterdir():
-            if path.name not in files:
-                path.unlink()
 
 
 def check(config: Config) -> None:

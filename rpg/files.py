@@ -94,8 +94,8 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        for leftover in temporary.rglob(f".*{_PARTIAL}"):
-            # A worker was killed at it, and another has written the whole file.
+        # A worker was killed at it, and another has written the whole file. safetensors names its own .tmp…
+        for leftover in [*temporary.rglob(f".*{_PARTIAL}"), *temporary.rglob(".tmp*")]:
             leftover.unlink()
         previous = temporary.with_suffix(".previous")
         if path.exists():

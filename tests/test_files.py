@@ -176,5 +176,6 @@ def test_what_killed_writers_left_does_not_come_along(tmp_path):
     with replacing_directory(tmp_path / "run") as temporary:
         (temporary / "part").mkdir()
         (temporary / "part" / ".model.safetensors.4711.partial").write_text("half")
+        (temporary / "part" / ".tmpA1MBfC").write_text("half")
         (temporary / "part" / "model.safetensors").write_text("whole")
     assert [path.name for path in (tmp_path / "run" / "part").iterdir()] == ["model.safetensors"]
