@@ -120,16 +120,20 @@ def make_layout() -> Callable[..., Layout]:
 
 @pytest.fixture(scope="session")
 def make_collection() -> Callable[..., ShardedCollection]:
-    """`make_collection(directory, count=10, condition_width=3, token_size=16)`: four to a shard."""
+    """`make_collection(directory, count, condition_width, token_size, dtype)`: four to a shard."""
 
     def make(
-        directory: Path, count: int = 10, condition_width: int | None = 3, token_size: int = 16
+        directory: Path,
+        count: int = 10,
+        condition_width: int | None = 3,
+        token_size: int = 16,
+        dtype: TokenDtype = TokenDtype.float32,
     ) -> ShardedCollection:
         checkpoints = _checkpoints(SmallNet().state_dict(), count, seed=0)
         layout = _layout(checkpoints, token_size, Normalisation.residual)
         named = [(f"{i:04d}.safetensors", checkpoint) for i, checkpoint in enumerate(checkpoints)]
         shards = [
-            write_shard(directory / f"{i:05d}.arrow", layout, named[i : i + 4], TokenDtype.float32)
+            write_shard(directory / f"{i:05d}.arrow", layout, named[i : i + 4], dtype)
             for i in range(0, count, 4)
         ]
         generator = torch.Generator().manual_seed(1)
@@ -143,7 +147,7 @@ def make_collection() -> Callable[..., ShardedCollection]:
             )
             for name, _ in named
         ]
-        write_manifest(directory, layout, shards, entries, TokenDtype.float32)
+        write_manifest(directory, layout, shards, entries, dtype)
         return ShardedCollection.open(directory)
 
     return make

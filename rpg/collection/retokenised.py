@@ -47,17 +47,20 @@ class Retokenised:
 
     def read(self, checkpoint: int, tokens: Tensor | Sequence[int]) -> Tensor:
         """Read some tokens of one checkpoint: float32 [K, token_size]."""
-        return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0]
+        return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0].float()
 
-    def read_batch(self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64]) -> Tensor:
+    def read_batch(
+        self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64], pinned: bool = False
+    ) -> Tensor:
         """Read K tokens of each of B checkpoints; touches only the pages they lie on.
 
         Args:
             checkpoints: [B], indices into `names`.
             tokens: int64 [B, K], token indices, those of a checkpoint a row.
+            pinned: into memory from which a GPU fetches while it computes.
 
         Returns:
-            float32 [B, K, token_size], padding 0.
+            [B, K, token_size] in the dtype that they are stored in, padding 0.
 
         Raises:
             IndexError: if there is no such checkpoint or token.
@@ -74,7 +77,8 @@ class Retokenised:
         values = values.view(*tokens.shape, len(touched) * old)
         at = torch.from_numpy(starts % old)[..., None] + torch.arange(new)
         real = torch.arange(new) < torch.from_numpy(lengths)[..., None]
-        return values.gather(-1, at).masked_fill_(~real, 0.0)
+        cut = values.gather(-1, at).masked_fill_(~real, 0.0)
+        return cut.pin_memory() if pinned else cut
 
 
 AnyShards = ShardedCollection | Retokenised

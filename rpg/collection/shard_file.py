@@ -118,11 +118,16 @@ def token_bytes(layout: Layout, dtype: TokenDtype) -> int:
     return layout.tokens * layout.token_size * np.dtype(_NUMPY_DTYPES[dtype]).itemsize
 
 
-def to_float32(stored: npt.NDArray[Any], dtype: TokenDtype) -> Tensor:
-    """Stored token values, in memory of their own, as a float32 tensor of the same shape."""
-    if dtype == TokenDtype.bfloat16:
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).to(torch.float32)
-    return torch.from_numpy(stored).to(torch.float32)
+def empty_tokens(shape: tuple[int, ...], dtype: TokenDtype, pinned: bool) -> Tensor:
+    """Room for token values of a storage type; `pinned`: in page-locked memory."""
+    return torch.empty(shape, dtype=_TORCH_DTYPES[dtype], pin_memory=pinned)
+
+
+def as_stored(tokens: Tensor) -> npt.NDArray[Any]:
+    """The memory of a tensor of token values as an array of what shards hold."""
+    # NumPy has no bfloat16: shards hold its bits.
+    bits = tokens.dtype == torch.bfloat16
+    return tokens.view(torch.uint16).numpy() if bits else tokens.numpy()
 
 
 def _schema(layout: Layout, dtype: TokenDtype) -> Any:
@@ -143,7 +148,7 @@ def _record_batch(
     if not bool(finite.all()):
         tensor = layout.spec_of(int((~finite).nonzero()[0])).name
         raise RPGError(f"{name}: tensor '{tensor}': expected values that are finite as {dtype} tokens")
-    stored = tokens.view(torch.int16).numpy() if dtype == TokenDtype.bfloat16 else tokens.numpy()
+    stored = as_stored(tokens)
     arrow_type = schema.field(COLUMN).type
     values = pa.Array.from_buffers(arrow_type.value_type, stored.size, [None, pa.py_buffer(stored)])
     column = pa.FixedSizeListArray.from_arrays(values, type=arrow_type)

@@ -4,16 +4,20 @@ A directory holds `shards.json` and `entries.arrow` (`rpg.collection.manifest`),
 `layout.json` and `centre.safetensors`.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout
 from rpg.collection.manifest import ENTRIES_FILE, MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from rpg.collection.shard_file import ShardInfo, open_shard, to_float32, write_shard
+from rpg.collection.shard_file import ShardInfo, as_stored, empty_tokens, open_shard, write_shard
 from rpg.collection.verified import damage
 from rpg.errors import RPGError
 
@@ -25,6 +29,10 @@ __all__ = [
     "write_manifest",
     "write_shard",
 ]
+
+
+_BYTES_FOR_A_THREAD = 2**20
+"""Read of each checkpoint, above which several are read at a time: starting a thread takes a while."""
 
 
 class ShardedCollection:
@@ -81,17 +89,20 @@ class ShardedCollection:
 
     def read(self, checkpoint: int, tokens: Tensor | Sequence[int]) -> Tensor:
         """Read some tokens of one checkpoint: float32 [K, token_size]. Touches only the pages they lie on."""
-        return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0]
+        return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0].float()
 
-    def read_batch(self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64]) -> Tensor:
+    def read_batch(
+        self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64], pinned: bool = False
+    ) -> Tensor:
         """Read K tokens of each of B checkpoints. Touches only the pages they lie on.
 
         Args:
             checkpoints: [B], indices into `names`.
             tokens: int64 [B, K], token indices, those of a checkpoint a row.
+            pinned: read into memory from which a GPU fetches while it computes.
 
         Returns:
-            float32 [B, K, token_size].
+            [B, K, token_size] in the dtype that they are stored in.
 
         Raises:
             IndexError: if there is no such checkpoint or token.
@@ -100,13 +111,21 @@ class ShardedCollection:
             raise IndexError(f"checkpoints: expected 0 <= index < {len(self)}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.layout.tokens:
             raise IndexError(f"tokens: expected 0 <= index < {self.layout.tokens}")
-        result = np.empty((*tokens.shape, self.layout.token_size), self._stored[0].dtype)
-        for rows, checkpoint, indices in zip(result, checkpoints, tokens, strict=True):
+        result = empty_tokens((*tokens.shape, self.layout.token_size), self.dtype, pinned)
+
+        def read(rows: npt.NDArray[Any], checkpoint: int, indices: npt.NDArray[np.int64]) -> None:
             shard, batch = self._places[checkpoint]
             values = self._stored[shard][batch]
             # The indices are in range; by default numpy would take into a second buffer to check them first.
             values.take(indices, 0, rows, "clip")
-        return to_float32(result, self.dtype)
+
+        threads = torch.get_num_threads() if result[:1].nbytes > _BYTES_FOR_A_THREAD else 1
+        if threads == 1:
+            deque(map(read, as_stored(result), checkpoints, tokens), maxlen=0)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                deque(pool.map(read, as_stored(result), checkpoints, tokens), maxlen=0)
+        return result
 
     def verify(self) -> None:
         """Read all shards, whether they have changed or not, and compare them with the manifest.

@@ -82,11 +82,22 @@ class Generator(nn.Module):
             generator.condition.fit(conditions)
         return generator
 
-    def prototypes(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Prototypes of every token, [B, tokens, width], for B conditions (see `rpg.generator.condition`)."""
+    def prototypes(
+        self, condition: Tensor, dropped: Tensor | None = None, indices: Tensor | None = None
+    ) -> Tensor:
+        """Prototypes for B conditions (see `rpg.generator.condition`).
+
+        Args:
+            condition: B rows.
+            dropped: bool [B], conditions to leave out.
+            indices: int64 [B, K], tokens whose prototypes are wanted; None: all.
+
+        Returns:
+            [B, K or tokens, width].
+        """
         embedded = self.condition(condition, dropped)
         prototypes: Tensor
-        prototypes, _ = self.recurrent(self.positions + embedded[:, None], keep_state=False)
+        prototypes, _ = self.recurrent(self.positions + embedded[:, None], keep_state=False, at=indices)
         return prototypes
 
     def loss(
@@ -110,13 +121,11 @@ class Generator(nn.Module):
             noise: like `tokens`.
             dropped: bool [B], conditions to leave out.
         """
-        prototypes = self.prototypes(condition, dropped)
-        batch = torch.arange(len(indices), device=indices.device)[:, None]
-        chosen = prototypes[batch, indices].flatten(0, 1)
+        prototypes = self.prototypes(condition, dropped, indices).flatten(0, 1)
         each = t[:, None].expand(indices.shape)
         noised = self.diffusion.diffuse(tokens, noise, each)
         target = self.diffusion.target(tokens, noise, each)
-        prediction: Tensor = self.denoiser(noised.flatten(0, 1), t, chosen).view_as(target)
+        prediction: Tensor = self.denoiser(noised.flatten(0, 1), t, prototypes).view_as(target)
         error = ((prediction.float() - target) ** 2) * mask
         return error.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
 

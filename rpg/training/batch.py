@@ -4,10 +4,8 @@ Every row, one checkpoint's tokens, has random numbers of its own: a worker draw
 together the workers see the batch that one would see.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,23 +28,17 @@ class Batch:
     noise: Tensor
     dropped: Tensor | None
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
-
-    def pinned(self) -> "Batch":
-        """The batch where a GPU can fetch it while it computes."""
-        return self._each(lambda value: value if value.is_cuda else value.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed: dict[str, Any] = {
-            name: value if value is None else change(value) for name, value in vars(self).items()
-        }
-        return Batch(**changed)
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
+        return [value for value in vars(self).values() if value is not None]
 
 
 class BatchSource:
-    """Draws batches from a sharded collection; reads the sampled tokens and no others."""
+    """Draws batches from a sharded collection; reads the sampled tokens and no others.
+
+    Tokens go to a GPU as they are stored and become float32 there, and so does the mask come about: less
+    traffic for tokens of 16 bits, and less work for the processor.
+    """
 
     def __init__(
         self,
@@ -69,8 +61,8 @@ class BatchSource:
             timesteps: of the diffusion.
             condition_dropout: share of conditions to drop.
             workers: whose rows to draw.
-            device: that draws the noise, by far the most of the random numbers; kinds of device draw
-                different ones.
+            device: of the batches. It draws the noise, by far the most of the random numbers; kinds of device
+                draw different ones.
 
         Raises:
             RPGError: if there are fewer rows than workers.
@@ -82,12 +74,15 @@ class BatchSource:
         self.condition_dropout = condition_dropout
         self.checkpoints_per_step = config.checkpoints_per_step
         self.tokens_per_checkpoint = min(config.tokens_per_checkpoint, shards.layout.tokens)
-        self.mask = shards.layout.mask()
+        self.lengths = shards.layout.lengths().int()
         self.rows = workers.rows(config.checkpoints_per_step)
         self.device = device
 
     def batch(self, step: int) -> Batch:
-        """This worker's rows of the batch of step number `step`."""
+        """This worker's rows of the batch of step number `step`, on the source's device.
+
+        A GPU may still be fetching them in its current stream.
+        """
         random = torch.Generator().manual_seed(derived_seed(self.seed, "step", step))
         count, rows = self.checkpoints_per_step, slice(self.rows.start, self.rows.stop)
         checkpoints = self._checkpoints(step)[rows]
@@ -98,13 +93,31 @@ class BatchSource:
         if self.condition_dropout:
             dropped = (torch.rand(count, generator=random) < self.condition_dropout)[rows]
         indices = torch.stack([self._order(step * count + row) for row in self.rows])
-        tokens = self.shards.read_batch(checkpoints.tolist(), indices.numpy())
+        on_gpu = self.device.type == "cuda"
+        stored = self.shards.read_batch(checkpoints.tolist(), indices.numpy(), pinned=on_gpu)
+        tokens = stored.to(self.device, non_blocking=True).float()
+        lengths = self._moved(self.lengths[indices])
+        places = torch.arange(tokens.shape[-1], dtype=torch.int32, device=self.device)
+        mask = places < lengths[..., None]
         noise = torch.empty(tokens.shape, device=self.device)
         for target, row in zip(noise, self.rows, strict=True):
             own = torch.Generator(self.device)
             own.manual_seed(derived_seed(self.seed, "noise", step * count + row))
             torch.randn(target.shape, generator=own, out=target)
-        return Batch(tokens, self.mask[indices], indices, self.conditions[checkpoints], t, noise, dropped)
+        return Batch(
+            tokens,
+            mask,
+            self._moved(indices),
+            self._moved(self.conditions[checkpoints]),
+            self._moved(t),
+            noise,
+            None if dropped is None else self._moved(dropped),
+        )
+
+    def _moved(self, values: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def _order(self, row: int) -> Tensor:
         """Which tokens of its checkpoint a row holds; rows are counted through all steps."""

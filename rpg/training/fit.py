@@ -3,9 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +16,7 @@ from rpg.generator.generator import Generator
 from rpg.seeds import derived_seed
 from rpg.training.batch import Batch, BatchSource
 from rpg.training.optimiser import learning_rate
+from rpg.training.prefetch import Prefetch
 from rpg.training.trainer import Trainer
 
 NOISE_LEVELS = 4
@@ -97,19 +96,10 @@ def fit(
         trainer.device,
     )
 
-    def next_batch(step: int) -> Batch:
-        batch = source.batch(step)
-        return batch.pinned() if trainer.device.type == "cuda" else batch
-
-    meter = _Meter(trainer, source, seconds)
-    # One batch is read while the one before is trained on.
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = reader.submit(next_batch, trainer.step)
+    with Prefetch(source, trainer.step, config.steps) as batches:
+        meter = _Meter(trainer, batches, source, seconds)
         while trainer.step < config.steps:
-            with meter.waiting():
-                batch = pending.result()
-            if trainer.step + 1 < config.steps:
-                pending = reader.submit(next_batch, trainer.step + 1)
+            batch = batches.next()
             meter.add(batch, trainer.train_step(batch))
             last = trainer.step == config.steps
             check = validate and config.validate_every and (last or trainer.step % config.validate_every == 0)
@@ -135,29 +125,24 @@ def fit(
 class _Meter:
     """Collects what `Progress` tells."""
 
-    def __init__(self, trainer: Trainer, source: BatchSource, seconds: float) -> None:
+    def __init__(self, trainer: Trainer, batches: Prefetch, source: BatchSource, seconds: float) -> None:
         self._trainer = trainer
+        self._batches = batches
         self._source = source
         self._seconds = seconds
         self.start()
 
     def start(self) -> None:
         """Begin anew, from the trainer's step."""
-        self._since, self._waited, self._began = self._trainer.step, 0.0, time.perf_counter()
+        self._since, self._waited = self._trainer.step, self._batches.waited
+        self._began = time.perf_counter()
         # The loss, and for every noise level the weighted sum of losses and the sum of weights.
         self._sums = torch.zeros(1 + 2 * NOISE_LEVELS, device=self._trainer.device)
         self._norms = torch.zeros((), device=self._trainer.device)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the block as waiting for data."""
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-
     def add(self, batch: Batch, result: dict[str, Tensor]) -> None:
         """Take in a finished step."""
-        level = (batch.t * NOISE_LEVELS // self._source.timesteps).to(self._trainer.device)
+        level = batch.t * NOISE_LEVELS // self._source.timesteps
         self._sums[0] += result["loss"]
         self._sums.index_add_(0, 1 + level, result["losses"].float() * result["weights"])
         self._sums.index_add_(0, 1 + NOISE_LEVELS + level, result["weights"])
@@ -178,7 +163,7 @@ class _Meter:
             gradient_norm=norms / count,
             learning_rate=learning_rate(trainer.config, trainer.step - 1),
             tokens_per_second=count * source.checkpoints_per_step * source.tokens_per_checkpoint / elapsed,
-            waiting_share=self._waited / elapsed,
+            waiting_share=(self._batches.waited - self._waited) / elapsed,
             memory_bytes=_memory(trainer.device),
             workers=trainer.workers.count,
             seconds=self._seconds,

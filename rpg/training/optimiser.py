@@ -1,7 +1,6 @@
 """The optimiser: AdamW, its moments in 32 or in 8 bits, and the learning rate's schedule."""
 
 import math
-import shutil
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 
 from rpg.config import Optimiser, TrainConfig
 from rpg.errors import RPGError
+from rpg.training.c_compiler import has_c_compiler
 from rpg.training.eight_bits import load_moment, whole_moment
-
-_C_COMPILERS = ("cc", "gcc", "clang")
 
 
 def build_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -99,4 +97,4 @@ def _can_compile(optimiser: torch.optim.Optimizer) -> bool:
     On a CPU compiling takes minutes of a C++ compiler's time and gains nothing.
     """
     on_gpu = optimiser.param_groups[0]["params"][0].is_cuda
-    return on_gpu and any(shutil.which(name) for name in _C_COMPILERS)
+    return on_gpu and has_c_compiler()

@@ -4,21 +4,23 @@ Knows nothing of Ray or of files of shards; see `fit.py` for the loop.
 """
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rpg.config import Sharding, TrainConfig
 from rpg.errors import RPGError
 from rpg.files import replacing_file
 from rpg.generator.condition import VectorCondition
+from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 from rpg.training.batch import Batch
+from rpg.training.c_compiler import has_c_compiler
+from rpg.training.captured import CapturedGradients
 from rpg.training.global_batch_norm import normalise_globally
+from rpg.training.gradients import Gradients, PlainGradients
 from rpg.training.optimiser import (
     build_optimiser,
     learning_rate,
@@ -26,7 +28,6 @@ from rpg.training.optimiser import (
     optimiser_state,
     step,
 )
-from rpg.training.precision import arithmetic
 from rpg.training.sharding import clip_gradients, load_state, shard, whole_state
 from rpg.training.workers import Workers
 
@@ -63,44 +64,30 @@ class Trainer:
             if isinstance(module, nn.RNNBase) and not self._sharded:
                 # A deep copy scatters the weights that cuDNN wants in one piece.
                 module.flatten_parameters()
-        self._losses: Callable[..., Tensor] = self.generator.loss
-        if self.workers.count > 1 and not self._sharded:
-            # Buffers are the same everywhere already.
-            self._losses = DistributedDataParallel(_Losses(self.generator), broadcast_buffers=False)
+        self.gradients: Gradients = PlainGradients(self.generator, config.precision, device, self._sharded)
+        if device.type == "cuda" and self.workers.count == 1:
+            if isinstance(generator.denoiser, ConditionalUNet) and has_c_compiler():
+                # Between its convolutions lie six passes over memory, which the compiler makes one.
+                generator.denoiser.compile()
+            self.gradients = CapturedGradients(self.gradients, generator)
         self.optimiser = build_optimiser(self.generator, config)
         self.step = 0
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one step on this worker's rows of a batch.
+        """Take one step on this worker's rows of a batch, which lies on its device.
 
         Returns:
-            Detached: `loss`, this worker's share of the batch's loss (their sum over the workers), scalar;
-            `gradient_norm` of the whole batch, scalar; and for each row of this worker `losses` and how much
-            they count, `weights`, both [rows].
+            Detached, and on a GPU overwritten by the next step: `loss`, this worker's share of the batch's
+            loss (their sum over the workers), scalar; `gradient_norm` of the whole batch, scalar; and for
+            each row of this worker `losses` and how much they count, `weights`, both [rows].
         """
         self.generator.train()
-        batch = batch.to(self.device)
-        # Checkpoints count by the values sampled of them, so that every value weighs the same.
-        weights = batch.mask.sum((1, 2)).float()
-        total = self.workers.sum(weights.sum())
-        with arithmetic(self.config.precision, self.device):
-            losses = self._losses(
-                batch.tokens, batch.mask, batch.indices, batch.condition, batch.t, batch.noise, batch.dropped
-            )
-            loss = (losses * weights).sum() / total
-            self.optimiser.zero_grad(set_to_none=True)
-            # Workers' gradients are averaged, where the batch's is their sum.
-            torch.autograd.backward(loss * self.workers.count if self.workers.count > 1 else loss)
+        loss, losses, weights = self.gradients(batch)
         norm = clip_gradients(self.generator, self.config.gradient_clip)
         step(self.optimiser, learning_rate(self.config, self.step))
         self.step += 1
         self._update_average()
-        return {
-            "loss": loss.detach(),
-            "gradient_norm": norm,
-            "losses": losses.detach(),
-            "weights": weights,
-        }
+        return {"loss": loss, "gradient_norm": norm, "losses": losses, "weights": weights}
 
     def whole_average(self) -> Generator | None:
         """The moving average as a generator that is not sharded, for the first worker; all must call this."""
@@ -161,15 +148,3 @@ class Trainer:
         torch._foreach_lerp_(average, [p.detach() for p in self.generator.parameters()], 1 - decay)
         for target, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
             target.copy_(source)
-
-
-class _Losses(nn.Module):
-    """A generator's loss as the module call that PyTorch's data parallelism expects."""
-
-    def __init__(self, generator: Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, *batch: Tensor | None) -> Tensor:
-        losses: Tensor = self.generator.loss(*batch)  # type: ignore[arg-type]
-        return losses

@@ -82,8 +82,8 @@ def test_tokens_come_back_rounded_to_the_storage_type(tmp_path: Path, dtype: Tok
     generator = np.random.default_rng(0)
     chosen, tokens = generator.integers(0, 7, 20), generator.integers(0, layout.tokens, (20, 5))
     found = collection.read_batch(chosen.tolist(), tokens)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected[torch.from_numpy(chosen)[:, None], torch.from_numpy(tokens)])
+    assert found.dtype == getattr(torch, dtype)
+    assert torch.equal(found.float(), expected[torch.from_numpy(chosen)[:, None], torch.from_numpy(tokens)])
 
 
 @pytest.mark.parametrize(

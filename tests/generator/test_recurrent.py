@@ -54,6 +54,21 @@ def test_causal_and_independent_of_the_batch(kind: RecurrentKind) -> None:
         assert (influence[1, :4] > 0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_outputs_and_their_gradients_are_those_of_all(kind: RecurrentKind) -> None:
+    network = build(kind)
+    x = torch.randn(3, 9, 32, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([[4, 0], [8, 7], [2, 6]])
+    some, _ = network(x, at=at)
+    every, _ = network(x)
+    expected = torch.stack([every[row, indices] for row, indices in enumerate(at)])
+    torch.testing.assert_close(some, expected)
+    weights = torch.randn_like(some)
+    (found,) = torch.autograd.grad((some * weights).sum(), x)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("kind", WITH_STATE)
 def test_state_is_optional(kind: RecurrentKind) -> None:
     network = build(kind)

@@ -1,9 +1,10 @@
 """Recurrent networks: from a sequence of positions and conditions to one prototype a token.
 
-Every network is causal and maps `forward(x: [B, L, width], state=None, keep_state=True)` to the outputs,
-[B, L, width], and the state after the last element (None without `keep_state`, which saves its cost where it
-is not needed). A sequence fed in pieces, each with the state that the piece before returned, gives the
-outputs of the whole.
+Every network is causal and maps `forward(x: [B, L, width], state=None, keep_state=True, at=None)` to the
+outputs, [B, L, width], and the state after the last element (None without `keep_state`, which saves its cost
+where it is not needed). A sequence fed in pieces, each with the state that the piece before returned, gives
+the outputs of the whole. With `at`, int64 [B, K], outputs are those of these elements alone, [B, K, width],
+and what only the others need is not computed.
 """
 
 from torch import nn

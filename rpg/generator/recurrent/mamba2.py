@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.errors import RPGError
+from rpg.generator.recurrent.chosen import chosen
 from rpg.generator.recurrent.mamba_kernels import fused_kernel
 
 
@@ -89,7 +90,11 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def forward(
-        self, u: Tensor, state: Mamba2State | None = None, keep_state: bool = True
+        self,
+        u: Tensor,
+        state: Mamba2State | None = None,
+        keep_state: bool = True,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Mamba2State | None]:
         """Scan a sequence, or its continuation.
 
@@ -98,16 +103,18 @@ class Mamba2(nn.Module):
             state: what an earlier call returned; None at the start of a sequence.
             keep_state: False saves the time and memory of the final state, B · d_state · expand · d_model
                 values: more than the activations of a short sequence.
+            at: int64 [B, K], the elements whose outputs are wanted; None: all. Saves the output product of
+                the others.
 
         Returns:
-            [B, L, d_model] in u's dtype (autocast's under autocast), and the state after the last element, or
-            None without `keep_state`.
+            [B, L or K, d_model] in u's dtype (autocast's under autocast), and the state after the last
+            element, or None without `keep_state`.
         """
         projected = self.in_proj(u)
         a = -self.A_log.to(_accurate(projected)).exp()
         kernel = fused_kernel() if self._kernel_serves(projected, state) else None
         if kernel is not None:
-            return self._forward_kernel(kernel, projected, a, keep_state)
+            return self._forward_kernel(kernel, projected, a, keep_state, at)
         gate, inputs, dt = torch.split(projected, [self.d_inner, self.conv_channels, self.nheads], dim=-1)
         inputs, conv_state = self._convolve(inputs, None if state is None else state.conv)
         group_states = self.ngroups * self.d_state
@@ -124,7 +131,7 @@ class Mamba2(nn.Module):
             keep_state,
         )
         y = y + x * self.D.repeat_interleave(self.headdim).to(x.dtype)
-        out = self.out_proj(self.norm(y, gate).to(gate.dtype))
+        out = self.out_proj(self.norm(chosen(y, at), chosen(gate, at)).to(gate.dtype))
         return out, None if ssm_state is None else Mamba2State(conv_state, ssm_state)
 
     def _convolve(self, inputs: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,7 +154,7 @@ class Mamba2(nn.Module):
         return projected.is_cuda and fits and state is None and torch.is_grad_enabled()
 
     def _forward_kernel(
-        self, kernel: Callable[..., Any], projected: Tensor, a: Tensor, keep_state: bool
+        self, kernel: Callable[..., Any], projected: Tensor, a: Tensor, keep_state: bool, at: Tensor | None
     ) -> tuple[Tensor, Mamba2State | None]:
         result = kernel(
             projected,
@@ -161,14 +168,16 @@ class Mamba2(nn.Module):
             activation="silu",
             rmsnorm_weight=self.norm.weight,
             rmsnorm_eps=self.norm.eps,
-            outproj_weight=self.out_proj.weight,
+            outproj_weight=self.out_proj.weight if at is None else None,
             headdim=self.headdim,
             ngroups=self.ngroups,
             norm_before_gate=False,
         )
-        if not keep_state:
-            return result, None
-        out, ssm_state = result
+        out, ssm_state = result if keep_state else (result, None)
+        if at is not None:
+            out = self.out_proj(chosen(out, at))
+        if ssm_state is None:
+            return out, None
         inputs = projected[..., self.d_inner : self.d_inner + self.conv_channels]
         kept = self.d_conv - 1
         last = inputs[:, max(inputs.shape[1] - kept, 0) :]
@@ -192,12 +201,17 @@ class Mamba2Stack(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: tuple[Mamba2State, ...] | None = None, keep_state: bool = True
+        self,
+        x: Tensor,
+        state: tuple[Mamba2State, ...] | None = None,
+        keep_state: bool = True,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Mamba2State, ...] | None]:
-        """[B, L, width] -> [B, L, width] and one state a layer, or None without `keep_state`."""
+        """[B, L, width] -> [B, L or K, width] and one state a layer, or None without `keep_state`."""
         states = []
         for index, layer in enumerate(self.layers):
-            x, after = layer(x, None if state is None else state[index], keep_state)
+            last = index + 1 == len(self.layers)
+            x, after = layer(x, None if state is None else state[index], keep_state, at if last else None)
             states.append(after)
         return x, tuple(states) if keep_state else None
 

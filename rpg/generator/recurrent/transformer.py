@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.errors import RPGError
+from rpg.generator.recurrent.chosen import chosen
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the sequence so far, each [B, heads, length, head_size]."""
@@ -53,11 +54,15 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, state: tuple[KeysValues, ...] | None = None, keep_state: bool = True
+        self,
+        x: Tensor,
+        state: tuple[KeysValues, ...] | None = None,
+        keep_state: bool = True,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, tuple[KeysValues, ...] | None]:
-        """[B, L, width] -> [B, L, width], and every layer's keys and values."""
+        """[B, L, width] -> [B, L or K, width], and every layer's keys and values."""
         states = []
         for index, layer in enumerate(self.layers):
             x, after = layer(x, None if state is None else state[index])
             states.append(after)
-        return self.norm(x), tuple(states) if keep_state else None
+        return self.norm(chosen(x, at)), tuple(states) if keep_state else None
