@@ -14,8 +14,6 @@ nothing.
 """
 
 import argparse
-import hashlib
-import json
 import subprocess
 import sys
 import time
@@ -28,6 +26,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from pieces import Pieces
 
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
@@ -65,9 +64,9 @@ class Session:
     images: str
     runs: Path
     output: Path
-    seconds: float
+    ends: float
+    """When nothing is begun any more, in seconds of `time.monotonic`."""
     tiny: bool
-    began: float
 
     def overrides(self, kind: str) -> list[str]:
         """Changes to the preset of `kind`."""
@@ -92,24 +91,14 @@ class Session:
         """Where generators train and sample."""
         return torch.device("cpu" if self.tiny else "cuda")
 
-    def pieces(self) -> Path:
-        """Where results lie, apart for other settings."""
+    def pieces(self) -> Pieces:
+        """The results, apart for other settings."""
         settings = [to_plain(load_config(self.preset(kind), self.overrides(kind))) for kind in KINDS]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return self.runs / f"pieces-{digest[:12]}"
+        return Pieces.of(self.runs, settings, self.ends)
 
     def piece(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `measure` found, in this call or an earlier one; the call ends here if its time is over."""
-        path = self.pieces() / f"{name}.json"
-        if not path.exists():
-            if time.monotonic() - self.began > self.seconds:
-                print(f"{name}: not begun, the {self.seconds:g} s are over; call again", file=sys.stderr)
-                sys.exit(3)
-            found = measure()
-            write_json(path, found)
-        result: dict[str, Any] = read_json(path, "a measurement")
-        print(f"{name}: {json.dumps(result)[:300]}", file=sys.stderr, flush=True)
-        return result
+        """See `Pieces.piece`."""
+        return self.pieces().piece(name, measure)
 
 
 def run_preset(session: Session, kind: str) -> dict[str, Any]:
@@ -258,7 +247,7 @@ def main() -> None:
         parser.error("needs a GPU; --tiny runs on a CPU")
     images = str(Path(given.images).absolute())
     session = Session(
-        images, given.runs.absolute(), given.output.absolute(), given.seconds, given.tiny, time.monotonic()
+        images, given.runs.absolute(), given.output.absolute(), time.monotonic() + given.seconds, given.tiny
     )
     shares = TRAINING_SHARES[-2:] if given.tiny else TRAINING_SHARES
     numbers = SAMPLING_STEPS[-2:] if given.tiny else SAMPLING_STEPS
@@ -293,7 +282,7 @@ def main() -> None:
 
 def whole_training(session: Session, kind: str) -> dict[str, Any]:
     """The preset's generator, sampled as the preset says."""
-    preset = read_json(session.pieces() / f"{kind}-preset.json", "a measurement")
+    preset = read_json(session.pieces().directory / f"{kind}-preset.json", "a measurement")
     generator = Generator.from_pretrained(session.runs / kind / "generator").to(session.device())
     trained = {key: preset[key] for key in ("training_steps", "training_seconds")}
     return {**trained, **accuracy_of(session, kind, generator)}

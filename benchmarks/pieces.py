@@ -1,0 +1,43 @@
+"""Measurements that are kept piece by piece: a script that ended early goes on where it stopped."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpg.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The finished pieces of one measurement, a JSON file each below `directory`."""
+
+    directory: Path
+    ends: float
+    """When no piece is begun any more, in seconds of `time.monotonic`."""
+
+    @classmethod
+    def of(cls, runs: Path, settings: Any, ends: float) -> "Pieces":
+        """Below `runs`, apart for other `settings` (plain values)."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return cls(runs / f"pieces-{digest[:12]}", ends)
+
+    def piece(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `measure` found, in this call or an earlier one.
+
+        The process ends here with status 3 if the time is over.
+        """
+        path = self.directory / f"{name}.json"
+        if not path.exists():
+            if time.monotonic() > self.ends:
+                print(f"{name}: not begun, the time is over; call again", file=sys.stderr)
+                sys.exit(3)
+            found = measure()
+            write_json(path, found)
+        result: dict[str, Any] = read_json(path, "a measurement")
+        print(f"{name}: {json.dumps(result)[:300]}", file=sys.stderr, flush=True)
+        return result

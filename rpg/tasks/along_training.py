@@ -1,0 +1,202 @@
+"""A collection of checkpoints along the last epoch of one training run.
+
+All epochs but the last bring the learning rate up and down again (one cycle); the last keeps it where the
+cycle ends. So the checkpoints, equal numbers of steps apart, are different networks of about equal quality,
+and none is half trained.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
+
+from rpg.collection.checkpoint import write_checkpoint
+from rpg.collection.register import register
+from rpg.errors import RPGError
+from rpg.files import replacing_directory, replacing_file
+from rpg.seeds import derived_seed
+from rpg.tasks.cifar10_images import Images
+from rpg.tasks.cifar10_net import normalised
+from rpg.tasks.shared_batches import batches
+
+_MOMENTUM = 0.9
+_WARMUP_SHARE = 0.25
+"""Of the cycle: the learning rate grows so long."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the network is trained: SGD with Nesterov's momentum on cross-entropy."""
+
+    epochs: int = 26
+    """Passes over the images, at least 2; checkpoints are kept along the last."""
+    batch_size: int = 450
+    """Images a step; the rest of an epoch is dropped."""
+    peak_learning_rate: float = 0.4
+    last_learning_rate: float = 0.01
+    """Where the cycle starts and ends, and what the last epoch keeps."""
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    checkpoints: int = 50
+    save_every: int = 5
+    """Epochs after which a killed run can go on."""
+
+
+def collect_along_training(
+    network: nn.Module, images: Images, recipe: Recipe, seed: int, directory: Path,
+    progress: Callable[[int, float], None],
+) -> float:  # fmt: skip
+    """Train `network` and make `directory` a registered collection of its checkpoints.
+
+    Training goes on from the last saved epoch if it was killed: the same images in the same order. The
+    directory appears as a whole.
+
+    Args:
+        network: on the images' device, freshly initialised; it is trained.
+        images: to train on; augmented as `rpg.tasks.shared_batches.augmented` does.
+        recipe: see there.
+        seed: of the order of images and their augmentation; kinds of device draw different ones.
+        directory: of the collection; one that is there is replaced.
+        progress: called with finished epochs and their mean loss.
+
+    Returns:
+        Seconds of training, without writing checkpoints and registering.
+
+    Raises:
+        RPGError: if an epoch has too few steps, or a file cannot be read or written.
+    """
+    state = directory.parent / f"{directory.name}.training.pt"
+    with replacing_directory(directory) as temporary:
+
+        def keep(index: int, checkpoint: dict[str, Tensor]) -> None:
+            write_checkpoint(temporary / f"checkpoint_{index:03d}.safetensors", checkpoint, {})
+
+        seconds = train_along(network, images, recipe, seed, state, keep, progress)
+        register(temporary)
+    state.unlink(missing_ok=True)
+    return seconds
+
+
+def train_along(
+    network: nn.Module, images: Images, recipe: Recipe, seed: int, state: Path,
+    keep: Callable[[int, dict[str, Tensor]], None], progress: Callable[[int, float], None],
+) -> float:  # fmt: skip
+    """Train `network`, or go on from `state`; call `keep` with each checkpoint's number and state dict.
+
+    Arguments, result and errors are those of `collect_along_training`; a state dict holds the network's own
+    tensors, which the next step changes. `state` is left behind.
+    """
+    count, last = len(images.classes), recipe.epochs - 1
+    steps = count // recipe.batch_size
+    apart = steps // recipe.checkpoints
+    if not apart:
+        raise RPGError(
+            f"{count} images in batches of {recipe.batch_size}: expected at least {recipe.checkpoints} "
+            f"steps an epoch, one a checkpoint, got {steps}"
+        )
+    training = _Training.start(network, recipe, last * steps, {"seed": seed, "images": count})
+    if state.exists():
+        training.load(state)
+    while training.epoch <= last:
+        began, saving, losses = time.perf_counter(), 0.0, []
+        order = derived_seed(seed, "order along training", training.epoch)
+        for step, (pixels, classes) in enumerate(batches(images, order, 1, recipe.batch_size)):
+            losses.append(training.step(pixels, classes))
+            if training.epoch < last:
+                training.schedule.step()
+                continue
+            # Counted from the end, so that the last network is one of them.
+            place, too_early = divmod(steps - 1 - step, apart)
+            if not too_early and place < recipe.checkpoints:
+                before = time.perf_counter()
+                keep(recipe.checkpoints - 1 - place, network.state_dict())
+                saving += time.perf_counter() - before
+        loss = float(torch.stack(losses).mean())
+        training.seconds += time.perf_counter() - began - saving
+        training.epoch += 1
+        if training.epoch == last or (training.epoch < last and training.epoch % recipe.save_every == 0):
+            training.save(state)
+        progress(training.epoch, loss)
+    return training.seconds
+
+
+@dataclass
+class _Training:
+    """Everything that a step changes."""
+
+    network: nn.Module
+    optimiser: SGD
+    schedule: OneCycleLR
+    label_smoothing: float
+    made_by: dict[str, Any]
+    """What determines the training; a state of another one is not gone on from."""
+    epoch: int = 0
+    """Finished epochs."""
+    seconds: float = 0.0
+
+    @classmethod
+    def start(
+        cls, network: nn.Module, recipe: Recipe, cycle_steps: int, source: dict[str, int]
+    ) -> "_Training":
+        optimiser = SGD(
+            network.parameters(),
+            recipe.last_learning_rate,
+            momentum=_MOMENTUM,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+        # One more than the cycle's: the last epoch's rate.
+        schedule = OneCycleLR(
+            optimiser,
+            recipe.peak_learning_rate,
+            total_steps=cycle_steps + 1,
+            pct_start=_WARMUP_SHARE,
+            cycle_momentum=False,
+            div_factor=recipe.peak_learning_rate / recipe.last_learning_rate,
+            final_div_factor=1.0,
+        )
+        return cls(network, optimiser, schedule, recipe.label_smoothing, {**asdict(recipe), **source})
+
+    def step(self, pixels: Tensor, classes: Tensor) -> Tensor:
+        """One step; the detached loss. Products are in bfloat16 on a GPU, in float32 elsewhere."""
+        self.network.train()
+        device = pixels.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = self.network(normalised(pixels))
+            loss = F.cross_entropy(logits, classes, label_smoothing=self.label_smoothing)
+        self.optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimiser.step()
+        return loss.detach()
+
+    def save(self, path: Path) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "made_by": self.made_by,
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+        }
+        with replacing_file(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, path: Path) -> None:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if state["made_by"] != self.made_by:
+                return
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RPGError(f"{path}: cannot be resumed from: {reason}") from error
