@@ -4,14 +4,13 @@ All models of a call see the same augmented images in the same order, so that im
 cut into the first layer's patches once for all of them.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from rpg.gpu_compiler import has_gpu_compiler
 from rpg.tasks.adam import SideBySideAdam
 from rpg.tasks.cifar10_images import SIZE, Images
 from rpg.tasks.cifar10_net import (
@@ -29,8 +28,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 SHIFT = 4
 """Most pixels that augmentation moves an image by, in each direction."""
-
-_C_COMPILERS = ("cc", "gcc", "clang")
 
 
 def train_on_shared_batches(
@@ -62,7 +59,7 @@ def train_on_shared_batches(
     adam = SideBySideAdam(leaves, learning_rate, epochs * (len(images.classes) // batch_size))
     total_loss = _total_loss
     # Compiling takes longer than it saves where a step of one model is over at once.
-    if images.pixels.is_cuda and len(answers) > 1 and _can_compile():
+    if images.pixels.is_cuda and len(answers) > 1 and has_gpu_compiler():
         total_loss = _compiled_total_loss()
     for pixels, classes in batches(images, seed, epochs, batch_size):
         patches = first_patches(normalised(pixels).to(dtype))
@@ -84,11 +81,6 @@ def _total_loss(
 def _compiled_total_loss() -> Callable[..., tuple[Tensor, Statistics]]:
     """Normalisation, ReLU and cutting into patches become one kernel; compiled once a process and shape."""
     return torch.compile(_total_loss, dynamic=False)
-
-
-def _can_compile() -> bool:
-    """Whether there is what PyTorch's compiler for GPUs needs."""
-    return find_spec("triton") is not None and any(shutil.which(name) for name in _C_COMPILERS)
 
 
 def batches(images: Images, seed: int, epochs: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rpg.config import Optimiser, TrainConfig
 from rpg.errors import RPGError
-from rpg.training.c_compiler import has_c_compiler
+from rpg.gpu_compiler import has_gpu_compiler
 from rpg.training.eight_bits import load_moment, whole_moment
 
 
@@ -97,4 +97,4 @@ def _can_compile(optimiser: torch.optim.Optimizer) -> bool:
     On a CPU compiling takes minutes of a C++ compiler's time and gains nothing.
     """
     on_gpu = optimiser.param_groups[0]["params"][0].is_cuda
-    return on_gpu and has_c_compiler()
+    return on_gpu and has_gpu_compiler()

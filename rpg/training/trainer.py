@@ -16,8 +16,8 @@ from rpg.files import replacing_file
 from rpg.generator.condition import VectorCondition
 from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
+from rpg.gpu_compiler import has_gpu_compiler
 from rpg.training.batch import Batch
-from rpg.training.c_compiler import has_c_compiler
 from rpg.training.captured import CapturedGradients
 from rpg.training.global_batch_norm import normalise_globally
 from rpg.training.gradients import Gradients, PlainGradients
@@ -66,7 +66,7 @@ class Trainer:
                 module.flatten_parameters()
         self.gradients: Gradients = PlainGradients(self.generator, config.precision, device, self._sharded)
         if device.type == "cuda" and self.workers.count == 1:
-            if isinstance(generator.denoiser, ConditionalUNet) and has_c_compiler():
+            if isinstance(generator.denoiser, ConditionalUNet) and has_gpu_compiler():
                 # Between its convolutions lie six passes over memory, which the compiler makes one.
                 generator.denoiser.compile()
             self.gradients = CapturedGradients(self.gradients, generator)

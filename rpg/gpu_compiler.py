@@ -1,0 +1,11 @@
+"""Whether `torch.compile` can serve a GPU on this machine."""
+
+import shutil
+from importlib.util import find_spec
+
+_C_COMPILERS = ("cc", "gcc", "clang")
+
+
+def has_gpu_compiler() -> bool:
+    """Whether there is Triton, and a C compiler that builds what starts its kernels."""
+    return find_spec("triton") is not None and any(shutil.which(name) for name in _C_COMPILERS)
