@@ -37,7 +37,8 @@ from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.families import task_family
-from rpg.training.fit import Progress, fit, new_trainer
+from rpg.training.fit import fit, new_trainer
+from rpg.training.progress import Progress
 from rpg.versions import versions
 
 ROOT = Path(__file__).parents[1]

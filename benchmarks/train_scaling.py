@@ -36,7 +36,8 @@ from rpg.config import (
     TokenDtype,
     TrainConfig,
 )
-from rpg.training.fit import Progress, fit, new_trainer
+from rpg.training.fit import fit, new_trainer
+from rpg.training.progress import Progress
 from rpg.training.workers import Workers
 
 CONDITION_WIDTH = 16

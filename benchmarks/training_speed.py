@@ -33,7 +33,8 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.captured import CapturedGradients
-from rpg.training.fit import Progress, fit, new_trainer
+from rpg.training.fit import fit, new_trainer
+from rpg.training.progress import Progress
 
 LOG_EVERY = 10
 WARM_UP = 20

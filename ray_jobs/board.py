@@ -2,7 +2,7 @@
 
 import ray
 
-from rpg.training.fit import Progress
+from rpg.training.progress import Progress
 
 
 @ray.remote(num_cpus=0)

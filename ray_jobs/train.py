@@ -28,7 +28,7 @@ from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.files import AnyPath, copy_file, remove_directory, replacing_directory
 from rpg.generator.generator import WEIGHTS_FILE
-from rpg.training.fit import Progress
+from rpg.training.progress import Progress
 
 
 def run(config: Config) -> None:

@@ -22,7 +22,8 @@ from rpg.collection.retokenised import AnyShards, Retokenised
 from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.files import AnyPath, read_json, write_json
-from rpg.training.fit import Progress, fit, new_trainer
+from rpg.training.fit import fit, new_trainer
+from rpg.training.progress import Progress
 from rpg.training.trainer import Trainer
 
 HISTORY_FILE = "history.json"

@@ -4,7 +4,6 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,33 +16,8 @@ from rpg.seeds import derived_seed
 from rpg.training.batch import Batch, BatchSource
 from rpg.training.optimiser import learning_rate
 from rpg.training.prefetch import Prefetch
+from rpg.training.progress import NOISE_LEVELS, Progress
 from rpg.training.trainer import Trainer
-
-NOISE_LEVELS = 4
-"""Equal ranges of timesteps whose losses are reported apart."""
-
-
-@dataclass
-class Progress:
-    """Where training stands: means since the last report, over all workers."""
-
-    step: int
-    steps: int
-    loss: float
-    loss_by_noise: list[float | None]
-    """From the least noise to the most; None where no timestep fell into the range."""
-    gradient_norm: float
-    learning_rate: float
-    tokens_per_second: float
-    waiting_share: float
-    """Share of the time spent waiting for data."""
-    memory_bytes: int
-    """The most that the first worker has held: on its GPU, or in all where it has none."""
-    workers: int
-    seconds: float
-    """Spent on training since step 0, without saving and validation."""
-    validation_accuracy: float | None = None
-    """Of networks generated for the validation tasks, where they were at this step."""
 
 
 def new_trainer(

@@ -21,7 +21,8 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.batch import Batch, BatchSource
-from rpg.training.fit import Progress, condition_inputs, fit, new_trainer
+from rpg.training.fit import condition_inputs, fit, new_trainer
+from rpg.training.progress import Progress
 from rpg.training.trainer import Trainer
 from rpg.training.workers import Workers
 

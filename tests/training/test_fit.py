@@ -19,7 +19,8 @@ from rpg.config import (
     RecurrentConfig,
     TrainConfig,
 )
-from rpg.training.fit import Progress, condition_inputs, fit, new_trainer
+from rpg.training.fit import condition_inputs, fit, new_trainer
+from rpg.training.progress import Progress
 from rpg.training.trainer import Trainer
 
 CPU = torch.device("cpu")

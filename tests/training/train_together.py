@@ -32,7 +32,8 @@ from rpg.config import (
     Sharding,
     TrainConfig,
 )
-from rpg.training.fit import Progress, fit, new_trainer
+from rpg.training.fit import fit, new_trainer
+from rpg.training.progress import Progress
 from rpg.training.trainer import Trainer
 
 # Gradients are cut in some of the steps.
