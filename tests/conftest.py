@@ -187,6 +187,15 @@ def make_generator() -> Callable[..., Generator]:
 
 
 @pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text encoder, not to be written to: embeddings of 32 values."""
+    # Not before it is needed: transformers takes seconds to import.
+    from tests.text_encoders import save_encoder
+
+    return save_encoder(tmp_path_factory.mktemp("encoders") / "words")
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
     """A real S3 server; RPG and its subprocesses find it as they would find one of a user's."""
     with s3_server() as server, pytest.MonkeyPatch.context() as environment:
