@@ -253,7 +253,7 @@ class Dispatcher:
         if request.descriptions is None:
             return None
         name, feed = request.generator, self.feeds[request.generator]
-        if feed.maker is None or feed.description is None:
+        if feed.maker is None:
             raise ProblemError(503, f"generator '{name}' has not started yet", headers={"Retry-After": "1"})
         try:
             async with asyncio.timeout(_EMBED_SECONDS):
@@ -261,7 +261,9 @@ class Dispatcher:
         except Exception as error:
             _log.warning("generator %s: descriptions were not read: %s", name, reason(error))
             raise ProblemError(
-                503, f"generator '{name}' has not read the descriptions in time", headers={"Retry-After": "1"}
+                503,
+                f"no replica of generator '{name}' has read the descriptions; try once more",
+                headers={"Retry-After": "1"},
             ) from error
         if isinstance(embedded, str):
             raise ProblemError(422, embedded)

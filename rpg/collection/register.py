@@ -86,7 +86,7 @@ def register(
             encoder cannot be used.
     """
     if sum(source is not None for source in (conditions, pattern, descriptions)) > 1:
-        raise RPGError("conditions: expected one of a file, a pattern and descriptions, got several")
+        raise RPGError("conditions: expected either a file, a pattern or descriptions, got several")
     if encoder is not None and descriptions is None:
         raise RPGError(f"{encoder}: an encoder needs descriptions to read; got none")
     paths = _candidates(directory)

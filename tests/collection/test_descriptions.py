@@ -153,7 +153,7 @@ def test_wrong_arguments(folder: Path, text_encoder: Path) -> None:
         register(folder, descriptions=texts)
     with pytest.raises(RPGError, match="words: an encoder needs descriptions"):
         register(folder, encoder=text_encoder)
-    with pytest.raises(RPGError, match="expected one of a file, a pattern and descriptions, got several"):
+    with pytest.raises(RPGError, match="expected either a file, a pattern or descriptions, got several"):
         register(folder, texts, descriptions=texts, encoder=text_encoder)
     with pytest.raises(RPGError, match=r"folder/config\.json: not found"):
         register(folder, descriptions=texts, encoder=folder)

@@ -208,16 +208,15 @@ def test_replicas_that_do_not_answer(using: Using, monkeypatch: pytest.MonkeyPat
         for answer in (None, RuntimeError("lost")):
             answers.append(answer)
             refused = await post(service)
-            assert problem(refused, 503) == "generator 'small' has not read the descriptions in time"
+            line = "no replica of generator 'small' has read the descriptions; try once more"
+            assert problem(refused, 503) == line
             assert refused.headers["retry-after"] == "1"
         # What was reserved for them is free again.
         service.dispatcher._limits = replace(service.dispatcher._limits, queued_models=4, models_per_job=4)
-        service.dispatcher.feeds["small"].description, known = (
-            None,
-            service.dispatcher.feeds["small"].description,
-        )
+        feed = service.dispatcher.feeds["small"]
+        feed.maker, maker = None, feed.maker
         assert problem(await post(service), 503) == "generator 'small' has not started yet"
-        service.dispatcher.feeds["small"].description = known
+        feed.maker = maker
         by_condition = {"descriptions": None, "conditions": [[0.0] * 32], "number": 4}
         assert (await post(service, **by_condition)).status_code == 202
 
