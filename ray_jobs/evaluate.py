@@ -125,7 +125,10 @@ def why_not(config: Config) -> str | None:
         return "networks generated without a condition have no task to be evaluated on"
     if not config.collect.directory:
         return None
-    if FAMILY not in Collection.load(RunPaths.of(config).collection).architecture:
+    collection = Collection.load(RunPaths.of(config).collection)
+    if collection.encoder:
+        return "the collection's conditions are embeddings of descriptions, which do not say what is right"
+    if FAMILY not in collection.architecture:
         return "the collection does not say which task family its networks belong to, so they cannot be run"
     return None
 

@@ -55,7 +55,7 @@ def run(config: Config, refit: bool = False) -> None:
         written = write_shards(collection, missing, layout, dtype, unfinished, progress)
     known = {**kept, **{shard.checkpoints: shard for shard in written}}
     shards = [known[_names(group)] for group in groups]
-    write_manifest(directory, layout, shards, entries, dtype, fitted)
+    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder)
     if isinstance(directory, Path):
         remember(directory, shards)
     unfinished.clear()

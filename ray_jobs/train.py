@@ -24,16 +24,24 @@ from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, fingerprint, stage_main
 from ray_jobs.tracking import TENSORBOARD_DIRECTORY
 from ray_jobs.train_worker import GENERATOR_DIRECTORY, HISTORY_FILE
-from rpg.config import Config
+from rpg.collection.manifest import read_manifest
+from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.files import AnyPath, copy_file, remove_directory, replacing_directory
 from rpg.generator.generator import WEIGHTS_FILE
+from rpg.text_encoder import ENCODER_DIRECTORY, check_encoder, copy_encoder
 from rpg.training.progress import Progress
 
 
 def run(config: Config) -> None:
     """Fit the generator to the shards."""
     paths = RunPaths.of(config)
+    encoder = None
+    digest = read_manifest(paths.shards).encoder
+    if digest and config.generator.condition.kind == ConditionKind.vector:
+        encoder = paths.collection / ENCODER_DIRECTORY
+        # Before the hours that training may take.
+        check_encoder(encoder, digest)
     # The name finds the checkpoints of an interrupted run of the same inputs, and of no other.
     name = fingerprint(TRAIN, config)[:16]
     # Both stay on the driver's node: the job cannot outlive that one anyway.
@@ -41,6 +49,8 @@ def run(config: Config) -> None:
     board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     checkpoint = _watched(_fit.options(scheduling_strategy=here).remote(config, name, board), board)
     with replacing_directory(paths.generator) as target:
+        if encoder is not None:
+            copy_encoder(encoder, target / ENCODER_DIRECTORY)
         copy_generator(checkpoint, target)
     for other in paths.train.iterdir():
         # Checkpoints of other configs could only be resumed from by going back to them.
@@ -107,7 +117,14 @@ TRAIN = Stage(
         "train",
     ),
     after=SHARD,
-    ignored=("train.log_every", "train.save_every", "train.keep", "train.sharding"),
+    # The encoder is the collection's, which the stages before depend on.
+    ignored=(
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "train.sharding",
+        "generator.condition.encoder",
+    ),
     need=training_need,
     check=check_fit,
     outputs=lambda paths: [paths.generator / WEIGHTS_FILE],

@@ -34,10 +34,11 @@ class ValidationTasks:
         conditions = dict.fromkeys(
             tuple(entry.condition) for entry in collection.splits["validation"] if entry.condition
         )
-        if family is None or not conditions or config.generator.condition.kind != ConditionKind.vector:
+        is_vector = config.generator.condition.kind == ConditionKind.vector
+        if family is None or not conditions or not is_vector or collection.encoder:
             raise RPGError(
-                f"{collection.root}: cannot validate: expected checkpoints of a task family, with condition "
-                "vectors, some of them of split 'validation'; set train.validate_every=0"
+                f"{collection.root}: cannot validate: expected checkpoints of a task family, with its "
+                "condition vectors, some of them of split 'validation'; set train.validate_every=0"
             )
         task_family(family, config.collect.images).check_images()
         return cls(

@@ -47,9 +47,22 @@ def _parser() -> argparse.ArgumentParser:
         "--conditions", type=Path, metavar="FILE", help="CSV (header file,...) or JSON ({file: [numbers]})"
     )
     source.add_argument(
+        "--descriptions",
+        type=Path,
+        metavar="FILE",
+        help="CSV (header file,description) or JSON ({file: text}); their embeddings are the conditions",
+    )
+    source.add_argument(
         "--pattern",
         help="template such as '{index}_acc{acc}_class{class:bits10}_{rest}', or a regular expression with "
         "named groups; kinds: bitsN, digits, value, metric (default: the published model's naming)",
+    )
+    register.add_argument(
+        "--encoder",
+        type=Path,
+        metavar="DIR",
+        help="text encoder that reads the descriptions: config.json, tokenizer.json and model.safetensors "
+        "as transformers saves them; copied into the collection (default: the one that is there)",
     )
     register.add_argument(
         "--skip-bad", action="store_true", help="leave out checkpoints that cannot be used, and list them"
@@ -73,13 +86,20 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="generate checkpoints on this machine")
     generate.add_argument("generator", help="directory or URI of a generator")
-    generate.add_argument(
+    asked = generate.add_mutually_exclusive_group()
+    asked.add_argument(
         "--condition",
         action="append",
         type=condition_text,
         metavar="C",
         help="one digit a value, such as 0101010101, or numbers with commas, such as 0.5,2; with a minus in "
         "front write --condition=-1,0; may be given several times",
+    )
+    asked.add_argument(
+        "--description",
+        action="append",
+        metavar="TEXT",
+        help="in place of a condition, where the generator has a text encoder; may be given several times",
     )
     generate.add_argument(
         "--number", type=count, default=1, metavar="N", help="models for each condition (default: 1)"
@@ -111,7 +131,13 @@ def _register(options: argparse.Namespace) -> None:
     try:
         with _progress("checking") as progress:
             collection, skipped = register(
-                _location(options.directory), options.conditions, options.pattern, options.skip_bad, progress
+                _location(options.directory),
+                options.conditions,
+                options.pattern,
+                options.skip_bad,
+                progress,
+                options.descriptions,
+                options.encoder,
             )
     except BadCheckpointsError as error:
         _list(error.problems)
@@ -121,6 +147,7 @@ def _register(options: argparse.Namespace) -> None:
     print(
         f"{options.directory}: {len(collection)} checkpoints, "
         + ("no conditions" if width is None else f"conditions of width {width}")
+        + (", from descriptions" if collection.encoder else "")
         + (f", {len(skipped)} skipped" if skipped else "")
     )
 
@@ -152,6 +179,9 @@ def _generate(options: argparse.Namespace) -> None:
     conditions = None
     if options.condition is not None:
         conditions = [condition_values(text, generator.config.condition.size) for text in options.condition]
+    if options.description is not None:
+        encoder = generator.text_encoder()
+        conditions = [encoder.encode(text) for text in options.description]
     with _progress("generating") as progress:
         paths = generate_models(
             generator, conditions, options.number, options.seed, _location(options.out), sampling, progress

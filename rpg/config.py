@@ -193,6 +193,9 @@ class ConditionConfig:
     """Hidden width of the condition's MLP."""
     dropout: float = 0.0
     """Share of training samples whose condition is dropped, for classifier-free guidance."""
+    encoder: str = ""
+    """Digest of the text encoder whose embeddings of descriptions the conditions are; empty: taken from the
+    collection, where there is one."""
 
 
 @dataclass

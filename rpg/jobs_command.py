@@ -33,12 +33,19 @@ def add_jobs_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
     submit = _action(actions, "submit", "ask for models, and print the job's id", _submit)
     submit.add_argument("generator", help="name of a generator that is served")
-    submit.add_argument(
+    asked = submit.add_mutually_exclusive_group()
+    asked.add_argument(
         "--condition",
         action="append",
         type=condition_text,
         metavar="C",
         help="as for `rpg generate`: one digit a value, or numbers with commas; may be given several times",
+    )
+    asked.add_argument(
+        "--description",
+        action="append",
+        metavar="TEXT",
+        help="in place of a condition, where the generator reads such; may be given several times",
     )
     submit.add_argument(
         "--number", type=count, default=1, metavar="N", help="models for each condition (default: 1)"
@@ -113,6 +120,7 @@ def _submit(client: "Client", options: argparse.Namespace) -> None:
         conditions,
         options.number,
         options.seed,
+        descriptions=options.description,
         solver=options.solver,
         steps=options.steps,
         temperature=options.temperature,

@@ -42,6 +42,8 @@ class LimitsConfig:
     models_per_job: int = 10_000
     conditions: int = 10_000
     """Conditions of one job."""
+    descriptions: int = 64
+    """Descriptions of one job: a replica reads them before the job is accepted."""
     steps: int = 1000
     """Steps of the solver."""
     body_bytes: int = 8_000_000

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from serve.access import Caller
 from serve.dispatcher import Dispatcher
 from serve.feed import Feed
+from serve.live_job import LiveJob
 from serve.problems import ProblemError
 from serve.records import Made, State
 from serve.schema import (
@@ -114,10 +115,11 @@ class DispatcherDesk:
 
     async def models(self, caller: Caller, job_id: str, start: int, limit: int) -> ModelList:
         """See `Desk`."""
-        made = self.dispatcher.job(caller, job_id).progress.made
+        job = self.dispatcher.job(caller, job_id)
+        made = job.progress.made
         indices = sorted(index for index in made if index >= start)
         return ModelList(
-            models=[_model(made[i]) for i in indices[:limit]],
+            models=[_model(job, made[i]) for i in indices[:limit]],
             next=indices[limit] if len(indices) > limit else None,
         )
 
@@ -126,7 +128,7 @@ class DispatcherDesk:
         job = self.dispatcher.job(caller, job_id)
         made = job.progress.made.get(index)
         if made is not None:
-            return _model(made)
+            return _model(job, made)
         models = len(job.manifest.job)
         if index >= models:
             raise ProblemError(404, f"job {job_id} has {models} models: no model {index}")
@@ -162,13 +164,14 @@ class DispatcherDesk:
         """See `Desk`."""
 
 
-def _model(made: Made) -> ModelView:
+def _model(job: LiveJob, made: Made) -> ModelView:
     return ModelView(
         index=made.model,
         sha256=made.sha256,
         bytes=made.bytes,
         accuracy=made.accuracy,
         similarity=made.similarity,
+        description=job.manifest.description_of(made.model),
     )
 
 
@@ -184,6 +187,7 @@ def _generator(feed: Feed) -> GeneratorDetail:
         ready=known is not None,
         condition=config.condition.kind.value,
         condition_size=config.condition.size,
+        descriptions=feed.served.reads,
         evaluates=feed.served.evaluates,
         sampling=Sampling(**asdict(config.sampling)),
         models_per_second=feed.speed,

@@ -17,7 +17,7 @@ from serve.access import Caller
 from serve.config import LimitsConfig, RetentionConfig
 from serve.feed import Feed, Served, reason
 from serve.job_store import JobStore, Quarantined, new_id
-from serve.lease import Maker
+from serve.lease import Embedded, Maker
 from serve.live_job import LiveJob
 from serve.metrics import Meters
 from serve.problems import ProblemError
@@ -30,6 +30,8 @@ T = TypeVar("T")
 _SAVE_SECONDS = 5.0
 """A running job's state is written so often: a model that it does not name yet is found by looking."""
 _TICK_SECONDS = 1.0
+_EMBED_SECONDS = 20.0
+"""Less than the front waits for an answer."""
 
 _log = logging.getLogger("ray.serve")
 
@@ -119,7 +121,7 @@ class Dispatcher:
 
         Raises:
             ProblemError: 422 for what cannot be made, or for a key that stands for another request; 429 if
-                too much is waiting; 507 if it cannot be written.
+                too much is waiting; 503 if no replica reads its descriptions; 507 if it cannot be written.
         """
         job = checked_job(request, self._served(), self._limits)
         digest = request_digest(request)
@@ -213,20 +215,25 @@ class Dispatcher:
     async def _accept(self, caller: Caller, request: JobRequest, job_key: str | None, digest: str) -> LiveJob:
         job = checked_job(request, self._served(), self._limits)
         self._check_room(len(job))
-        manifest = Manifest(
-            id=new_id(),
-            owner=caller.owner,
-            generator=request.generator,
-            priority=request.priority,
-            created=time.time(),
-            job=job,
-            evaluate=request.evaluate,
-            idempotency_key=job_key,
-            request_sha256=digest,
-        )
-        # Others are accepted while this one is written.
+        # Others are accepted while this one is read and written.
         self._reserved += len(job)
         try:
+            embedded = await self._embedded(request)
+            if embedded is not None:
+                job = checked_job(request, self._served(), self._limits, embedded.conditions)
+            manifest = Manifest(
+                id=new_id(),
+                owner=caller.owner,
+                generator=request.generator,
+                priority=request.priority,
+                created=time.time(),
+                job=job,
+                evaluate=request.evaluate,
+                idempotency_key=job_key,
+                request_sha256=digest,
+                descriptions=request.descriptions,
+                encoder=None if embedded is None else embedded.encoder,
+            )
             await self._in_thread(lambda: self._store.create(manifest))
         except RPGError as error:
             _log.error("%s", error)
@@ -236,6 +243,31 @@ class Dispatcher:
         live = LiveJob(manifest, await self._in_thread(lambda: self._store.progress(manifest)))
         self._add(live)
         return live
+
+    async def _embedded(self, request: JobRequest) -> Embedded | None:
+        """What a replica makes of the descriptions of a request, if it gives any.
+
+        Raises:
+            ProblemError: 422 for a description that cannot be read; 503 if no replica answers in time.
+        """
+        if request.descriptions is None:
+            return None
+        name, feed = request.generator, self.feeds[request.generator]
+        if feed.maker is None:
+            raise ProblemError(503, f"generator '{name}' has not started yet", headers={"Retry-After": "1"})
+        try:
+            async with asyncio.timeout(_EMBED_SECONDS):
+                embedded = await feed.maker.embed(request.descriptions)
+        except Exception as error:
+            _log.warning("generator %s: descriptions were not read: %s", name, reason(error))
+            raise ProblemError(
+                503,
+                f"no replica of generator '{name}' has read the descriptions; try once more",
+                headers={"Retry-After": "1"},
+            ) from error
+        if isinstance(embedded, str):
+            raise ProblemError(422, embedded)
+        return embedded
 
     def _check_room(self, models: int) -> None:
         waiting = sum(job.remaining for job in self._jobs.values()) + self._reserved

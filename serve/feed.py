@@ -41,6 +41,11 @@ class Served:
     evaluates: bool = False
     """Whether jobs may ask for evaluation."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether jobs may give descriptions."""
+        return bool(self.config.condition.encoder)
+
 
 class JobKeeper(Protocol):
     """Whoever writes down how far jobs are."""
@@ -60,12 +65,14 @@ class Feed:
     Attributes:
         served: the generator.
         description: what a replica has told of it, once one has.
+        maker: its replicas, once it has begun.
         speed: models a second, measured while jobs ran.
     """
 
     def __init__(self, served: Served, keeper: JobKeeper, meters: Meters) -> None:
         self.served = served
         self.description: Description | None = None
+        self.maker: Maker | None = None
         self.speed: float | None = None
         self._keeper = keeper
         self._meters = meters
@@ -77,6 +84,7 @@ class Feed:
 
     def start(self, maker: Maker) -> None:
         """Begin to hand out."""
+        self.maker = maker
         self._task = asyncio.create_task(self._run(maker))
 
     async def stop(self) -> None:

@@ -9,7 +9,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve.access import Caller
-from serve.lease import Description, Lease
+from serve.lease import Description, Embedded, Lease
 from serve.problems import ProblemError
 from serve.records import Made, State
 from serve.schema import Centre, GeneratorDetail, JobList, JobRequest, JobView, ModelList, ModelView
@@ -35,6 +35,11 @@ class HandleMaker:
         finally:
             if not whole:
                 response.cancel()  # type: ignore[no-untyped-call]
+
+    async def embed(self, descriptions: list[str]) -> Embedded | str:
+        """See `Maker`."""
+        embedded: Embedded | str = await self._handle.options(method_name="embed").remote(descriptions)
+        return embedded
 
     async def describe(self) -> Description:
         """See `Maker`."""

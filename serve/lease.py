@@ -34,6 +34,14 @@ class Description:
     """Of each generated tensor, a sample of the mean training checkpoint; see `serve.centre`."""
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of descriptions, in their order, and the digest of the text encoder that made them."""
+
+    encoder: str
+    conditions: list[list[float]]
+
+
 class Maker(Protocol):
     """Whoever makes models with one generator: all of its replicas together."""
 
@@ -43,6 +51,10 @@ class Maker(Protocol):
         Closing the iterator stops the work within a denoising batch. Any exception means that the replica is
         lost: what has not been yielded may be asked for again.
         """
+        ...
+
+    async def embed(self, descriptions: list[str]) -> Embedded | str:
+        """Wait for a replica, and have it read descriptions; text says why it cannot."""
         ...
 
     async def describe(self) -> Description:

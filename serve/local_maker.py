@@ -17,7 +17,7 @@ from serve.centre import centre_sample
 from serve.config import CacheConfig, GeneratorEntry
 from serve.engine import Engine, device_of
 from serve.job_store import JobStore
-from serve.lease import Description, Lease
+from serve.lease import Description, Embedded, Lease
 from serve.records import Made
 from serve.work import Work
 
@@ -46,6 +46,9 @@ class LocalMaker:
         self._name = entry.name
         self._digest = generator.digest()
         self._generator = generator.to(device_of(entry.num_gpus))
+        # Now, so that one that cannot be used ends the start and not the first request.
+        self._encoder = generator.text_encoder() if generator.config.condition.encoder else None
+        self._embedding = asyncio.Lock()
         self._judge = None
         if entry.collection:
             # Not before: task families bring scikit-learn with them.
@@ -91,6 +94,19 @@ class LocalMaker:
         finally:
             self.engine.drop(work)
 
+    async def embed(self, descriptions: list[str]) -> Embedded | str:
+        """See `serve.lease.Maker`."""
+        encoder = self._encoder
+        if encoder is None:
+            return f"generator '{self._name}' was replaced by one without a text encoder"
+        # One request at a time: threads are for plans and files as well.
+        async with self._embedding:
+            try:
+                conditions = await asyncio.to_thread(lambda: [encoder.encode(text) for text in descriptions])
+            except RPGError as error:
+                return str(error)
+        return Embedded(self._generator.config.condition.encoder, conditions)
+
     async def describe(self) -> Description:
         """See `serve.lease.Maker`."""
         layout = self._generator.layout
@@ -113,6 +129,11 @@ class LocalMaker:
         """How a job's models are made, and whether they are evaluated."""
         if job_id not in self._plans:
             manifest = self._store.manifest(job_id)
+            if manifest.encoder not in (None, self._generator.config.condition.encoder):
+                raise RPGError(
+                    f"generator '{self._name}' was replaced by one with another text encoder than the "
+                    "descriptions were read with"
+                )
             plan = JobPlan(self._generator, manifest.job, self._digest)
             self._plans[job_id] = plan, manifest.evaluate
             if len(self._plans) > _KEPT_PLANS:

@@ -53,6 +53,14 @@ class Manifest:
     idempotency_key: str | None = None
     request_sha256: str = ""
     """Of the request's body: one key must not stand for two requests."""
+    descriptions: list[str] | None = None
+    """What the job's conditions are embeddings of, if it was asked for so."""
+    encoder: str | None = None
+    """Digest of the text encoder that made them."""
+
+    def description_of(self, index: int) -> str | None:
+        """The description that model `index` is asked for by."""
+        return None if self.descriptions is None else self.descriptions[index // self.job.number]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -125,6 +133,12 @@ def _check_types(manifest: Manifest) -> None:
     numbers = (manifest.priority, job.number, job.seed)
     if not all(isinstance(number, int) for number in numbers) or not math.isfinite(manifest.created):
         raise TypeError("expected whole numbers")
+    described = manifest.descriptions
+    if described is not None:
+        if not all(isinstance(text, str) for text in [*described, manifest.encoder]):
+            raise TypeError("expected text")
+        if len(described) != len(job.conditions or []):
+            raise ValueError("expected a condition for each description")
     for condition in job.conditions or []:
         if not all(math.isfinite(value) for value in condition):
             raise ValueError("a condition is not finite")

@@ -8,7 +8,7 @@ import torch
 from rpg.storage import location
 from serve.config import CacheConfig, GeneratorEntry
 from serve.job_store import JobStore
-from serve.lease import Description, Lease
+from serve.lease import Description, Embedded, Lease
 from serve.local_maker import LocalMaker
 from serve.ray_metrics import BatchMeters
 from serve.records import Made
@@ -27,6 +27,10 @@ class GeneratorReplica:
         async with aclosing(self._maker.make(lease)) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event
+
+    async def embed(self, descriptions: list[str]) -> Embedded | str:
+        """See `serve.lease.Maker`."""
+        return await self._maker.embed(descriptions)
 
     async def describe(self) -> Description:
         """See `serve.lease.Maker`."""

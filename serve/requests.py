@@ -14,8 +14,16 @@ from serve.problems import ProblemError
 from serve.schema import JobRequest
 
 
-def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: LimitsConfig) -> GenerationJob:
+def checked_job(
+    request: JobRequest,
+    generators: Mapping[str, Served],
+    limits: LimitsConfig,
+    embeddings: list[list[float]] | None = None,
+) -> GenerationJob:
     """The job that `request` asks for.
+
+    Where that gives descriptions, `embeddings` are its conditions. Until they are there zeros stand for them,
+    so that all else is checked before a description is read.
 
     Raises:
         ProblemError: 422, naming the field at fault.
@@ -26,6 +34,9 @@ def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: L
         raise ProblemError(422, f"generator: '{request.generator}' is not served; expected one of {names}")
     config = served.config
     conditions = request.conditions
+    if request.descriptions is not None:
+        _check_descriptions(request, served, limits)
+        conditions = embeddings or [[0.0] * config.condition.size for _ in request.descriptions]
     if conditions is not None and len(conditions) > limits.conditions:
         raise ProblemError(
             422,
@@ -38,7 +49,10 @@ def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: L
             f"number: expected at most {limits.models_per_job} models (limits.models_per_job), got {models}",
         )
     if config.condition.kind == ConditionKind.vector and conditions is None:
-        raise ProblemError(422, f"conditions: this generator needs ones of {config.condition.size} values")
+        or_else = ", or descriptions" if served.reads else ""
+        raise ProblemError(
+            422, f"conditions: this generator needs ones of {config.condition.size} values{or_else}"
+        )
     sampling = _sampling(request, config.sampling)
     if sampling.steps > limits.steps:
         raise ProblemError(
@@ -62,7 +76,23 @@ def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: L
 
 def request_digest(request: JobRequest) -> str:
     """What tells two requests apart: SHA-256 of all that they ask for."""
-    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+    # Requests without descriptions have the digest that they had before there were any.
+    unused = {"descriptions"} if request.descriptions is None else None
+    return hashlib.sha256(request.model_dump_json(exclude=unused).encode()).hexdigest()
+
+
+def _check_descriptions(request: JobRequest, served: Served, limits: LimitsConfig) -> None:
+    count = len(request.descriptions or [])
+    if request.conditions is not None:
+        raise ProblemError(422, "descriptions: expected either these or conditions, got both")
+    if not served.reads:
+        raise ProblemError(
+            422, f"descriptions: generator '{served.name}' has no text encoder; expected conditions"
+        )
+    if count > limits.descriptions:
+        raise ProblemError(
+            422, f"descriptions: expected at most {limits.descriptions} (limits.descriptions), got {count}"
+        )
 
 
 def _sampling(request: JobRequest, default: SamplingConfig) -> SamplingConfig:

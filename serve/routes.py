@@ -210,9 +210,11 @@ def _add_jobs(app: FastAPI, desk: Desk, store: JobStore) -> None:
     )  # fmt: skip
     async def generate(request: ModelRequest, caller: Submitter) -> Response:
         """Make one model and answer with its file. It is a job like any other, and stays as one."""
-        asked = request.model_dump(exclude={"condition"})
+        asked = request.model_dump(exclude={"condition", "description"})
         conditions = None if request.condition is None else [request.condition]
-        job = await desk.submit(caller, JobRequest(**asked, conditions=conditions), None)
+        descriptions = None if request.description is None else [request.description]
+        whole = JobRequest(**asked, conditions=conditions, descriptions=descriptions)
+        job = await desk.submit(caller, whole, None)
         headers = {"Location": f"/v1/jobs/{job.id}"}
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _GENERATE_SECONDS

@@ -4,11 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rpg.text_encoder import LONGEST_DESCRIPTION
 from serve.records import State
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 SolverName = Literal["ddpm", "ddim", "dpmpp_2m"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Description = Annotated[str, Field(min_length=1, max_length=LONGEST_DESCRIPTION)]
 
 LARGEST_PRIORITY = 100
 
@@ -44,9 +46,14 @@ class SamplingRequest(Strict):
 
 
 class JobRequest(SamplingRequest):
-    """`number` models for each condition, or in all where the generator takes none."""
+    """`number` models for each condition or description, or in all where the generator takes none."""
 
     conditions: list[list[Finite]] | None = Field(None, min_length=1)
+    descriptions: list[Description] | None = Field(
+        None,
+        min_length=1,
+        description="in place of `conditions`, where the generator's `descriptions` is true",
+    )
     number: int = Field(1, ge=1)
 
 
@@ -54,6 +61,7 @@ class ModelRequest(SamplingRequest):
     """One model."""
 
     condition: list[Finite] | None = None
+    description: Description | None = Field(None, description="in place of `condition`")
 
 
 class Sampling(BaseModel):
@@ -82,7 +90,7 @@ class JobView(BaseModel):
     dtype: DtypeName | None
     evaluate: bool
     accuracy: float | None = Field(description="mean of the finished models', where it is measured")
-    models: int = Field(description="models asked for; model i is for condition i // number")
+    models: int = Field(description="models asked for; model i is for condition or description i // number")
     number: int
     finished: int = Field(description="models that can be downloaded")
     bytes: int = Field(description="of all finished models")
@@ -119,6 +127,7 @@ class ModelView(BaseModel):
     similarity: float | None = Field(
         description="largest overlap of its wrong answers with those of a training network of its condition"
     )
+    description: str | None = Field(description="that it was asked for by, if it was")
 
 
 class ModelList(BaseModel):
@@ -143,6 +152,7 @@ class GeneratorView(BaseModel):
     ready: bool
     condition: Literal["vector", "permutation", "none"]
     condition_size: int
+    descriptions: bool = Field(description="whether a job may give descriptions in place of conditions")
     evaluates: bool = Field(description="whether a job may ask for evaluation")
     sampling: Sampling
     digest: str | None

@@ -28,9 +28,12 @@ from rpg.config import (
     Prediction,
     RecurrentConfig,
     RecurrentKind,
+    SamplingConfig,
+    Solver,
     TokenDtype,
 )
 from rpg.generator.generator import Generator
+from rpg.text_encoder import encoder_digest
 from tests.s3_server import CREDENTIALS, Proxy, S3Server, s3_server
 
 if not torch.cuda.is_available():
@@ -188,6 +191,27 @@ def make_generator() -> Callable[..., Generator]:
         return generator.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text encoder, not to be written to: embeddings of 32 values."""
+    # Not before it is needed: transformers takes seconds to import.
+    from tests.text_encoders import save_encoder
+
+    return save_encoder(tmp_path_factory.mktemp("encoders") / "words")
+
+
+@pytest.fixture(scope="session")
+def describing(
+    make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], text_encoder: Path
+) -> Generator:
+    """A generator that reads descriptions."""
+    generator = make_generator(make_layout(16), recurrent=RecurrentKind.lstm, condition_size=32)
+    generator.config.condition.encoder = encoder_digest(text_encoder)
+    generator.config.sampling = SamplingConfig(solver=Solver.ddim, steps=3, token_batch=32)
+    generator.encoder_directory = text_encoder
+    return generator
 
 
 @pytest.fixture(scope="session")

@@ -80,16 +80,21 @@ class Calls:
         conditions: Sequence[Sequence[float]] | None = None,
         number: int = 1,
         seed: int = 0,
+        *,
+        descriptions: Sequence[str] | None = None,
         **settings: Unpack[Settings],
     ) -> Job:
         """Ask for `number` models for each condition, or in all where the generator takes none.
 
-        However often it has to be sent, it makes one job.
+        Where it has a text encoder (`GeneratorInfo.descriptions`), `descriptions` may stand in place of
+        conditions. However often it has to be sent, it makes one job.
         """
         asked: dict[str, Any] = {"generator": generator, "number": number, "seed": seed}
         asked |= {key: value for key, value in settings.items() if value is not None}
         if conditions is not None:
             asked["conditions"] = _numbers(conditions)
+        if descriptions is not None:
+            asked["descriptions"] = _texts(descriptions)
         headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex}
         body = _encoded(asked)
         return Job.from_json((await self._call("POST", "/v1/jobs", headers=headers, content=body)).json())
@@ -187,6 +192,8 @@ class Calls:
         generator: str,
         condition: Sequence[float] | None = None,
         seed: int = 0,
+        *,
+        description: str | None = None,
         **settings: Unpack[Settings],
     ) -> bytes:
         """Have one model made: the content of its .safetensors file, checked against its SHA-256.
@@ -196,7 +203,9 @@ class Calls:
         Raises:
             RPGError: with the reason, if it could not be made.
         """
-        job = await self.submit(generator, None if condition is None else [condition], 1, seed, **settings)
+        conditions = None if condition is None else [condition]
+        descriptions = None if description is None else [description]
+        job = await self.submit(generator, conditions, 1, seed, descriptions=descriptions, **settings)
         job = await self.wait(job.id)
         if job.state != "succeeded":
             raise RPGError(f"job {job.id}: {job.state}" + (f": {job.error}" if job.error else ""))
@@ -355,6 +364,13 @@ def _numbers(conditions: Sequence[Sequence[float]]) -> list[list[float]]:
         return [[float(value) for value in condition] for condition in conditions]
     except (TypeError, ValueError) as error:
         raise RPGError(f"conditions: expected lists of numbers: {error}") from None
+
+
+def _texts(descriptions: Sequence[str]) -> list[str]:
+    # A text is a sequence of texts as well.
+    if isinstance(descriptions, str) or not all(isinstance(text, str) for text in descriptions):
+        raise RPGError(f"descriptions: expected a list of texts, got {descriptions!r:.80}")
+    return list(descriptions)
 
 
 def _encoded(asked: Mapping[str, Any]) -> bytes:

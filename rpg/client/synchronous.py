@@ -49,10 +49,14 @@ class Client:
         conditions: Sequence[Sequence[float]] | None = None,
         number: int = 1,
         seed: int = 0,
+        *,
+        descriptions: Sequence[str] | None = None,
         **settings: Unpack[Settings],
     ) -> Job:
         """See `Calls.submit`."""
-        return finished(self._calls.submit(generator, conditions, number, seed, **settings))
+        return finished(
+            self._calls.submit(generator, conditions, number, seed, descriptions=descriptions, **settings)
+        )
 
     def job(self, id: str) -> Job:
         """See `Calls.job`."""
@@ -85,7 +89,9 @@ class Client:
         generator: str,
         condition: Sequence[float] | None = None,
         seed: int = 0,
+        *,
+        description: str | None = None,
         **settings: Unpack[Settings],
     ) -> bytes:
         """See `Calls.generate`."""
-        return finished(self._calls.generate(generator, condition, seed, **settings))
+        return finished(self._calls.generate(generator, condition, seed, description=description, **settings))

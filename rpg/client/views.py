@@ -50,7 +50,7 @@ class Job(_View):
     accuracy: float | None
     """Mean of the finished models', where it is measured."""
     models: int
-    """Models asked for; model i is for condition i // number."""
+    """Models asked for; model i is for condition or description i // number."""
     number: int
     finished: int
     """Models that can be downloaded."""
@@ -95,6 +95,8 @@ class ModelFile(_View):
     """Share of right answers on test images, where the job asked for evaluation."""
     similarity: float | None = None
     """Largest overlap of its wrong answers with those of a training network of its condition."""
+    description: str | None = None
+    """That it was asked for by, if it was."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class GeneratorInfo(_View):
     condition: str
     """vector, permutation or none."""
     condition_size: int
+    descriptions: bool
+    """Whether jobs may give descriptions in place of conditions."""
     evaluates: bool
     """Whether jobs may ask for evaluation."""
     sampling: Mapping[str, Any]

@@ -1,5 +1,6 @@
 """Collections: checkpoints of one architecture, listed in `collection.json` beside them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
@@ -12,6 +13,7 @@ from rpg.collection.json_numbers import is_float32, is_number
 from rpg.errors import RPGError
 from rpg.files import AnyPath, read_json, write_json
 from rpg.storage_errors import naming
+from rpg.text_encoder import ENCODER_DIRECTORY
 
 COLLECTION_FILE = "collection.json"
 VERSION = 1
@@ -30,20 +32,32 @@ class Entry:
     condition: list[float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     split: str = "train"
+    description: str | None = None
+    """The text whose embedding the condition is."""
 
 
 class Collection:
     """Checkpoints of one architecture with their conditions, metrics and splits."""
 
-    def __init__(self, root: AnyPath, architecture: dict[str, Any], entries: Sequence[Entry]) -> None:
+    def __init__(
+        self,
+        root: AnyPath,
+        architecture: dict[str, Any],
+        entries: Sequence[Entry],
+        encoder: str | None = None,
+    ) -> None:
         """Describe the checkpoints under `root`; `architecture` says how to build the network, if known.
 
+        `encoder` is the digest of the text encoder in `encoder_directory` that has embedded the descriptions
+        (`rpg.text_encoder`); None where conditions come from elsewhere.
+
         Raises:
-            RPGError: if an entry or `architecture.family` is invalid, a file is listed twice, or conditions
-                differ in width.
+            RPGError: if an entry, `architecture.family` or `encoder` is invalid, a file is listed twice, or
+                conditions differ in width.
         """
         self.root = root
         self.architecture = architecture
+        self.encoder = encoder
         self.entries = list(entries)
         self._names: frozenset[str] | None = None
         self._validate()
@@ -64,14 +78,17 @@ class Collection:
         if content.get("version") != VERSION:
             raise RPGError(f"{path}: version: expected {VERSION}, got {content.get('version')!r}")
         keys = {"version", "architecture", "entries"}
-        _check_keys(content, keys, keys, str(path))
+        _check_keys(content, keys | {"encoder"}, keys, str(path))
         architecture, entries = content["architecture"], content["entries"]
         if not isinstance(architecture, dict):
             raise RPGError(f"{path}: architecture: expected an object, got {architecture!r}")
         if not isinstance(entries, list):
             raise RPGError(f"{path}: entries: expected a list, got {entries!r}")
         return cls(
-            path.parent, architecture, [_entry(e, f"{path}: entry {i}") for i, e in enumerate(entries)]
+            path.parent,
+            architecture,
+            [_entry(e, f"{path}: entry {i}") for i, e in enumerate(entries)],
+            content.get("encoder"),
         )
 
     def save(self) -> None:
@@ -82,9 +99,8 @@ class Collection:
             {
                 "version": VERSION,
                 "architecture": self.architecture,
-                "entries": [
-                    {f.name: getattr(entry, f.name) for f in fields(entry)} for entry in self.entries
-                ],
+                **({} if self.encoder is None else {"encoder": self.encoder}),
+                "entries": [_plain(entry) for entry in self.entries],
             },
         )
 
@@ -97,6 +113,11 @@ class Collection:
         if not self.entries or self.entries[0].condition is None:
             return None
         return len(self.entries[0].condition)
+
+    @property
+    def encoder_directory(self) -> AnyPath:
+        """Where the text encoder lies, if the conditions came from one."""
+        return self.root / ENCODER_DIRECTORY
 
     @property
     def splits(self) -> dict[str, list[Entry]]:
@@ -154,6 +175,10 @@ class Collection:
         family = self.architecture.get("family", "")
         if not isinstance(family, str):
             raise RPGError(f"{source}: architecture.family: expected text, got {family!r:.80}")
+        if self.encoder is not None and not (
+            isinstance(self.encoder, str) and re.fullmatch("[0-9a-f]{64}", self.encoder)
+        ):
+            raise RPGError(f"{source}: encoder: expected 64 hexadecimal digits, got {self.encoder!r:.80}")
         seen: set[str] = set()
         for entry in self.entries:
             where = f"{source}: '{entry.file}'"
@@ -181,6 +206,13 @@ def _described(entry: Entry) -> str:
     return "no condition" if width is None else f"a condition of width {width}"
 
 
+def _plain(entry: Entry) -> dict[str, Any]:
+    values = {f.name: getattr(entry, f.name) for f in fields(entry)}
+    if entry.description is None:
+        del values["description"]
+    return values
+
+
 def _entry(value: Any, where: str) -> Entry:
     if not isinstance(value, dict):
         raise RPGError(f"{where}: expected an object, got {value!r}")
@@ -205,6 +237,11 @@ def _check_entry(entry: Entry, where: str) -> None:
     ):
         raise RPGError(
             f"{where}: condition: expected null or a list of finite float32 numbers, got {entry.condition!r}"
+        )
+    if entry.description is not None and not (isinstance(entry.description, str) and entry.condition):
+        raise RPGError(
+            f"{where}: description: expected text, beside the condition that was made of it, "
+            f"got {entry.description!r:.80}"
         )
     if not isinstance(entry.metrics, dict) or not all(map(is_number, entry.metrics.values())):
         raise RPGError(f"{where}: metrics: expected finite numbers by name, got {entry.metrics!r}")

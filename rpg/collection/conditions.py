@@ -16,18 +16,16 @@ Several condition fields are joined in the order of the pattern. A pattern has t
 template may leave out the suffix.
 """
 
-import csv
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES
 from rpg.collection.json_numbers import is_float32
+from rpg.collection.tables import Pairs, by_file, csv_table, json_table, read_table
 from rpg.errors import RPGError
 
 UPSTREAM_PATTERN = r"[0-9]+_acc(?P<acc>[0-9]+(\.[0-9]+)?)_class(?P<class__bits10>[0-9]+)([_.].*)?"
@@ -113,23 +111,11 @@ def read_conditions(path: Path) -> dict[str, Row]:
     Raises:
         RPGError: naming file and row, for duplicates, values that are not finite numbers, differing widths.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".json"):
-        raise RPGError(f"{path}: expected conditions as .csv or .json")
-    try:
-        # utf-8-sig: spreadsheets like to begin a CSV with a byte-order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise RPGError(f"{path}: not found; expected conditions as .csv or .json") from error
-    except UnicodeDecodeError as error:
-        raise RPGError(f"{path}: not UTF-8 text; expected conditions as .csv or .json") from error
-    except OSError as error:
-        raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
-    rows: dict[str, Row] = {}
-    for file, row in _csv_rows(text, path) if suffix == ".csv" else _json_rows(text, path):
-        if file in rows:
-            raise RPGError(f"{row.where}: '{file}' is listed twice, first in {rows[file].where}")
-        first = next(iter(rows.values()), row)
+    text = read_table(path, "conditions")
+    is_csv = path.suffix.lower() == ".csv"
+    rows = by_file(_csv_rows(text, path) if is_csv else _json_rows(text, path), path, "conditions")
+    first = next(iter(rows.values()))
+    for file, row in rows.items():
         if len(row.condition) != len(first.condition):
             raise RPGError(
                 f"{row.where}: '{file}': expected {len(first.condition)} values as in {first.where}, "
@@ -137,25 +123,7 @@ def read_conditions(path: Path) -> dict[str, Row]:
             )
         if not all(map(is_float32, row.condition)):
             raise RPGError(f"{row.where}: '{file}': expected values that are finite as float32")
-        rows[file] = row
-    if not rows:
-        raise RPGError(f"{path}: holds no conditions")
     return rows
-
-
-def check_files(rows: Mapping[str, Row], files: Sequence[str], source: Path) -> None:
-    """Check that conditions and checkpoints name the same files.
-
-    Raises:
-        RPGError: naming the row whose file is missing, or the checkpoint without a row.
-    """
-    known = set(files)
-    for file, row in rows.items():
-        if file not in known:
-            raise RPGError(f"{row.where}: '{file}' is not among the checkpoints of the folder")
-    for file in files:
-        if file not in rows:
-            raise RPGError(f"{source}: no row for '{file}'; expected a condition for every checkpoint")
 
 
 def _compile(pattern: str) -> tuple[re.Pattern[str], list[tuple[str, str, str]]]:
@@ -227,69 +195,30 @@ def _read_field(text: str, kind: str, where: str) -> list[float]:
 
 
 def _csv_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
-    reader = csv.reader(io.StringIO(text), strict=True)
-    rows: list[tuple[str, list[str]]] = []
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if any(cells):
-                rows.append((f"{path}, row {reader.line_num}", cells))
-    except csv.Error as error:
-        raise RPGError(f"{path}, row {reader.line_num}: not valid CSV: {error}") from error
-    if not rows or rows[0][1][0] != "file" or len(rows[0][1]) < 2:
-        raise RPGError(f"{path}, row 1: expected a header 'file,...' with at least one column of values")
-    header, *body = rows
-    for where, cells in body:
-        if len(cells) != len(header[1]):
-            raise RPGError(f"{where}: expected {len(header[1])} cells as in the header, got {len(cells)}")
-    single = [cells[1] for _, cells in body] if len(header[1]) == 2 else []
+    header, body = csv_table(text, path)
+    single = [cells[1] for _, cells in body] if len(header) == 2 else []
     are_bits = bool(single) and (
         all(re.fullmatch("[01]{2,}", cell) for cell in single)
         or any(re.fullmatch("0[01]+", cell) for cell in single)
     )
     for where, (file, *cells) in body:
-        if not file:
-            raise RPGError(f"{where}: expected a file name")
         if are_bits:
             if not re.fullmatch("[01]+", cells[0]):
                 raise RPGError(f"{where}: '{file}': expected bits such as 0101, got '{cells[0]}'")
             yield file, Row([float(bit) for bit in cells[0]], where)
         else:
-            columns = zip(header[1][1:], cells, strict=True)
+            columns = zip(header[1:], cells, strict=True)
             yield file, Row([_number(cell, f"{where}: column '{name}'") for name, cell in columns], where)
 
 
 def _json_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
-    try:
-        # Pairs, not a dict: a dict would silently keep the last of two equal keys.
-        content = json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:
-        raise RPGError(f"{path}: not valid JSON: {error}") from error
-    if isinstance(content, _Pairs):
-        items: list[tuple[Any, Any]] = list(content)
-    elif isinstance(content, list):
-        items = []
-        for i, item in enumerate(content, start=1):
-            if not isinstance(item, _Pairs) or sorted(key for key, _ in item) != ["condition", "file"]:
-                raise RPGError(f'{path}, row {i}: expected {{"file": ..., "condition": [...]}}')
-            keyed = dict(item)
-            items.append((keyed["file"], keyed["condition"]))
-    else:
-        raise RPGError(f"{path}: expected {{file: [numbers]}} or a list of file and condition")
-    for i, (file, values) in enumerate(items, start=1):
-        where = f"{path}, row {i}"
-        if not isinstance(file, str) or not file:
-            raise RPGError(f"{where}: file: expected text, got {file!r}")
-        if not isinstance(values, list) or isinstance(values, _Pairs) or not values:
+    for where, file, values in json_table(text, path, "condition", "[numbers]"):
+        if not isinstance(values, list) or isinstance(values, Pairs) or not values:
             raise RPGError(f"{where}: '{file}': expected a list of numbers")
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RPGError(f"{where}: '{file}': expected numbers, got {json.dumps(value)}")
         yield file, Row([_number(value, f"{where}: '{file}'") for value in values], where)
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object's keys and values, duplicates kept."""
 
 
 def _number(value: str | int | float, where: str) -> float:

@@ -22,6 +22,7 @@ from rpg.errors import RPGError
 from rpg.generator.generator import CONFIG_FILE, WEIGHTS_FILE
 from rpg.storage import AnyPath, exists, fetched, local_copy
 from rpg.storage_errors import naming
+from rpg.text_encoder import check_encoder
 
 DEFAULT_TOKEN_SIZE = 8192
 """As published."""
@@ -162,6 +163,8 @@ def _collection(path: AnyPath, token_size: int | None, verify: bool, progress: P
     if not collection.entries:
         raise RPGError(f"{path}: the collection is empty; expected at least one checkpoint")
     if verify:
+        if collection.encoder:
+            check_encoder(collection.encoder_directory, collection.encoder)
         for done, entry in enumerate(collection.entries, start=1):
             collection.check(entry)
             if progress is not None:
@@ -175,6 +178,8 @@ def _collection(path: AnyPath, token_size: int | None, verify: bool, progress: P
         "architecture": collection.architecture,
         "layout_of": collection.entries[0].file,
     }
+    if collection.encoder:
+        facts["text_encoder"] = collection.encoder
     if verify:
         facts["verified"] = True
     return Inspection("collection", str(path), size, _rows(state_dict, size), facts)

@@ -47,6 +47,8 @@ class Manifest:
     """Shard and record batch of each checkpoint."""
     conditions: Tensor | None
     """Float32 [checkpoints, width]; None if the collection has none."""
+    encoder: str = ""
+    """Digest of the text encoder that the conditions came from; empty if there is none."""
 
 
 def write_manifest(
@@ -56,6 +58,7 @@ def write_manifest(
     entries: Sequence[Entry],
     dtype: TokenDtype,
     fitted: int | None = None,
+    encoder: str | None = None,
 ) -> None:
     """Make a directory of shards complete: write layout, entries and, last, the manifest.
 
@@ -66,6 +69,7 @@ def write_manifest(
         entries: one for each checkpoint in the shards (matched by name = `file`); others are left out.
         dtype: that they were written with.
         fitted: how many checkpoints, the first ones, the layout was computed from; default all.
+        encoder: digest of the text encoder that the conditions came from.
 
     Raises:
         RPGError: naming the shard or checkpoint, if a shard has another layout or dtype, a checkpoint has no
@@ -93,6 +97,7 @@ def write_manifest(
             "layout": layout.digest(),
             "fitted": len(table) if fitted is None else fitted,
             "entries_sha256": entries_sha256,
+            **({} if encoder is None else {"encoder": encoder}),
             "shards": [
                 {
                     "file": shard.file,
@@ -136,8 +141,9 @@ def read_manifest(directory: AnyPath) -> Manifest:
     ]  # fmt: skip
     digests = dict(zip(names, entries.column("sha256").to_pylist(), strict=True))
     return Manifest(
-        dtype, content["layout"], content["fitted"], shards, names, digests, places, _conditions(entries)
-    )
+        dtype, content["layout"], content["fitted"], shards, names, digests, places, _conditions(entries),
+        content.get("encoder", ""),
+    )  # fmt: skip
 
 
 def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dict[str, Entry]) -> Any:
@@ -201,6 +207,8 @@ def _check(manifest: Any, source: str) -> None:
         raise RPGError(f"{source}: dtype: expected one of {', '.join(TokenDtype)}, got {manifest['dtype']!r}")
     if type(manifest["fitted"]) is not int or manifest["fitted"] < 1:
         raise RPGError(f"{source}: fitted: expected a positive integer, got {manifest['fitted']!r}")
+    if not isinstance(manifest.get("encoder", ""), str):
+        raise RPGError(f"{source}: encoder: expected a digest, got {manifest['encoder']!r:.80}")
     shards = manifest["shards"]
     if not isinstance(shards, list) or not shards:
         raise RPGError(f"{source}: shards: expected a list of at least one shard")

@@ -19,13 +19,15 @@ from rpg.collection.conditions import (
     NameFacts,
     NamePattern,
     Row,
-    check_files,
     read_conditions,
 )
+from rpg.collection.descriptions import read_descriptions
 from rpg.collection.state_dicts import check_structure, check_ties, find_ties
+from rpg.collection.tables import check_files
 from rpg.errors import RPGError
 from rpg.storage import AnyPath, exists, is_remote
 from rpg.storage_errors import StorageError, naming
+from rpg.text_encoder import TextEncoder, copy_encoder, encoder_digest, load_encoder
 
 MINIMUM = 2
 
@@ -53,41 +55,52 @@ def register(
     pattern: str | None = None,
     skip_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    descriptions: Path | None = None,
+    encoder: Path | None = None,
 ) -> tuple[Collection, list[str]]:
     """Write `collection.json` for the checkpoints that lie directly in `directory`, sorted by name.
 
     Every checkpoint is read and compared with the first good one in names, shapes and dtypes. Conditions come
-    from the `conditions` file (`read_conditions`), else from `pattern` over the file names (`NamePattern`),
-    else from the published model's naming where all names follow it. Splits, and whatever is not given
-    anew, are kept from an earlier `collection.json`, so that held-out checkpoints stay held out.
+    from the `conditions` file (`read_conditions`), or are embeddings of the `descriptions`
+    (`read_descriptions`), else come from `pattern` over the file names (`NamePattern`), else from the
+    published model's naming where all names follow it. Splits, and whatever is not given anew, are kept from
+    an earlier `collection.json`, so that held-out checkpoints stay held out.
 
     Args:
         directory: folder or URI of `.safetensors`, `.pt`/`.pth` and PEFT adapter directories; others are
             ignored.
         conditions: CSV or JSON file.
-        pattern: template or regular expression; not together with `conditions`.
+        pattern: template or regular expression; not together with `conditions` or `descriptions`.
         skip_bad: leave bad checkpoints out.
         progress: called with the numbers of checkpoints done and of all.
+        descriptions: CSV or JSON file; not together with `conditions`.
+        encoder: directory of the text encoder that embeds the descriptions (`TextEncoder`), which is copied
+            into the collection; None: the one that is there already.
 
     Returns:
         The collection and, for each checkpoint left out, the line that says why.
 
     Raises:
         BadCheckpointsError: if checkpoints are bad and `skip_bad` is off.
-        RPGError: if fewer than two checkpoints are left, or conditions are wrong.
+        RPGError: if fewer than two checkpoints are left, conditions or descriptions are wrong, or the text
+            encoder cannot be used.
     """
-    if conditions is not None and pattern is not None:
-        raise RPGError("conditions: expected either a file or a pattern, got both")
+    if sum(source is not None for source in (conditions, pattern, descriptions)) > 1:
+        raise RPGError("conditions: expected either a file, a pattern or descriptions, got several")
+    if encoder is not None and descriptions is None:
+        raise RPGError(f"{encoder}: an encoder needs descriptions to read; got none")
     paths = _candidates(directory)
     names = [path.name for path in paths]
     facts = _name_facts(names, pattern)
     rows: dict[str, Row] = {}
     if conditions is not None:
         rows = read_conditions(conditions)
-        check_files(rows, names, conditions)
+        check_files(rows, names, conditions, "condition")
     has_earlier = exists(directory / COLLECTION_FILE)
     earlier = Collection.load(directory) if has_earlier else Collection(directory, {}, [])
     known = {entry.file: entry for entry in earlier.entries}
+    embedding = None if descriptions is None else _Embedding(descriptions, names, encoder, earlier)
+    all_anew = bool(rows) or any(fact.condition is not None for fact in facts.values())
 
     entries: list[Entry] = []
     problems: list[str] = []
@@ -116,6 +129,10 @@ def register(
             entry.metrics |= fact.metrics
         if path.name in rows:
             entry.condition = rows[path.name].condition
+        if all_anew:
+            entry.description = None
+        if embedding is not None:
+            entry.condition, entry.description = embedding.of(path.name)
         entries.append(entry)
     if progress is not None:
         progress(len(paths), len(paths))
@@ -131,9 +148,45 @@ def register(
         raise BadCheckpointsError(
             f"{directory}: a collection needs at least {MINIMUM} checkpoints, {found}", problems
         )
-    collection = Collection(directory, earlier.architecture, entries)
+    kept = None if all_anew else earlier.encoder
+    read_by = kept if embedding is None else embedding.digest
+    collection = Collection(directory, earlier.architecture, entries, read_by)
+    if encoder is not None:
+        copy_encoder(encoder, collection.encoder_directory)
     collection.save()
     return collection, problems
+
+
+class _Embedding:
+    """The descriptions of a folder's checkpoints, and the encoder that embeds them."""
+
+    def __init__(self, table: Path, names: list[str], encoder: Path | None, earlier: Collection) -> None:
+        self._rows = read_descriptions(table)
+        check_files(self._rows, names, table, "description")
+        if encoder is not None:
+            self._encoder, self.digest = TextEncoder(encoder), encoder_digest(encoder)
+        elif earlier.encoder is not None:
+            self.digest = earlier.encoder
+            self._encoder = load_encoder(earlier.encoder_directory, self.digest)
+        else:
+            raise RPGError(
+                f"{table}: descriptions need a text encoder, and the collection has none yet: --encoder DIR"
+            )
+        self._known: dict[str, list[float]] = {}
+
+    def of(self, name: str) -> tuple[list[float], str]:
+        """Condition and description of a checkpoint.
+
+        Raises:
+            RPGError: naming the row whose description cannot be embedded.
+        """
+        row = self._rows[name]
+        if row.description not in self._known:
+            try:
+                self._known[row.description] = self._encoder.encode(row.description)
+            except RPGError as error:
+                raise RPGError(f"{row.where}: {error}") from error
+        return self._known[row.description], row.description
 
 
 def _candidates(directory: AnyPath) -> list[AnyPath]:

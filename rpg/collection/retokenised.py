@@ -20,6 +20,7 @@ class Retokenised:
         layout: the collection's, at the new token size.
         names: the checkpoints', in order.
         conditions: float32 [checkpoints, width], or None if the collection has none.
+        encoder: digest of the text encoder that the conditions came from, or empty.
     """
 
     def __init__(self, shards: ShardedCollection, token_size: int) -> None:
@@ -31,6 +32,7 @@ class Retokenised:
         self.layout = shards.layout.with_token_size(token_size)
         self.names = shards.names
         self.conditions = shards.conditions
+        self.encoder = shards.encoder
         self._shards = shards
         stored = {spec.name: spec.first_token for spec in shards.layout.specs}
         # Where each token's values begin in the row of all stored values of a checkpoint.

@@ -44,6 +44,7 @@ class ShardedCollection:
         dtype: the tokens' storage type.
         names: the checkpoints', in order.
         conditions: float32 [checkpoints, width], or None if the collection has none.
+        encoder: digest of the text encoder that the conditions came from, or empty.
     """
 
     def __init__(self, directory: Path, layout: Layout, manifest: Manifest) -> None:
@@ -53,6 +54,7 @@ class ShardedCollection:
         self.dtype = manifest.dtype
         self.names = manifest.names
         self.conditions = manifest.conditions
+        self.encoder = manifest.encoder
         self._shards = manifest.shards
         self._places = manifest.places
         self._stored = [

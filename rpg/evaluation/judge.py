@@ -40,13 +40,14 @@ class Judge:
         """Nothing is read of the originals until they are needed.
 
         Raises:
-            RPGError: if the collection names no task family, or has no conditions.
+            RPGError: if the collection names no task family, or its conditions are not such a family's.
         """
         name = collection.architecture.get(FAMILY)
-        if name is None or collection.condition_width is None:
+        # Embeddings of descriptions do not say which answers are right.
+        if name is None or collection.condition_width is None or collection.encoder:
             raise RPGError(
                 f"{collection.root}: cannot evaluate: expected a collection that names its task family, "
-                "with condition vectors"
+                "with the family's condition vectors"
             )
         self._family = task_family(name)
         self._collection = collection

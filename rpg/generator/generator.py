@@ -23,12 +23,15 @@ from rpg.generator.positions import position_embedding
 from rpg.generator.recurrent import build_recurrent
 from rpg.storage import fetched, location
 from rpg.storage_errors import naming
+from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, load_encoder
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "generator.safetensors"
 CARD_FILE = "README.md"
 LAYOUT_KEY = "layout"
 """Metadata key of the weights: the layout's digest. Behind a URI the files are not replaced at once."""
+ENCODER_KEY = "encoder"
+"""Metadata key of the weights: the text encoder's digest, where there is one."""
 
 
 class Generator(nn.Module):
@@ -36,6 +39,11 @@ class Generator(nn.Module):
 
     The recurrent network turns position embeddings plus the embedded condition into prototypes; the denoiser
     models each token given its prototype.
+
+    Attributes:
+        config: what it is built from.
+        layout: of the networks that it makes.
+        encoder_directory: where its text encoder's files are; None if they are not at hand, or it has none.
     """
 
     positions: Tensor
@@ -44,6 +52,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
+        self.encoder_directory: AnyPath | None = None
         width = config.recurrent.width
         self.condition = build_condition(config.condition, width)
         self.recurrent = build_recurrent(config.recurrent)
@@ -54,12 +63,19 @@ class Generator(nn.Module):
 
     @classmethod
     def for_collection(
-        cls, config: GeneratorConfig, layout: Layout, conditions: Tensor | None, checkpoints: int
+        cls,
+        config: GeneratorConfig,
+        layout: Layout,
+        conditions: Tensor | None,
+        checkpoints: int,
+        encoder: str = "",
     ) -> "Generator":
         """A fresh generator for a sharded collection of `checkpoints` with `conditions` [checkpoints, size].
 
+        `encoder` is the digest of the text encoder that the conditions came from, if any.
+
         Raises:
-            RPGError: if the condition's kind or size does not fit the collection.
+            RPGError: if the condition's kind, size or encoder does not fit the collection.
         """
         kind, asked = config.condition.kind, config.condition.size
         if kind == ConditionKind.vector and conditions is None:
@@ -75,7 +91,14 @@ class Generator(nn.Module):
             size = conditions.shape[1]
         if asked not in (0, size):
             raise RPGError(f"generator.condition.size: the collection has {size}, got {asked}")
-        config = dataclasses.replace(config, condition=dataclasses.replace(config.condition, size=size))
+        encoder = encoder if kind == ConditionKind.vector else ""
+        if config.condition.encoder not in ("", encoder):
+            raise RPGError(
+                f"generator.condition.encoder: the collection has '{encoder}', "
+                f"got '{config.condition.encoder}'"
+            )
+        condition = dataclasses.replace(config.condition, size=size, encoder=encoder)
+        config = dataclasses.replace(config, condition=condition)
         generator = cls(config, layout)
         if isinstance(generator.condition, VectorCondition):
             assert conditions is not None
@@ -130,16 +153,40 @@ class Generator(nn.Module):
         return error.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
 
     def digest(self) -> str:
-        """SHA-256 of everything that determines what is generated: weights, layout and architecture."""
+        """SHA-256 of everything that determines what is generated: weights, layout, architecture, encoder."""
         hashed = hashlib.sha256()
         architecture = to_plain(self.config)
         del architecture["sampling"]
+        if not self.config.condition.encoder:
+            # Digests of generators without one are what they were before there were encoders.
+            del architecture["condition"]["encoder"]
         hashed.update(json.dumps(architecture, sort_keys=True).encode())
         hashed.update(self.layout.digest().encode())
         for name, tensor in sorted(self.state_dict().items()):
             hashed.update(name.encode())
             hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()
+
+    def text_encoder(self) -> TextEncoder:
+        """Load the encoder that turns a description into a condition.
+
+        Raises:
+            RPGError: if the generator has none; naming the file that is missing, damaged or does not fit it.
+        """
+        config = self.config.condition
+        if config.kind != ConditionKind.vector:
+            raise RPGError(f"description: this generator takes none (its kind is '{config.kind}')")
+        if not config.encoder:
+            raise RPGError("description: this generator has no text encoder; expected a condition")
+        if self.encoder_directory is None:
+            raise RPGError("description: the text encoder is not at hand; expected a saved generator")
+        encoder = load_encoder(self.encoder_directory, config.encoder)
+        if encoder.size != config.size:
+            raise RPGError(
+                f"{self.encoder_directory}: expected embeddings of {config.size} values, as the generator's "
+                f"condition.size says, got {encoder.size}"
+            )
+        return encoder
 
     def card(self, accuracy_table: str = "") -> str:
         """The model card, with a report's Markdown table where there is one."""
@@ -150,7 +197,8 @@ class Generator(nn.Module):
         )
 
     def save_pretrained(self, directory: AnyPath | str) -> None:
-        """Write config.yaml, generator.safetensors, the layout with its centre, and a model card.
+        """Write config.yaml, generator.safetensors, the layout with its centre, a model card, and the text
+        encoder if its files are at hand.
 
         An earlier generator in a local `directory` is replaced as a whole or not at all; behind a URI its
         files are replaced one by one, the weights last.
@@ -169,8 +217,12 @@ class Generator(nn.Module):
             save_config(self.config, temporary / CONFIG_FILE)
             self.layout.save(temporary)
             write_text(temporary / CARD_FILE, self.card())
+            if self.encoder_directory is not None:
+                copy_encoder(self.encoder_directory, temporary / ENCODER_DIRECTORY)
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             metadata = {"format": "pt", LAYOUT_KEY: self.layout.digest()}
+            if self.config.condition.encoder:
+                metadata[ENCODER_KEY] = self.config.condition.encoder
             write_checkpoint(temporary / WEIGHTS_FILE, weights, metadata)
 
     @classmethod
@@ -182,7 +234,10 @@ class Generator(nn.Module):
         """
         directory = location(directory) if isinstance(directory, str) else directory
         with fetched(directory) as local:
-            return cls._load(local)
+            generator = cls._load(local)
+        if generator.config.condition.encoder:
+            generator.encoder_directory = directory / ENCODER_DIRECTORY
+        return generator
 
     @classmethod
     def _load(cls, directory: Path) -> "Generator":
@@ -203,12 +258,14 @@ class Generator(nn.Module):
             raise RPGError(f"{directory / CONFIG_FILE}: cannot be built: {reason}") from error
         try:
             with safe_open(path, framework="pt") as file:
-                made_with = (file.metadata() or {}).get(LAYOUT_KEY, layout.digest())
+                metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise RPGError(f"{path}: not a readable safetensors file: {error}") from error
-        if made_with != layout.digest():
+        if metadata.get(LAYOUT_KEY, layout.digest()) != layout.digest():
             raise RPGError(f"{path}: was saved with another layout than the one beside it")
+        if metadata.get(ENCODER_KEY, "") != config.condition.encoder:
+            raise RPGError(f"{path}: was saved with another text encoder than {CONFIG_FILE} names")
         _check_weights(path, generator.state_dict(), weights)
         generator.load_state_dict(weights)
         return generator.eval()

@@ -13,13 +13,16 @@ def model_card(
 ) -> str:
     """Markdown: what the generator makes, how to use it, and the accuracies, where there are any."""
     asks = {
-        ConditionKind.vector: f"a condition of {config.condition.size} values",
+        ConditionKind.vector: f"a condition of {config.condition.size} values"
+        + (", the embedding of a description" if config.condition.encoder else ""),
         ConditionKind.permutation: f"no condition ({config.condition.size} permutation states, by seed)",
         ConditionKind.none: "no condition",
     }[config.condition.kind]
     argument = (
         f"[[0.0] * {config.condition.size}]" if config.condition.kind == ConditionKind.vector else "None"
     )
+    if config.condition.encoder:
+        argument = '[generator.text_encoder().encode("DESCRIPTION")]'
     evaluation = f"\n## Accuracy\n\n{accuracy_table}" if accuracy_table else ""
     return f"""# Generator of neural networks
 

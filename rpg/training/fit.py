@@ -30,7 +30,9 @@ def new_trainer(
     """A trainer at step 0, its weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights", 0))
-        fresh = Generator.for_collection(generator, shards.layout, shards.conditions, len(shards))
+        fresh = Generator.for_collection(
+            generator, shards.layout, shards.conditions, len(shards), shards.encoder
+        )
     return Trainer(fresh, config, device)
 
 

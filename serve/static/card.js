@@ -64,7 +64,9 @@ export class Card {
       ...worth,
       [this.checked ? "SHA-256, checked" : "SHA-256", this.model.sha256, true],
       ["Size", `${bytes(this.model.bytes)}: ${count(Object.keys(tensors).length)} tensors, ${count(values)} values`],
-      ["Condition", condition === null ? "none" : condition.join(" "), condition !== null],
+      this.model.description === null
+        ? ["Condition", condition === null ? "none" : condition.join(" "), condition !== null]
+        : ["Description", this.model.description],
       ["Seed, model", `${metadata["rpg.seed"]}, ${metadata["rpg.index"]}`],
       ["Sampler", `${sampling.solver}, ${sampling.steps} steps`],
       ["Generator", this.job.generator],

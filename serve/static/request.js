@@ -5,6 +5,8 @@ const MOST_TICKS = 64;
 export class ConditionField {
   constructor() {
     this.box = document.getElementById("condition");
+    this.text = document.getElementById("describe");
+    this.description = document.getElementById("description");
     this.classes = document.getElementById("classes");
     this.ticks = this.classes.querySelector(".ticks");
     this.numbers = document.getElementById("numbers");
@@ -14,7 +16,9 @@ export class ConditionField {
   // Ask for what `generator` takes.
   show(generator) {
     this.size = generator.condition === "vector" ? generator.condition_size : 0;
-    this.box.hidden = this.size === 0;
+    this.describes = generator.descriptions;
+    this.text.hidden = !this.describes;
+    this.box.hidden = this.size === 0 || this.describes;
     this.classes.hidden = this.size > MOST_TICKS;
     document.getElementById("width").textContent = this.size;
     document.getElementById("numbers-note").textContent = this.classes.hidden
@@ -24,9 +28,10 @@ export class ConditionField {
     this.ticks.replaceChildren(...(this.classes.hidden ? [] : Array.from({ length: this.size }, (_, i) => this.newTick(i))));
   }
 
-  // What `conditions` is to be.
+  // What the request is to ask for.
   value() {
-    return this.size ? [this.words().map(numberOrText)] : null;
+    if (this.describes) return { descriptions: [this.description.value] };
+    return { conditions: this.size ? [this.words().map(numberOrText)] : null };
   }
 
   words() {
@@ -57,8 +62,8 @@ export class ConditionField {
   }
 }
 
-export function requestBody(generator, conditions, number, seed, evaluate) {
-  const rest = JSON.stringify({ generator, conditions, number: numberOrText(number), evaluate });
+export function requestBody(generator, asked, number, seed, evaluate) {
+  const rest = JSON.stringify({ generator, ...asked, number: numberOrText(number), evaluate });
   // Seeds go up to 2^64, further than a number is exact here.
   const exact = /^-?\d+$/.test(seed.trim()) ? BigInt(seed.trim()).toString() : JSON.stringify(seed);
   return `${rest.slice(0, -1)},"seed":${exact}}`;

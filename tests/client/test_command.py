@@ -112,6 +112,10 @@ def test_a_job_that_was_cancelled(run: Run, tmp_path: Path) -> None:
         (("cancel", ".."), "'..': expected a job's id"),
         (("submit", "large"), "generator: 'large' is not served; expected one of small"),
         (("submit", "small"), "conditions: this generator needs ones of 3 values"),
+        (
+            ("submit", "small", "--description", "a cat"),
+            "descriptions: generator 'small' has no text encoder; expected conditions",
+        ),
         (("submit", "small", "--priority", 101), "priority: Input should be less than or equal to 100"),
         (
             ("status", "--server", "localhost"),

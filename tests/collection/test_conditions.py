@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpg.collection.conditions import UPSTREAM_PATTERN, NamePattern, bits, check_files, read_conditions
+from rpg.collection.conditions import UPSTREAM_PATTERN, NamePattern, bits, read_conditions
+from rpg.collection.tables import check_files
 from rpg.errors import RPGError
 
 BITS_314 = [0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
@@ -254,11 +255,11 @@ class TestFiles:
         path = tmp_path / "c.csv"
         path.write_text("file,a\nx,1\ny,2\n")
         rows = read_conditions(path)
-        check_files(rows, ["y", "x"], path)
+        check_files(rows, ["y", "x"], path, "condition")
         with pytest.raises(RPGError, match=r"c\.csv, row 3: 'y' is not among the checkpoints"):
-            check_files(rows, ["x"], path)
+            check_files(rows, ["x"], path, "condition")
         with pytest.raises(RPGError, match=r"c\.csv: no row for 'z'"):
-            check_files(rows, ["x", "y", "z"], path)
+            check_files(rows, ["x", "y", "z"], path, "condition")
 
     @staticmethod
     def refused(path: Path, content: str, words: str) -> None:

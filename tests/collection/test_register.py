@@ -238,7 +238,7 @@ class TestBadFolders:
             register(tmp_path, conditions=tmp_path / "c.csv")
         with pytest.raises(RPGError, match=r"a\.pt: name does not match pattern '\{n\}_x'"):
             register(tmp_path, pattern="{n}_x")
-        with pytest.raises(RPGError, match="a file or a pattern"):
+        with pytest.raises(RPGError, match="a file, a pattern or descriptions"):
             register(tmp_path, conditions=tmp_path / "c.csv", pattern="{n}")
         assert not (tmp_path / "collection.json").exists()
 

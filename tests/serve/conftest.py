@@ -75,6 +75,14 @@ def saved(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory
 
 
+@pytest.fixture(scope="session")
+def described(describing: Generator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved generator that reads descriptions."""
+    directory = tmp_path_factory.mktemp("described") / "small"
+    describing.save_pretrained(directory)
+    return directory
+
+
 @dataclass(frozen=True)
 class Measurable:
     """A generator of digits networks, untrained, and a collection of one network for `condition`."""
@@ -114,9 +122,14 @@ def config(saved: Path, tmp_path: Path) -> ServeConfig:
 
 
 @pytest.fixture(scope="session")
-def saved_config(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    """One for a service that lasts longer than a test."""
-    return _config(saved, tmp_path_factory.mktemp("service"))
+def saved_config(described: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """One for a service that lasts longer than a test; its generator reads descriptions."""
+    return _config(described, tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture
+def describing_config(described: Path, tmp_path: Path) -> ServeConfig:
+    return _config(described, tmp_path)
 
 
 def _config(saved: Path, directory: Path) -> ServeConfig:

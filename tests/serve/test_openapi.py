@@ -12,7 +12,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from serve.config import ServeConfig
-from tests.serve.conftest import CONDITIONS, bearer
+from tests.serve.conftest import bearer
 
 ROOT = bearer("root")
 
@@ -44,7 +44,7 @@ def api(saved_config: ServeConfig, in_process: Callable[..., Any]) -> Iterator[t
 
         await asyncio.wrap_future(there(service.app(scope, back(receive), back(send))))
 
-    asked = {"generator": "small", "conditions": CONDITIONS}
+    asked = {"generator": "small", "descriptions": ["a cat", "two dogs"]}
     job = there(service.client.post("/v1/jobs", json=asked, headers=ROOT)).result(60).json()["id"]
     there(service.ended(job, "root")).result(60)
     yield app, job

@@ -123,6 +123,21 @@ def measured_url(
         yield url
 
 
+@pytest.fixture(scope="module")
+def described_url(
+    described: Path, tmp_path_factory: pytest.TempPathFactory, in_process: Any, free_ports: Any
+) -> Iterator[str]:
+    """A service whose generator reads descriptions."""
+    config = ServeConfig(
+        storage=str(tmp_path_factory.mktemp("words") / "storage"),
+        roots=[str(described.parent)],
+        generators=[GeneratorEntry("small", str(described), num_gpus=0)],
+        auth=False,
+    )
+    with _listening(config, in_process, free_ports(1)[0]) as url:
+        yield url
+
+
 @dataclass
 class Visit:
     page: Page
@@ -244,6 +259,24 @@ def test_a_measured_network_says_what_it_is_worth(
     card = page.locator("#card")
     expect(card).to_contain_text(f"Accuracy{model['accuracy']:.3f} on test images")
     expect(card).to_contain_text(f"Similarity{model['similarity']:.3f}")
+    assert here.fits()
+    assert here.complaints == []
+
+
+def test_a_description_in_place_of_numbers(visit: Callable[..., Visit], described_url: str) -> None:
+    here = visit(described_url, viewport=PHONE)
+    page = here.page
+    expect(page.get_by_label("Condition")).to_be_hidden()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text(
+        "descriptions.0: String should have at least 1 character"
+    )
+    here.complaints.clear()
+    page.get_by_label("Description").fill("one, two or three dogs")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_contain_text("succeeded: 1 of 1 model")
+    expect(page.locator("#card")).to_contain_text("Descriptionone, two or three dogs")
+    expect(page.locator("#card")).not_to_contain_text("Condition")
     assert here.fits()
     assert here.complaints == []
 

@@ -1,0 +1,261 @@
+"""Text encoders: a description becomes an embedding, which is a generator's condition.
+
+An encoder is three files as Hugging Face's transformers and sentence-transformers save them: `config.json`,
+`tokenizer.json` and `model.safetensors`. They are read from where they lie, and no code that comes with them
+is run. Its digest stands for all that an embedding depends on besides the description.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpg.errors import RPGError
+from rpg.files import AnyPath, copy_file, sha256
+from rpg.storage import fetched
+from rpg.storage_errors import naming
+from rpg.threads import one_thread
+
+ENCODER_DIRECTORY = "encoder"
+"""Its place in a collection and in a saved generator."""
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+WEIGHTS_FILE = "model.safetensors"
+_FILES = {
+    CONFIG_FILE: "a text encoder's configuration",
+    TOKENIZER_FILE: "a text encoder's tokenizer, in the format of the tokenizers package",
+    WEIGHTS_FILE: "a text encoder's weights in one .safetensors file; RPG never executes a pickle",
+}
+_ADAPTER_FILE = "adapter_config.json"
+# Of the networks' outputs, embeddings take the tokens' alone.
+_UNUSED = "pooler."
+
+LONGEST_DESCRIPTION = 2000
+"""Characters. How many tokens an encoder reads is its own limit, and often the smaller one."""
+
+
+class TextEncoder:
+    """Embeds descriptions one at a time, on the CPU, in float32.
+
+    Attributes:
+        size: values in an embedding.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Load the encoder in `directory`.
+
+        Raises:
+            RPGError: naming the file that is missing or not what it should be; if the packages of
+                `rpg[text]` are not installed.
+        """
+        _check_files(directory)
+        try:
+            import tokenizers
+            import transformers
+        except ImportError as error:
+            raise RPGError(
+                f"{directory}: the packages for text encoders are not installed: pip install 'rpg[text]'"
+            ) from error
+        try:
+            with _quiet(transformers.utils.logging):
+                config = transformers.AutoConfig.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False
+                )
+                self.size = int(config.hidden_size)
+                vocabulary = int(config.vocab_size)
+        except Exception as error:
+            raise RPGError(
+                f"{directory / CONFIG_FILE}: not the configuration of an encoder that transformers knows: "
+                f"{_one_line(error)}"
+            ) from error
+        if getattr(config, "is_encoder_decoder", False):
+            raise RPGError(f"{directory / CONFIG_FILE}: expected an encoder alone, found one with a decoder")
+        self._model = _model(directory, config, transformers)
+        self._most_tokens = _positions(self._model, config)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        except Exception as error:
+            raise RPGError(
+                f"{directory / TOKENIZER_FILE}: not a tokenizer that the tokenizers package reads: "
+                f"{_one_line(error)}"
+            ) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        words = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if words > vocabulary:
+            raise RPGError(
+                f"{directory / TOKENIZER_FILE}: expected at most the {vocabulary} tokens of {CONFIG_FILE}, "
+                f"found {words}"
+            )
+
+    def encode(self, description: str) -> list[float]:
+        """The embedding of a description: `size` float32 values of norm 1.
+
+        The mean of the last layer's outputs over all tokens, special ones included, as
+        sentence-transformers takes it. Descriptions do not share batches, so that each has one embedding.
+
+        Raises:
+            RPGError: for one that is empty, too long or not text.
+        """
+        what = f"description {description if len(description) <= 40 else description[:40] + '…'!r}"
+        if len(description) > LONGEST_DESCRIPTION:
+            raise RPGError(
+                f"{what}: expected at most {LONGEST_DESCRIPTION} characters, got {len(description)}"
+            )
+        try:
+            encoded = self._tokenizer.encode(description)
+        except (TypeError, UnicodeError) as error:
+            raise RPGError(f"{what}: expected Unicode text") from error
+        if not description.strip() or all(encoded.special_tokens_mask):
+            raise RPGError(f"{what}: expected words, found nothing that the encoder reads")
+        tokens, most = len(encoded.ids), self._most_tokens
+        if most is not None and tokens > most:
+            raise RPGError(f"{what}: expected at most {most} tokens, as the encoder reads, got {tokens}")
+        ids, mask = torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
+        try:
+            with torch.inference_mode(), one_thread():
+                outputs = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+                weights = mask[..., None].float()
+                mean = (outputs * weights).sum(1) / weights.sum(1)
+                embedding = nn.functional.normalize(mean, dim=1)[0]
+        except (IndexError, RuntimeError) as error:
+            raise RPGError(f"{what}: the encoder fails at it: {_one_line(error)}") from error
+        if not embedding.isfinite().all():
+            raise RPGError(f"{what}: the encoder's outputs are NaN or infinite")
+        values: list[float] = embedding.tolist()
+        return values
+
+
+def encoder_digest(directory: AnyPath) -> str:
+    """SHA-256 of the names and digests of an encoder's files.
+
+    Raises:
+        RPGError: naming the file that is missing or cannot be read.
+    """
+    with fetched(directory) as local:
+        return _digest(local)
+
+
+def load_encoder(directory: AnyPath, digest: str) -> TextEncoder:
+    """Load the encoder that `digest` stands for.
+
+    Raises:
+        RPGError: as `TextEncoder`; naming the directory, if another encoder is there.
+    """
+    with fetched(directory) as local:
+        _check_digest(local, digest)
+        return TextEncoder(local)
+
+
+def check_encoder(directory: AnyPath, digest: str) -> None:
+    """Check that the encoder in `directory` is the one that `digest` stands for.
+
+    Raises:
+        RPGError: naming what is missing, or the directory.
+    """
+    with fetched(directory) as local:
+        _check_digest(local, digest)
+
+
+def copy_encoder(source: AnyPath, target: AnyPath) -> None:
+    """Copy an encoder's files, each as a whole, into the directory `target`.
+
+    Raises:
+        RPGError: naming the file that is missing or cannot be written; if `target` holds something else.
+    """
+    with naming(target):
+        foreign = target.is_dir() and any(target.iterdir()) and not (target / TOKENIZER_FILE).is_file()
+    if foreign:
+        raise RPGError(f"{target}: holds other files; expected a new directory or a text encoder's")
+    with fetched(source) as local:
+        _check_files(local)
+        for name in _FILES:
+            copy_file(local / name, target / name)
+
+
+def _check_files(directory: Path) -> None:
+    for name, what in _FILES.items():
+        if not (directory / name).is_file():
+            raise RPGError(f"{directory / name}: not found; expected {what}")
+    # transformers would look for the network elsewhere that the adapter belongs to.
+    if (directory / _ADAPTER_FILE).exists():
+        raise RPGError(f"{directory / _ADAPTER_FILE}: expected a text encoder, found an adapter to one")
+
+
+def _check_digest(directory: Path, digest: str) -> None:
+    if (found := _digest(directory)) != digest:
+        raise RPGError(
+            f"{directory}: not the text encoder that the conditions came from: "
+            f"expected digest {digest}, got {found}"
+        )
+
+
+def _digest(directory: Path) -> str:
+    _check_files(directory)
+    try:
+        lines = "".join(f"{sha256(directory / name)}  {name}\n" for name in _FILES)
+    except OSError as error:
+        raise RPGError(f"{directory}: cannot be read: {error.strerror}") from error
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _model(directory: Path, config: Any, transformers: Any) -> nn.Module:
+    """The network in evaluation mode; transformers itself would draw what the file lacks at random."""
+    path = directory / WEIGHTS_FILE
+    try:
+        with _quiet(transformers.utils.logging):
+            model, found = transformers.AutoModel.from_pretrained(
+                directory,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise RPGError(f"{path}: cannot be loaded: {_one_line(error)}") from error
+    lacking = {
+        name if isinstance(name, str) else name[0]
+        for name in [*found["missing_keys"], *found["mismatched_keys"]]
+    }
+    used = sorted(name for name in lacking if not name.startswith(_UNUSED))
+    if used:
+        raise RPGError(f"{path}: tensor '{used[0]}' is missing, or not of the shape that {CONFIG_FILE} says")
+    network: nn.Module = model.float().eval()
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RPGError(f"{path}: tensor '{name}' holds NaN or infinite values")
+    return network
+
+
+def _positions(network: nn.Module, config: Any) -> int | None:
+    """Tokens that it reads at most; None if it does not count them."""
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            # RoBERTa and its kin begin to count behind the padding's position.
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    return most
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Keep transformers' bars and reports off stderr: what matters is told as an error."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
