@@ -12,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 
+from ray_jobs.own_cluster import own_cluster_named
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.tracking import refuse_missing_packages
 from ray_jobs.train_worker import Settings, train_worker
@@ -87,7 +88,8 @@ def fit_generator(
             callbacks=callbacks,  # type: ignore[arg-type]
         ),
     )
-    result = trainer.fit()
+    with own_cluster_named():
+        result = trainer.fit()
     if (refusal := ray.get(board.refusal.remote())) is not None:
         raise RPGError(refusal)
     if result.checkpoint is None:
