@@ -77,6 +77,7 @@ class BatchSource:
         self.lengths = shards.layout.lengths().int()
         self.rows = workers.rows(config.checkpoints_per_step)
         self.device = device
+        self.on_gpu = device.type == "cuda"
 
     def batch(self, step: int) -> Batch:
         """This worker's rows of the batch of step number `step`, on the source's device.
@@ -93,8 +94,7 @@ class BatchSource:
         if self.condition_dropout:
             dropped = (torch.rand(count, generator=random) < self.condition_dropout)[rows]
         indices = torch.stack([self._order(step * count + row) for row in self.rows])
-        on_gpu = self.device.type == "cuda"
-        stored = self.shards.read_batch(checkpoints.tolist(), indices.numpy(), pinned=on_gpu)
+        stored = self.shards.read_batch(checkpoints.tolist(), indices.numpy(), pinned=self.on_gpu)
         tokens = stored.to(self.device, non_blocking=True).float()
         lengths = self._moved(self.lengths[indices])
         places = torch.arange(tokens.shape[-1], dtype=torch.int32, device=self.device)
@@ -115,7 +115,7 @@ class BatchSource:
         )
 
     def _moved(self, values: Tensor) -> Tensor:
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 

@@ -29,10 +29,9 @@ class Prefetch:
         self.waited = 0.0
         self._source = source
         self._steps = iter(range(first, end))
-        gpu = source.device.type == "cuda"
-        self._stream = torch.cuda.Stream(source.device) if gpu else None
+        self._stream = torch.cuda.Stream(source.device) if source.on_gpu else None
         self._queued: deque[torch.cuda.Event] = deque()
-        readers = _GPU_READERS if gpu else 1
+        readers = _GPU_READERS if source.on_gpu else 1
         self._readers = ThreadPoolExecutor(readers)
         self._pending: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
         for _ in range(readers):
