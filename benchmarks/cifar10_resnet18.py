@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from pieces import Pieces
+from timed_generation import timed_generation
 from torch import Tensor
 
 from rpg.collection.checkpoint import read_checkpoint
@@ -38,7 +39,6 @@ from rpg.evaluation.measure import flatten
 from rpg.evaluation.noised import noised
 from rpg.evaluation.similarity import BoolArray, Predictions, similarity, wrong_iou
 from rpg.files import read_json, remove_directory, write_json
-from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
 from rpg.seeds import derived_seed
 from rpg.tasks.along_training import Recipe, collect_along_training
@@ -165,12 +165,7 @@ def time_generation(session: Session) -> dict[str, Any]:
     generator = Generator.from_pretrained(session.run / "generator").to(session.device)
     directory, number = session.runs / "timed", config.generate.models_per_task
     sampling = config.generator.sampling
-    # The first networks of a process wait for kernels to be loaded.
-    generate_models(generator, None, 1, config.seed + 1, directory, sampling)
-    remove_directory(directory)
-    began = time.perf_counter()
-    generate_models(generator, None, number, config.seed, directory, sampling)
-    seconds = time.perf_counter() - began
+    _, seconds = timed_generation(generator, None, number, config.seed, directory, sampling)
     remove_directory(directory)
     return {"networks": number, "seconds": seconds, "sampling_steps": sampling.steps}
 

@@ -27,13 +27,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from pieces import Pieces
+from timed_generation import timed_generation
 
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, to_plain
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
 from rpg.files import read_json, remove_directory, write_json
-from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.families import task_family
@@ -129,12 +129,7 @@ def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, 
     conditions = [class_bits(task) for task in HELD_OUT_TASKS]
     number, seed, sampling = config.generate.models_per_task, config.seed, generator.config.sampling
     directory = session.runs / "generated"
-    # The first networks of a process wait for kernels to be loaded.
-    generate_models(generator, conditions[:1], 1, seed, directory, sampling)
-    remove_directory(directory)
-    began = time.perf_counter()
-    files = generate_models(generator, conditions, number, seed, directory, sampling)
-    seconds = time.perf_counter() - began
+    files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
     models = [read_checkpoint(file) for file in files]
     family = task_family(config.collect.family, config.collect.images, session.device())
     asked = [condition for condition in conditions for _ in range(number)]
