@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rpg.config import Optimiser, TrackingConfig, TrainConfig
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.files import AnyPath
 
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -171,5 +171,5 @@ def _explained(what: str) -> Any:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise RPGError(f"{what}: cannot be logged to: {reason}") from error

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -30,12 +30,12 @@ def run_command(main: Callable[[], None], program: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (RPGError, OSError) as error:
-        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {_told(error)}", file=sys.stderr)
         return BAD_INPUT
     return 0
 
 
-def _one_line(error: Exception) -> str:
+def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

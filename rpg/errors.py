@@ -7,3 +7,8 @@ class RPGError(Exception):
     The message names the file, the tensor or the key at fault and says what was expected. Command lines
     print it alone, without a traceback, and exit with status 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra of RPG that brings a protocol's package."""
@@ -79,4 +79,4 @@ def _code(error: Exception) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

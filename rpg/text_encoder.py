@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.files import AnyPath, copy_file, sha256
 from rpg.storage import fetched
 from rpg.storage_errors import naming
@@ -70,7 +70,7 @@ class TextEncoder:
         except Exception as error:
             raise RPGError(
                 f"{directory / CONFIG_FILE}: not the configuration of an encoder that transformers knows: "
-                f"{_one_line(error)}"
+                f"{one_line(error)[:300]}"
             ) from error
         if getattr(config, "is_encoder_decoder", False):
             raise RPGError(f"{directory / CONFIG_FILE}: expected an encoder alone, found one with a decoder")
@@ -81,7 +81,7 @@ class TextEncoder:
         except Exception as error:
             raise RPGError(
                 f"{directory / TOKENIZER_FILE}: not a tokenizer that the tokenizers package reads: "
-                f"{_one_line(error)}"
+                f"{one_line(error)[:300]}"
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -123,7 +123,7 @@ class TextEncoder:
                 mean = (outputs * weights).sum(1) / weights.sum(1)
                 embedding = nn.functional.normalize(mean, dim=1)[0]
         except (IndexError, RuntimeError) as error:
-            raise RPGError(f"{what}: the encoder fails at it: {_one_line(error)}") from error
+            raise RPGError(f"{what}: the encoder fails at it: {one_line(error)[:300]}") from error
         if not embedding.isfinite().all():
             raise RPGError(f"{what}: the encoder's outputs are NaN or infinite")
         values: list[float] = embedding.tolist()
@@ -218,7 +218,7 @@ def _model(directory: Path, config: Any, transformers: Any) -> nn.Module:
                 output_loading_info=True,
             )
     except Exception as error:
-        raise RPGError(f"{path}: cannot be loaded: {_one_line(error)}") from error
+        raise RPGError(f"{path}: cannot be loaded: {one_line(error)[:300]}") from error
     lacking = {
         name if isinstance(name, str) else name[0]
         for name in [*found["missing_keys"], *found["mismatched_keys"]]
@@ -255,7 +255,3 @@ def _quiet(logging: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if has_bars:
             logging.enable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

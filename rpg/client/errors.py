@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping
 
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 
 _PROBLEM = "application/problem+json"
 _TEMPORARY = (429, 503)
@@ -41,7 +41,7 @@ def refused(call: str, status: int, headers: Mapping[str, str], body: bytes) -> 
 
 def unreachable(server: str, error: Exception) -> CallError:
     """The error of a connection that could not be made, or that broke off."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     # A certificate that is not trusted will not be in a minute either.
     temporary = "CERTIFICATE_VERIFY_FAILED" not in reason
     return CallError(f"{server}: no connection: {reason}", None, temporary)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rpg.collection.state_dicts import check_entries
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.files import AnyPath, replacing_file, sha256
 from rpg.storage import fetched
 from rpg.storage_errors import naming
@@ -143,7 +143,7 @@ def write_checkpoint(path: AnyPath, state_dict: Mapping[str, Tensor], metadata: 
             save_file(prepared, temporary, metadata=header)
             temporary.chmod(mode)
         except SafetensorError as error:
-            raise RPGError(f"{path}: cannot be written: {_one_line(error)}") from error
+            raise RPGError(f"{path}: cannot be written: {one_line(error)}") from error
         _sort_metadata(temporary)
 
 
@@ -194,7 +194,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names}
     # A corrupt header can make the reader fail in any way.
     except Exception as error:
-        raise RPGError(f"{path}: truncated or not a .safetensors file: {_one_line(error)}") from error
+        raise RPGError(f"{path}: truncated or not a .safetensors file: {one_line(error)}") from error
 
 
 def _in_order(names: list[str], metadata: dict[str, str]) -> list[str]:
@@ -277,7 +277,3 @@ def _sort_metadata(path: Path) -> None:
         if len(encoded) <= length:
             file.seek(8)
             file.write(encoded.ljust(length))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

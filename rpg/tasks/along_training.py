@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.register import register
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.files import replacing_directory, replacing_file
 from rpg.seeds import derived_seed
 from rpg.tasks.cifar10_images import Images
@@ -198,5 +198,5 @@ class _Training:
             self.schedule.load_state_dict(state["schedule"])
             self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error)[:200]
             raise RPGError(f"{path}: cannot be resumed from: {reason}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rpg.config import Sharding, TrainConfig
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.files import replacing_file
 from rpg.generator.condition import VectorCondition
 from rpg.generator.denoiser.unet import ConditionalUNet
@@ -137,7 +137,7 @@ class Trainer:
         except FileNotFoundError as error:
             raise RPGError(f"{path}: not found; expected a training state") from error
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error)[:200]
             raise RPGError(f"{path}: cannot be resumed from: {reason}") from error
 
     @torch.no_grad()
