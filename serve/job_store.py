@@ -38,8 +38,10 @@ class Quarantined:
 
 
 def new_id() -> str:
-    """128 random bits: whoever does not know an id does not find it."""
-    return secrets.token_urlsafe(16)
+    """128 random bits: whoever does not know an id does not find it. It is no option of a command line."""
+    while (token := secrets.token_urlsafe(16)).startswith("-"):
+        pass
+    return token
 
 
 def is_id(text: str) -> bool:

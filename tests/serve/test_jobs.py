@@ -27,7 +27,7 @@ from rpg.tasks.digits import DigitsNet, digits_images
 from serve import dispatcher as dispatcher_module
 from serve import feed
 from serve.config import ServeConfig
-from serve.job_store import JobStore
+from serve.job_store import JobStore, is_id, new_id
 from serve.lease import Description, Lease
 from serve.local_maker import LocalMaker
 from serve.records import Made, Manifest
@@ -415,6 +415,13 @@ def test_a_damaged_job_is_named_and_the_others_go_on(config: ServeConfig, in_pro
             assert not (jobs / ids[0]).exists()
 
     asyncio.run(run())
+
+
+def test_an_id_is_an_argument_of_a_command_and_no_option() -> None:
+    ids = [new_id() for _ in range(2000)]
+    assert len(set(ids)) == 2000
+    assert all(map(is_id, ids))
+    assert not any(id.startswith("-") for id in ids)
 
 
 def test_one_key_is_one_job(config: ServeConfig, in_process: InProcess) -> None:
