@@ -23,7 +23,7 @@ from rpg.files import AnyPath, replacing_directory, replacing_file, sha256
 from rpg.storage import exists
 from rpg.storage_errors import naming
 from rpg.tasks.class_subsets import class_bits, task_splits
-from rpg.tasks.families import FAMILY, TaskFamily, task_family
+from rpg.tasks.families import FAMILY, TaskFamily, family_of, task_family
 
 _WRITERS = 4
 
@@ -77,10 +77,7 @@ def family_name(config: Config) -> str:
     """
     if not config.collect.directory:
         return config.collect.family
-    collection = Collection.load(RunPaths.of(config).collection)
-    if FAMILY not in collection.architecture:
-        raise RPGError(f"{collection.root}: does not say which task family its networks belong to")
-    return str(collection.architecture[FAMILY])
+    return family_of(Collection.load(RunPaths.of(config).collection))
 
 
 def refuse_foreign(directory: AnyPath) -> None:

@@ -33,7 +33,7 @@ from rpg.evaluation.results import Results, Split
 from rpg.files import read_json, write_text
 from rpg.generator.generator import CARD_FILE
 from rpg.tasks.class_subsets import task_name
-from rpg.tasks.families import FAMILY, task_family
+from rpg.tasks.families import family_of, task_family
 from rpg.versions import versions
 
 REPORT_FILE = "report.json"
@@ -126,10 +126,10 @@ def why_not(config: Config) -> str | None:
     if not config.collect.directory:
         return None
     collection = Collection.load(RunPaths.of(config).collection)
-    if collection.encoder:
-        return "the collection's conditions are embeddings of descriptions, which do not say what is right"
-    if FAMILY not in collection.architecture:
-        return "the collection does not say which task family its networks belong to, so they cannot be run"
+    try:
+        family_of(collection)
+    except RPGError as error:
+        return str(error)
     return None
 
 

@@ -19,7 +19,7 @@ def run(config: Config) -> None:
     began = time.perf_counter()
     stages = with_stages_before(EVALUATE)
     if (reason := why_not(config)) is not None:
-        console.print(f"evaluate: left out: {reason}")
+        console.print(f"evaluate: left out: {reason}", soft_wrap=True)
         stages = with_stages_before(GENERATE)
     require_needs([stage for stage in stages if not is_done(stage, config)], config)
     for stage in stages:
@@ -28,7 +28,7 @@ def run(config: Config) -> None:
         else:
             run_stage(stage, config)
     made = stages[-1].outputs(RunPaths.of(config))[-1]
-    console.print(f"done in {time.perf_counter() - began:.1f} s: {made}")
+    console.print(f"done in {time.perf_counter() - began:.1f} s: {made}", soft_wrap=True)
 
 
 def check(config: Config) -> None:

@@ -86,7 +86,7 @@ def run(config: Config) -> None:
     write_results(paths.root / "tune", results, list(space), best)
     Console(width=_TABLE_WIDTH).print(results_table(results, list(space)))
     remove_directory(paths.root / "tune" / name / "train")
-    console.print(f"best config: {paths.root / 'tune' / BEST_FILE}")
+    console.print(f"best config: {paths.root / 'tune' / BEST_FILE}", soft_wrap=True)
     # So that the best config can be trained as it is.
     run_stage(SHARD, best)
 

@@ -10,7 +10,7 @@ from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
-from rpg.tasks.families import FAMILY, task_family
+from rpg.tasks.families import family_of, task_family
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,19 @@ class ValidationTasks:
         Raises:
             RPGError: if it has none, or they cannot be evaluated.
         """
-        family = collection.architecture.get(FAMILY)
         conditions = dict.fromkeys(
             tuple(entry.condition) for entry in collection.splits["validation"] if entry.condition
         )
         is_vector = config.generator.condition.kind == ConditionKind.vector
-        if family is None or not conditions or not is_vector or collection.encoder:
-            raise RPGError(
-                f"{collection.root}: cannot validate: expected checkpoints of a task family, with its "
-                "condition vectors, some of them of split 'validation'; set train.validate_every=0"
-            )
+        try:
+            family = family_of(collection)
+            if not conditions or not is_vector:
+                raise RPGError(
+                    f"{collection.root}: expected a generator of condition vectors, and checkpoints of split "
+                    "'validation'"
+                )
+        except RPGError as error:
+            raise RPGError(f"{error}; without validation: train.validate_every=0") from error
         task_family(family, config.collect.images).check_images()
         return cls(
             family, config.collect.images, [list(c) for c in conditions],

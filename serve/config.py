@@ -29,6 +29,9 @@ class GeneratorEntry:
     collection: str = ""
     """Directory or URI of the collection that it learned from, below one of `roots`: jobs may then ask for
     evaluation. Empty: they may not."""
+    images: str = ""
+    """Directory or URI of the images that networks are evaluated on, below one of `roots`, for task families
+    that need some (`collect.images`)."""
     num_gpus: float = 1.0
     """GPUs of a replica: 1, or 0 to run on a CPU."""
 
@@ -142,6 +145,7 @@ def load_serve_config(path: Path, directory: Path | None = None) -> ServeConfig:
     for entry in config.generators:
         entry.path = _absolute(entry.path, directory)
         entry.collection = _absolute(entry.collection, directory)
+        entry.images = _absolute(entry.images, directory)
     try:
         validate_serve_config(config)
     except RPGError as error:
@@ -214,7 +218,7 @@ def _absolute(text: str, directory: Path) -> str:
 def _check_generator(entry: GeneratorEntry, key: str, roots: list[AnyPath]) -> None:
     if not entry.path:
         raise RPGError(f"{key}.path: expected a directory or URI of a saved generator")
-    for name, text in (("path", entry.path), ("collection", entry.collection)):
+    for name, text in (("path", entry.path), ("collection", entry.collection), ("images", entry.images)):
         if text and not any(_is_below(location(text), root) for root in roots):
             raise RPGError(f"{key}.{name}: {text} lies below none of roots: {', '.join(map(str, roots))}")
     if entry.replicas < 1:

@@ -54,7 +54,9 @@ class LocalMaker:
             # Not before: task families bring scikit-learn with them.
             from rpg.evaluation.judge import Judge
 
-            self._judge = Judge(Collection.load(location(entry.collection)))
+            self._judge = Judge(
+                Collection.load(location(entry.collection)), entry.images, device_of(entry.num_gpus)
+            )
         self._plans: OrderedDict[str, tuple[JobPlan, bool]] = OrderedDict()
         self.engine = Engine(self._generator, observe)
 

@@ -5,12 +5,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rpg.collection.collection import Collection
-from rpg.errors import RPGError
 from rpg.evaluation.similarity import BoolArray, wrong_iou
-from rpg.tasks.families import FAMILY, task_family
+from rpg.tasks.families import family_of, task_family
 
 _REMEMBERED = 1024
 """Conditions whose originals' answers are kept: a bit an image each."""
@@ -36,20 +36,20 @@ class Judge:
     Threads may share one.
     """
 
-    def __init__(self, collection: Collection) -> None:
+    def __init__(self, collection: Collection, images: str = "", device: torch.device | None = None) -> None:
         """Nothing is read of the originals until they are needed.
 
+        Args:
+            collection: what the networks' generator learned from.
+            images: see `rpg.tasks.families.task_family`.
+            device: where networks run, for families that use GPUs; None: the CPU.
+
         Raises:
-            RPGError: if the collection names no task family, or its conditions are not such a family's.
+            RPGError: if the collection names no task family, its conditions are not such a family's, or the
+                images are not there.
         """
-        name = collection.architecture.get(FAMILY)
-        # Embeddings of descriptions do not say which answers are right.
-        if name is None or collection.condition_width is None or collection.encoder:
-            raise RPGError(
-                f"{collection.root}: cannot evaluate: expected a collection that names its task family, "
-                "with the family's condition vectors"
-            )
-        self._family = task_family(name)
+        self._family = task_family(family_of(collection), images, device)
+        self._family.check_images()
         self._collection = collection
         self._lock = threading.Lock()
         self._originals: OrderedDict[tuple[float, ...], BoolArray] = OrderedDict()

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rpg.collection.collection import Collection
 from rpg.config import CollectConfig
 from rpg.errors import RPGError
 from rpg.tasks.binary_cifar10 import BinaryCifar10
@@ -61,3 +62,18 @@ def task_family(name: str, images: str = "", device: torch.device | None = None)
     if name == "cifar10":
         return BinaryCifar10(images, device or torch.device("cpu"))
     raise RPGError(f"collect.family: expected one of {', '.join(FAMILIES)}, got '{name}'")
+
+
+def family_of(collection: Collection) -> str:
+    """Name of the family whose networks a collection holds, and whose conditions say which answers are right.
+
+    Raises:
+        RPGError: if the collection names none, or its conditions are not a family's.
+    """
+    if FAMILY not in collection.architecture:
+        raise RPGError(f"{collection.root}: does not say which task family its networks belong to")
+    if collection.encoder:
+        raise RPGError(f"{collection.root}: its conditions are descriptions, which do not say what is right")
+    if collection.condition_width is None:
+        raise RPGError(f"{collection.root}: its checkpoints have no conditions that say what is right")
+    return str(collection.architecture[FAMILY])

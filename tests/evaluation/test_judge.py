@@ -11,8 +11,11 @@ from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
 from rpg.collection.collection import Collection, Entry
 from rpg.errors import RPGError
 from rpg.evaluation.judge import Judge
+from rpg.tasks.cifar10_images import cifar10_images
+from rpg.tasks.cifar10_net import Cifar10Net, normalised
 from rpg.tasks.digits import DigitsNet, digits_images
 from rpg.tasks.families import FAMILY
+from tests.cifar10_files import write_cifar10
 
 ODD = [0.0, 1.0] * 5
 SMALL = [1.0] * 3 + [0.0] * 7
@@ -50,6 +53,36 @@ def test_accuracy_and_the_nearest_original(
     assert judge.judge(networks[2], SMALL).similarity == 1
 
 
-def test_a_collection_of_nobody_knows_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RPGError, match="expected a collection that names its task family"):
-        Judge(Collection(tmp_path, {}, [Entry("a", "0" * 64, ODD)]))
+def test_images_that_a_family_needs(
+    tmp_path: Path, make_checkpoints: Callable[..., list[dict[str, Tensor]]]
+) -> None:
+    write_cifar10(tmp_path, train=20, test=30)
+    network = make_checkpoints(1, Cifar10Net().state_dict())[0]
+    write_checkpoint(tmp_path / "a.safetensors", network, {})
+    entry = Entry("a.safetensors", checkpoint_sha256(tmp_path / "a.safetensors"), ODD)
+    collection = Collection(tmp_path, {FAMILY: "cifar10"}, [entry])
+    judged = Judge(collection, str(tmp_path)).judge(network, ODD)
+    test = cifar10_images(str(tmp_path), "test")
+    plain = Cifar10Net().eval()
+    plain.load_state_dict(network)
+    with torch.no_grad():
+        answers = plain(normalised(test.pixels))[:, 0] > 0
+    right = (answers == (test.classes % 2 == 1)).float().mean()
+    assert judged.accuracy == pytest.approx(float(right))
+    assert judged.similarity == 1
+    with pytest.raises(RPGError, match=r"collect\.images"):
+        Judge(collection)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entry", "reason"),
+    [
+        ({}, Entry("a", "0" * 64, ODD), "does not say which task family its networks belong to"),
+        ({FAMILY: "digits"}, Entry("a", "0" * 64), "no conditions that say what is right"),
+    ],
+)
+def test_networks_of_which_nobody_knows_what_is_right(
+    tmp_path: Path, architecture: dict[str, str], entry: Entry, reason: str
+) -> None:
+    with pytest.raises(RPGError, match=reason):
+        Judge(Collection(tmp_path, architecture, [entry]))

@@ -67,7 +67,7 @@ def test_from_register_to_a_network_by_description(
     settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
     result = join_job("pipeline", settings)
     assert result.returncode == 0, result.stderr
-    assert "evaluate: left out: the collection's conditions are embeddings of descriptions" in result.stderr
+    assert "its conditions are descriptions, which do not say what is right" in result.stderr
 
     digest = encoder_digest(text_encoder)
     assert json.loads((output / "shards" / "shards.json").read_text())["encoder"] == digest

@@ -92,12 +92,14 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize("way_out", ["roots/../outside", "roots/link"])
-def test_generators_outside_the_roots_are_refused(tmp_path: Path, way_out: str) -> None:
+@pytest.mark.parametrize("key", ["path", "collection", "images"])
+def test_what_lies_outside_the_roots_is_refused(tmp_path: Path, way_out: str, key: str) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "roots").mkdir()
     (tmp_path / "roots" / "link").symlink_to(tmp_path / "outside")
-    path = written(tmp_path, generators=[{"name": "a", "path": str(tmp_path / way_out)}])
-    with pytest.raises(RPGError, match="lies below none of roots"):
+    entry = {"name": "a", "path": str(tmp_path / "roots"), key: str(tmp_path / way_out)}
+    path = written(tmp_path, generators=[entry])
+    with pytest.raises(RPGError, match=rf"generators\[0\]\.{key}: .* lies below none of roots"):
         load_serve_config(path)
 
 

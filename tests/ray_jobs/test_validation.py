@@ -1,0 +1,34 @@
+"""Collections without tasks that a generator could be validated on."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.validation import ValidationTasks
+from rpg.collection.collection import Collection, Entry
+from rpg.config import Config
+from rpg.errors import RPGError
+from rpg.tasks.families import FAMILY
+
+ODD = [0.0, 1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entry", "reason"),
+    [
+        ({}, Entry("a", "0" * 64, ODD, split="validation"), "does not say which task family"),
+        ({FAMILY: "digits"}, Entry("a", "0" * 64, split="validation"), "have no conditions"),
+        ({FAMILY: "digits"}, Entry("a", "0" * 64, ODD, split="train"), "checkpoints of split 'validation'"),
+    ],
+)
+def test_what_cannot_be_validated_says_why_and_the_way_out(
+    tmp_path: Path, architecture: dict[str, str], entry: Entry, reason: str
+) -> None:
+    with pytest.raises(RPGError, match=rf"{reason}.*; without validation: train\.validate_every=0"):
+        ValidationTasks.of(Config(), Collection(tmp_path, architecture, [entry]))
+
+
+def test_tasks_of_split_validation_are_taken(tmp_path: Path) -> None:
+    entries = [Entry(name, "0" * 64, ODD, split="validation") for name in "ab"]
+    tasks = ValidationTasks.of(Config(), Collection(tmp_path, {FAMILY: "digits"}, entries))
+    assert (tasks.family, tasks.conditions) == ("digits", [ODD])
