@@ -70,10 +70,10 @@ def family_of(collection: Collection) -> str:
     Raises:
         RPGError: if the collection names none, or its conditions are not a family's.
     """
-    if FAMILY not in collection.architecture:
-        raise RPGError(f"{collection.root}: does not say which task family its networks belong to")
     if collection.encoder:
         raise RPGError(f"{collection.root}: its conditions are descriptions, which do not say what is right")
+    if FAMILY not in collection.architecture:
+        raise RPGError(f"{collection.root}: does not say which task family its networks belong to")
     if collection.condition_width is None:
         raise RPGError(f"{collection.root}: its checkpoints have no conditions that say what is right")
     return str(collection.architecture[FAMILY])
