@@ -26,9 +26,7 @@ from rpg.collection.shards import ShardedCollection
 from rpg.config import ConditionKind, Config, to_plain
 from rpg.config import Split as CollectionSplit
 from rpg.errors import RPGError
-from rpg.evaluation.figures import to_svg
 from rpg.evaluation.measure import Condition, Measured, Network, TrainingSet, measure
-from rpg.evaluation.report import build_report, figure_pairs, model_card_table, terminal_table, write_report
 from rpg.evaluation.results import Results, Split
 from rpg.files import read_json, write_text
 from rpg.generator.generator import CARD_FILE
@@ -42,6 +40,16 @@ REPORT_PAGE = "report.html"
 
 def run(config: Config) -> None:
     """Evaluate the generated networks and write the report."""
+    # Not before: every stage's job imports this module, and Matplotlib takes as long as the rest of it.
+    from rpg.evaluation.figures import to_svg
+    from rpg.evaluation.report import (
+        build_report,
+        figure_pairs,
+        model_card_table,
+        terminal_table,
+        write_report,
+    )
+
     began = time.perf_counter()
     paths = RunPaths.of(config)
     if (reason := why_not(config)) is not None:

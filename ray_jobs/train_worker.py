@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -22,9 +22,10 @@ from rpg.collection.retokenised import AnyShards, Retokenised
 from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.files import AnyPath, read_json, write_json
-from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import Progress
-from rpg.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from rpg.training.trainer import Trainer
 
 HISTORY_FILE = "history.json"
 GENERATOR_DIRECTORY = "generator"
@@ -66,6 +67,9 @@ def train_worker(arguments: dict[str, Settings]) -> None:
 
 
 def _train(settings: Settings) -> None:
+    # Not before: the driver and Ray's controller import this module too, and what trains takes a while.
+    from rpg.training.fit import fit, new_trainer
+
     config = settings.config
     context: Any = ray.get_runtime_context()
     reserved = context.get_assigned_resources().get("CPU", 1)
@@ -91,7 +95,7 @@ def _train(settings: Settings) -> None:
             if trainer.workers.from_first(float(stopped)):
                 raise _StoppedError
 
-    def on_save(trainer: Trainer, progress: Progress) -> None:
+    def on_save(trainer: "Trainer", progress: Progress) -> None:
         checkpoints.save(trainer, progress)
         for tracker in tracking:
             tracker.save()
@@ -115,7 +119,7 @@ class _Checkpoints:
     ended there: the one of the best validation so far, or without validation that of the same step.
     """
 
-    def __init__(self, settings: Settings, trainer: Trainer) -> None:
+    def __init__(self, settings: Settings, trainer: "Trainer") -> None:
         self._settings = settings
         self._trainer = trainer
         self._first = trainer.workers.rank == 0
@@ -132,7 +136,7 @@ class _Checkpoints:
             with checkpoint.as_directory() as directory:
                 self._resume(Path(directory))
 
-    def save(self, trainer: Trainer, progress: Progress) -> None:
+    def save(self, trainer: "Trainer", progress: Progress) -> None:
         """Report a step, with a checkpoint if it is time for one or the generator is the best so far."""
         config, accuracy = self._settings.config.train, progress.validation_accuracy
         best = accuracy is not None and (self._best is None or accuracy > self._best)

@@ -1,5 +1,7 @@
 """What every command of RPG does about errors: one line on stderr, and the exit status."""
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +20,8 @@ def run_command(main: Callable[[], None], program: str) -> int:
     130 after Ctrl-C; 141 if the reader of its output is gone. Any other exception is a bug and keeps its
     traceback.
     """
+    # At its end Python would look for cycles in all that was imported: with PyTorch and Ray up to a second.
+    atexit.register(gc.freeze)
     try:
         main()
         # Here, so that a full disk behind stdout is reported like any other.
