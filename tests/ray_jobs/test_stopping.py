@@ -32,7 +32,7 @@ def processes_of(session: int) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ray_jobs.pipeline", *arguments]
+    command = [sys.executable, "-m", "ray_jobs.train", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, start_new_session=True,
