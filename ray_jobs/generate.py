@@ -5,6 +5,7 @@ python -m ray_jobs.generate CONFIG [key=value …]
 
 import random
 import sys
+from dataclasses import replace
 from functools import cached_property
 
 import ray.data
@@ -18,11 +19,20 @@ from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from ray_jobs.train import TRAIN
 from rpg.collection.collection import Collection, Entry
-from rpg.config import ConditionKind, Config, RayConfig, validate_sampling
+from rpg.config import (
+    ConditionKind,
+    Config,
+    RayConfig,
+    SamplingConfig,
+    generator_config_from_yaml,
+    save_config,
+    validate_sampling,
+)
 from rpg.errors import RPGError
 from rpg.files import AnyPath, replacing_directory, write_json
 from rpg.generation.job import GenerationJob, run_job
-from rpg.generator.generator import Generator
+from rpg.generator.generator import CONFIG_FILE, Generator
+from rpg.storage import fetched
 
 JOB_FILE = "job.json"
 
@@ -63,6 +73,15 @@ def run(config: Config) -> None:
             for i in range(len(job))
         ]
         write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
+    _sample_so_by_default(paths.generator, config.generator.sampling)
+
+
+def _sample_so_by_default(generator: AnyPath, sampling: SamplingConfig) -> None:
+    """Write into a saved generator how its networks were made: what a report says is then what users get."""
+    with fetched(generator / CONFIG_FILE) as file:
+        saved = generator_config_from_yaml(file)
+    if saved.sampling != sampling:
+        save_config(replace(saved, sampling=sampling), generator / CONFIG_FILE)
 
 
 def chosen_conditions(collection: Collection, config: Config) -> tuple[list[list[float]], list[list[float]]]:

@@ -117,7 +117,8 @@ TRAIN = Stage(
         "train",
     ),
     after=SHARD,
-    # The encoder is the collection's, which the stages before depend on.
+    # The encoder is the collection's, which the stages before depend on. `generator.sampling` is left out,
+    # though validation samples with it: no generator is trained anew to be sampled otherwise.
     ignored=(
         "train.log_every",
         "train.save_every",

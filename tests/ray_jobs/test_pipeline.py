@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from rpg.collection.collection import Collection
 from rpg.collection.shards import ShardedCollection
+from rpg.config import Solver
 from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
@@ -105,3 +106,13 @@ def test_run_again_reuses_what_has_not_changed(small_run, join_job, tmp_path):
     assert changed.returncode == 0, changed.stderr
     assert "generate: unchanged, reused" in changed.stderr
     assert "evaluate: done in" in changed.stderr
+
+    # Sampled otherwise: what the report then tells is what the generator does by default.
+    other = [f"output={tmp_path / 'copy'}", "generator.sampling.steps=3", "generator.sampling.solver=ddim"]
+    changed = join_job("pipeline", [*small_run.arguments, *other])
+    assert changed.returncode == 0, changed.stderr
+    assert "train: unchanged, reused" in changed.stderr
+    assert "generate: done in" in changed.stderr
+    generator = Generator.from_pretrained(tmp_path / "copy" / "generator")
+    assert (generator.config.sampling.steps, generator.config.sampling.solver) == (3, Solver.ddim)
+    assert generator.digest() == Generator.from_pretrained(small_run.root / "generator").digest()
