@@ -5,7 +5,7 @@ python -m ray_jobs.collect CONFIG [key=value …]
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import ray
 import torch
@@ -43,7 +43,7 @@ def run(config: Config) -> None:
         for tasks in _evenly(list(splits), config.collect.models_per_batch)
     ]
     resources = {"num_cpus": 1, "num_gpus": int(_uses_gpu(config))}
-    given = (config.collect, config.seed, _uses_gpu(config))
+    given = (replace(config.collect, images=paths.images), config.seed, _uses_gpu(config))
     with stage_progress("collect") as progress, replacing_directory(paths.collection) as directory:
         progress.update(0, len(models), "backbone")
         backbone = _train_backbone.options(**resources).remote(*given)
@@ -64,7 +64,7 @@ def run(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse a family, images, splits or an output that networks cannot be trained for."""
     if not config.collect.directory:
-        task_family(config.collect.family, config.collect.images).check_images()
+        task_family(config.collect.family, RunPaths.of(config).images).check_images()
         task_splits(config.collect.validation_tasks, config.seed)
         refuse_foreign(RunPaths.of(config).collection)
 

@@ -54,7 +54,7 @@ def run(config: Config) -> None:
     paths = RunPaths.of(config)
     if (reason := why_not(config)) is not None:
         raise RPGError(f"{paths.generated}: {reason}")
-    task_family(family_name(config), config.collect.images).check_images()
+    check(config)
     with stage_progress("evaluate") as progress:
         progress.update(0, 2, f"networks on {_image_split(config)} images")
         measured = _measured_on_gpu(config) if _uses_gpu(config) else _measured(config, torch.device("cpu"))
@@ -99,7 +99,7 @@ def _measured_on_gpu(config: Config) -> Measured:
 def _measured(config: Config, device: torch.device) -> Measured:
     """What the report tells about networks."""
     paths = RunPaths.of(config)
-    family = task_family(family_name(config), config.collect.images, device)
+    family = task_family(family_name(config), paths.images, device)
     images = _image_split(config)
     originals, generated = _networks(config, Collection.load(paths.collection), paths)
     shards = open_shards(paths.shards, config.ray)
@@ -125,6 +125,12 @@ def _uses_gpu(config: Config) -> bool:
 
 def _need(config: Config) -> Need | None:
     return Need("evaluation", 1, "ray.use_gpu=true", use_gpu=True) if _uses_gpu(config) else None
+
+
+def check(config: Config) -> None:
+    """Refuse images that are not there, unless there is nothing to evaluate anyway."""
+    if why_not(config) is None:
+        task_family(family_name(config), RunPaths.of(config).images).check_images()
 
 
 def why_not(config: Config) -> str | None:
@@ -177,6 +183,7 @@ EVALUATE = Stage(
     sections=("evaluate",),
     after=GENERATE,
     need=_need,
+    check=check,
     outputs=lambda paths: [paths.root / REPORT_FILE, paths.root / REPORT_PAGE],
 )
 

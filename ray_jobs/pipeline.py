@@ -33,7 +33,7 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Refuse what any stage that is not done yet would refuse."""
-    for stage in with_stages_before(GENERATE):
+    for stage in with_stages_before(EVALUATE):
         if not is_done(stage, config):
             stage.check(config)
 

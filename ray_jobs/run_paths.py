@@ -16,6 +16,8 @@ class RunPaths:
     train: AnyPath
     generator: AnyPath
     generated: AnyPath
+    images: str
+    """Of the task family, as `rpg.tasks.families.task_family` takes it; empty where none are named."""
 
     @classmethod
     def of(cls, config: Config) -> "RunPaths":
@@ -27,4 +29,7 @@ class RunPaths:
         root = location(config.output)
         given = config.collect.directory
         collection = location(given) if given else root / "collection"
-        return cls(root, collection, root / "shards", root / "train", root / "generator", root / "generated")
+        images = str(location(config.collect.images)) if config.collect.images else ""
+        return cls(
+            root, collection, root / "shards", root / "train", root / "generator", root / "generated", images
+        )

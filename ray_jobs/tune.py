@@ -67,7 +67,11 @@ def run(config: Config) -> None:
     # Trials that share the machine take a thread each unless told otherwise.
     threads = config.ray.train_threads or 1
     # Trials run in directories of their own: what is relative would lead elsewhere.
-    places = {"output": str(paths.root), "collect.directory": str(paths.collection)}
+    places = {
+        "output": str(paths.root),
+        "collect.directory": str(paths.collection),
+        "collect.images": paths.images,
+    }
     searched = with_values(config, {"ray.train_threads": threads, **places}, "ray")
     rounds = config.tune.reduction**_THINNINGS
     shards = open_shards(paths.shards, config.ray)

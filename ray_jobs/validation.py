@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_jobs.run_paths import RunPaths
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
@@ -43,9 +44,10 @@ class ValidationTasks:
                 )
         except RPGError as error:
             raise RPGError(f"{error}; without validation: train.validate_every=0") from error
-        task_family(family, config.collect.images).check_images()
+        images = RunPaths.of(config).images
+        task_family(family, images).check_images()
         return cls(
-            family, config.collect.images, [list(c) for c in conditions],
+            family, images, [list(c) for c in conditions],
             config.train.validation_models, config.seed,
         )  # fmt: skip
 

@@ -1,19 +1,24 @@
 """The preset `cifar10-binary`, with few and small images, on a CPU: images in, report out."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
+from rpg.collection.collection import Collection, Entry
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.tasks.cifar10_net import Cifar10Net, normalised
+from rpg.tasks.families import FAMILY
 from tests.cifar10_files import write_cifar10
 
 pytestmark = pytest.mark.slow
 
-PRESET = Path(__file__).parents[2] / "configs" / "cifar10-binary.yaml"
+ROOT = Path(__file__).parents[2]
+PRESET = ROOT / "configs" / "cifar10-binary.yaml"
 SMALL = (
     "ray.use_gpu=false",
     "ray.num_cpus=2",
@@ -41,7 +46,9 @@ def test_from_images_to_report(run_job, tmp_path):
     images = tmp_path / "images"
     write_cifar10(images, train=6, test=20)
     run = tmp_path / "run"
-    settings = [PRESET, *SMALL, f"collect.images={images}", f"output={run}"]
+    # Relative, as a user would write it: Ray's workers are elsewhere.
+    relative = os.path.relpath(images, ROOT)
+    settings = [PRESET, *SMALL, f"collect.images={relative}", f"output={run}"]
     result = run_job("pipeline", settings, timeout=550)
     assert result.returncode == 0, result.stderr
     report = json.loads((run / "report.json").read_text())
@@ -87,6 +94,18 @@ def test_images_that_are_not_there(run_job, tmp_path, module, images):
     assert "Traceback" not in result.stderr
     assert "collect.images" in errors[0]
     assert not (tmp_path / "run" / "collection").exists()
+
+
+def test_images_that_only_evaluation_needs_are_missed_before_training(call_job, tmp_path):
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name, Cifar10Net().state_dict(), {})
+    entries = [Entry(name, checkpoint_sha256(tmp_path / name), [0.0, 1.0] * 5) for name in ("a", "b")]
+    Collection(tmp_path, {FAMILY: "cifar10"}, entries).save()
+    given = [f"collect.directory={tmp_path}", "train.validate_every=0"]
+    result = call_job("pipeline", [PRESET, *SMALL, *given, f"output={tmp_path / 'run'}"])
+    assert result.returncode == 2, result.stderr
+    assert "error: collect.images: expected the directory or URI" in result.stderr
+    assert not (tmp_path / "run" / "shards").exists()
 
 
 def test_a_gpu_that_is_not_there(run_job, tmp_path):
