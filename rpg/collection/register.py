@@ -91,7 +91,7 @@ def register(
         raise RPGError(f"{encoder}: an encoder needs descriptions to read; got none")
     paths = _candidates(directory)
     names = [path.name for path in paths]
-    facts = _name_facts(names, pattern)
+    facts = _name_facts(names, pattern, all_or_none=conditions is None and descriptions is None)
     rows: dict[str, Row] = {}
     if conditions is not None:
         rows = read_conditions(conditions)
@@ -212,11 +212,12 @@ def _is_candidate(path: AnyPath) -> bool:
     return is_adapter(path) or (is_ordinary and path.suffix.lower() in CHECKPOINT_SUFFIXES)
 
 
-def _name_facts(names: list[str], pattern: str | None) -> Mapping[str, NameFacts]:
+def _name_facts(names: list[str], pattern: str | None, all_or_none: bool) -> Mapping[str, NameFacts]:
+    """What the names say. Where only some are as published: nothing, or an error if `all_or_none`."""
     compiled = NamePattern(UPSTREAM_PATTERN if pattern is None else pattern)
     facts = {name: compiled.read(name) for name in names}
     unmatched = [name for name, fact in facts.items() if fact is None]
-    if pattern is None and len(unmatched) == len(names):
+    if pattern is None and (len(unmatched) == len(names) or (unmatched and not all_or_none)):
         return {}
     if unmatched:
         given = f"pattern '{pattern}'" if pattern is not None else "the naming of the others (class number)"

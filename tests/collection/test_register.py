@@ -281,3 +281,17 @@ def test_a_full_disk_leaves_the_earlier_collection(tmp_path: Path) -> None:
     assert (tmp_path / "collection.json").read_bytes() == before
     assert json.loads(before)["version"] == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def test_names_are_not_asked_where_a_file_says_it(tmp_path: Path) -> None:
+    named, other = "0000_acc0.9613_class0314_x.safetensors", "mine.safetensors"
+    root = fill(tmp_path / "c", named, other)
+    with pytest.raises(RPGError, match=r"mine\.safetensors: name does not match the naming of the others"):
+        register(root)
+    table = tmp_path / "conditions.json"
+    table.write_text(json.dumps({named: [1.0, 0.0], other: [0.0, 1.0]}))
+    collection, _ = register(root, conditions=table)
+    assert {entry.file: entry.condition for entry in collection.entries} == {
+        named: [1.0, 0.0],
+        other: [0.0, 1.0],
+    }
