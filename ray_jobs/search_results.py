@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from rich.table import Table
@@ -70,7 +71,7 @@ def results_table(results: list[TrialResult], searched: list[str]) -> Table:
             f"{result.seconds:.0f}",
             f"{trial.parameters / 1e6:.2f} M",
             f"{trial.config.train.steps:,}",
-            *(_text(_value_at(trial.config, key)) for key in searched),
+            *(_text(attrgetter(key)(trial.config)) for key in searched),
         )
     return table
 
@@ -103,7 +104,7 @@ def _row(rank: int, result: TrialResult, searched: list[str]) -> dict[str, Any]:
         "parameters": trial.parameters,
         "steps": trial.config.train.steps,
         "flops_per_step": trial.step_flops,
-        "settings": {key: _value_at(trial.config, key) for key in searched},
+        "settings": {key: attrgetter(key)(trial.config) for key in searched},
         "failure": result.failure,
     }
 
@@ -115,9 +116,3 @@ def _label(key: str) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _value_at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from rpg.config import Config, check_key, validate, with_values
@@ -76,7 +77,7 @@ def draw_points(config: Config, space: dict[str, Choice | Range], number: int) -
     """
     source = random.Random(config.seed)
     points: list[Point] = [{}]
-    seen = {tuple(_value_at(config, key) for key in space)}
+    seen = {tuple(attrgetter(key)(config) for key in space)}
     for point in _candidates(space, source, number):
         values = tuple(point.values())
         if len(points) == number:
@@ -134,7 +135,7 @@ def _range(config: Config, key: str, given: dict[str, Any], where: str) -> Range
     if not {"min", "max"} <= set(given):
         raise RPGError(f"{where}: expected both min and max of the range")
     minimum, maximum = given["min"], given["max"]
-    log, integer = given.get("log", False), given.get("integer", type(_value_at(config, key)) is int)
+    log, integer = given.get("log", False), given.get("integer", type(attrgetter(key)(config)) is int)
     for name, flag in (("log", log), ("integer", integer)):
         if not isinstance(flag, bool):
             raise RPGError(f"{where}: {name}: expected true or false, got {flag!r}")
@@ -164,9 +165,3 @@ def _why_invalid(config: Config, point: Point) -> str | None:
     except RPGError as error:
         return str(error)
     return None
-
-
-def _value_at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config

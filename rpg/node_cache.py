@@ -184,8 +184,8 @@ def _make_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> None:
 
 def _no_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> str:
     return (
-        f"{path}: {size} bytes do not fit into the cache {cache}: ray.cache_gigabytes limits it to "
-        f"{limit_bytes} bytes"
+        f"{path}: {size} bytes do not fit into the cache {cache}, whose limit is {limit_bytes} bytes "
+        "(ray.cache_gigabytes of a job, cache.gigabytes of a service)"
     )
 
 
