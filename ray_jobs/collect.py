@@ -16,14 +16,14 @@ from ray_jobs.progress import stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
-from rpg.collection.collection import COLLECTION_FILE, Collection, Entry
+from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
 from rpg.config import CollectConfig, Config
 from rpg.errors import RPGError
 from rpg.files import AnyPath, replacing_directory, replacing_file, sha256
 from rpg.storage import exists
 from rpg.storage_errors import naming
 from rpg.tasks.class_subsets import class_bits, task_splits
-from rpg.tasks.families import FAMILY, TaskFamily, family_of, task_family
+from rpg.tasks.families import TaskFamily, family_of, task_family
 
 _WRITERS = 4
 

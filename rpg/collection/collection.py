@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_checkpoint_and_sha256
 from rpg.collection.json_numbers import is_float32, is_number
+from rpg.config import Split
 from rpg.errors import RPGError
 from rpg.files import AnyPath, read_json, write_json
 from rpg.storage_errors import naming
@@ -17,7 +18,9 @@ from rpg.text_encoder import ENCODER_DIRECTORY
 
 COLLECTION_FILE = "collection.json"
 VERSION = 1
-SPLITS = ("train", "validation", "heldout")
+FAMILY = "family"
+"""Key of the architecture that names the task family of a collection's networks (`rpg.tasks.families`)."""
+SPLITS = tuple(split.value for split in Split)
 """Generators learn from `train` alone; `validation` chooses settings; `heldout` is for the report."""
 
 
@@ -172,7 +175,7 @@ class Collection:
 
     def _validate(self) -> None:
         source = self.root / COLLECTION_FILE
-        family = self.architecture.get("family", "")
+        family = self.architecture.get(FAMILY, "")
         if not isinstance(family, str):
             raise RPGError(f"{source}: architecture.family: expected text, got {family!r:.80}")
         if self.encoder is not None and not (

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rpg.collection.collection import Collection
+from rpg.collection.collection import FAMILY, Collection
 from rpg.config import CollectConfig
 from rpg.errors import RPGError
 from rpg.tasks.binary_cifar10 import BinaryCifar10
@@ -39,9 +39,6 @@ class TaskFamily(Protocol):
     def predict(self, models: list[dict[str, Tensor]], split: str) -> Tensor:
         """The models' answers, bool [models, images]."""
 
-
-FAMILY = "family"
-"""Key of a collection's architecture that names the task family of its networks."""
 
 FAMILIES = ("cifar10", "digits")
 

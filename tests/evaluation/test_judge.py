@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
-from rpg.collection.collection import Collection, Entry
+from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.errors import RPGError
 from rpg.evaluation.judge import Judge
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.tasks.cifar10_net import Cifar10Net, normalised
 from rpg.tasks.digits import DigitsNet, digits_images
-from rpg.tasks.families import FAMILY
 from tests.cifar10_files import write_cifar10
 
 ODD = [0.0, 1.0] * 5

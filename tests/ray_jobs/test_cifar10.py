@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
-from rpg.collection.collection import Collection, Entry
+from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.tasks.cifar10_net import Cifar10Net, normalised
-from rpg.tasks.families import FAMILY
 from tests.cifar10_files import write_cifar10
 
 pytestmark = pytest.mark.slow

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.validation import ValidationTasks
-from rpg.collection.collection import Collection, Entry
+from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.config import Config
 from rpg.errors import RPGError
-from rpg.tasks.families import FAMILY
 
 ODD = [0.0, 1.0] * 5
 

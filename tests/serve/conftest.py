@@ -25,14 +25,13 @@ import pytest
 from fastapi import FastAPI
 
 from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
-from rpg.collection.collection import Collection, Entry
+from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.config import RecurrentKind, SamplingConfig, Solver, save_config
 from rpg.generation.job import GenerationJob, run_job
 from rpg.generator.generator import Generator
 from rpg.storage import location
 from rpg.tasks.digits import DigitsNet
-from rpg.tasks.families import FAMILY
 from serve.access import Caller
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
 from serve.desk import DispatcherDesk
