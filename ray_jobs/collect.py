@@ -170,6 +170,7 @@ COLLECT = Stage(
     after=None,
     need=_need,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],
+    distinguishing=lambda paths: paths.collection / COLLECTION_FILE,
     check=check,
     given=lambda config: (
         RunPaths.of(config).collection / COLLECTION_FILE if config.collect.directory else None

@@ -26,7 +26,7 @@ from rpg.command_line import run_command
 from rpg.config import Config, load_config, to_plain
 from rpg.errors import RPGError
 from rpg.files import AnyPath, read_json, sha256, write_json, write_text
-from rpg.storage import exists, identity
+from rpg.storage import exists, identity, is_remote
 from rpg.storage_errors import StorageError, naming
 
 
@@ -104,12 +104,12 @@ def run_stage(stage: Stage, config: Config) -> None:
     paths, before = RunPaths.of(config), stage.after
     if before and not is_done(before, config):
         run_stage(before, config)
-    record = _record_path(paths, stage)
+    record, inputs = _record_path(paths, stage), fingerprint(stage, config)
     with _withdrawn(record, stage.outputs(paths)):
         began = time.perf_counter()
         stage.run(config)
         seconds = time.perf_counter() - began
-    write_json(record, {"fingerprint": fingerprint(stage, config), "seconds": seconds})
+    write_json(record, {"fingerprint": inputs, "seconds": seconds})
     console.print(f"{stage.name}: done in {seconds:.1f} s")
 
 
@@ -188,7 +188,7 @@ def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
     """Take a stage's record away while it runs; if it fails and left its outputs alone, put it back."""
     with naming(record):
         earlier = record.read_text(encoding="utf-8") if record.is_file() else None
-    before = [identity(path) for path in outputs]
+    before = _identities(outputs)
     with naming(record, "cannot be removed"):
         record.unlink(missing_ok=True)
     try:
@@ -196,9 +196,14 @@ def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
     except BaseException as error:
         # Where the storage itself has failed, it fails again; the first failure is what is told.
         with suppress(StorageError):
-            if earlier is not None and [identity(path) for path in outputs] == before:
+            if earlier is not None and _identities(outputs) == before:
                 write_text(record, earlier)
         raise error
+
+
+def _identities(outputs: list[AnyPath]) -> list[object]:
+    """What changes when a stage changes its outputs, behind a URI with the first of their files."""
+    return [identity(path.parent if is_remote(path) else path) for path in outputs]
 
 
 def _record_path(paths: RunPaths, stage: Stage) -> AnyPath:

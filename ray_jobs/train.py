@@ -129,6 +129,8 @@ TRAIN = Stage(
     need=training_need,
     check=check_fit,
     outputs=lambda paths: [paths.generator / WEIGHTS_FILE],
+    # It holds the seconds of each step: no two trainings leave the same.
+    distinguishing=lambda paths: paths.generator / HISTORY_FILE,
 )
 
 if __name__ == "__main__":
