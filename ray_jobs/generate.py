@@ -18,7 +18,7 @@ from ray_jobs.progress import stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from ray_jobs.train import TRAIN
-from rpg.collection.collection import Collection, Entry
+from rpg.collection.collection import Collection
 from rpg.config import (
     ConditionKind,
     Config,
@@ -91,15 +91,14 @@ def chosen_conditions(collection: Collection, config: Config) -> tuple[list[list
     Raises:
         RPGError: if there is nothing to generate for.
     """
-    by_split = {split: _distinct(entries) for split, entries in collection.splits.items()}
     if config.generator.condition.kind != ConditionKind.vector or collection.condition_width is None:
         return [], []
-    unseen, train = by_split[config.generate.split], by_split["train"]
+    unseen, train = collection.tasks(config.generate.split), collection.tasks("train")
     seen = random.Random(config.seed).sample(train, min(config.generate.seen_tasks, len(train)))
     if not unseen and not seen:
         raise RPGError(
-            f"{collection.root}: no tasks to generate for: no {config.generate.split} checkpoints, "
-            "and generate.seen_tasks is 0"
+            f"{collection.root}: no tasks to generate for: none of split {config.generate.split} that no "
+            "generator learns from, and generate.seen_tasks is 0"
         )
     return unseen, seen
 
@@ -125,11 +124,6 @@ class _Worker:
     def __call__(self, row: Row) -> Row:
         run_job(self.generator, self.job, [int(i) for i in row["models"]], self.directory)
         return {"index": row["index"]}
-
-
-def _distinct(entries: list[Entry]) -> list[list[float]]:
-    """The conditions of `entries`, each once, in order."""
-    return [list(c) for c in dict.fromkeys(tuple(e.condition) for e in entries if e.condition is not None)]
 
 
 GENERATE = Stage(

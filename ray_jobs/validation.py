@@ -31,25 +31,20 @@ class ValidationTasks:
         Raises:
             RPGError: if it has none, or they cannot be evaluated.
         """
-        conditions = dict.fromkeys(
-            tuple(entry.condition) for entry in collection.splits["validation"] if entry.condition
-        )
+        conditions = collection.tasks("validation")
         is_vector = config.generator.condition.kind == ConditionKind.vector
         try:
             family = family_of(collection)
             if not conditions or not is_vector:
                 raise RPGError(
-                    f"{collection.root}: expected a generator of condition vectors, and checkpoints of split "
-                    "'validation'"
+                    f"{collection.root}: expected a generator of condition vectors, and tasks of split "
+                    "'validation' that no generator learns from"
                 )
         except RPGError as error:
             raise RPGError(f"{error}; without validation: train.validate_every=0") from error
         images = RunPaths.of(config).images
         task_family(family, images).check_images()
-        return cls(
-            family, images, [list(c) for c in conditions],
-            config.train.validation_models, config.seed,
-        )  # fmt: skip
+        return cls(family, images, conditions, config.train.validation_models, config.seed)
 
     def accuracy(self, generator: Generator) -> float:
         """Mean accuracy, on the validation images, of networks that `generator` makes for the tasks."""

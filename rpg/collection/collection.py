@@ -127,6 +127,15 @@ class Collection:
         """The entries of each split, in order; a split without entries has an empty list."""
         return {split: [e for e in self.entries if e.split == split] for split in SPLITS}
 
+    def tasks(self, split: str) -> list[list[float]]:
+        """The conditions of a split's entries, each once, in order.
+
+        Those that generators learn from are tasks of `train` alone, whatever other checkpoints they have.
+        """
+        trained = {tuple(entry.condition) for entry in self.splits["train"] if entry.condition is not None}
+        own = dict.fromkeys(tuple(e.condition) for e in self.splits[split] if e.condition is not None)
+        return [list(task) for task in own if split == "train" or task not in trained]
+
     def path(self, entry: Entry) -> AnyPath:
         """Where the entry's checkpoint lies."""
         return self.root / entry.file

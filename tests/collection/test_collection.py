@@ -176,3 +176,19 @@ def test_no_listed_path_leaves_the_directory(file: str) -> None:
         return
     # Path.resolve reads links; nothing is there, so that it only takes the dots away.
     assert collection.path(collection.entries[0]).resolve().is_relative_to(root)
+
+
+def test_tasks_that_are_trained_on_are_no_others() -> None:
+    splits = [
+        ("train", [0.0, 1.0]),
+        ("heldout", [1.0, 0.0]),
+        ("heldout", [0.0, 1.0]),
+        ("validation", [0.0, 1.0]),
+    ]
+    entries = [
+        Entry(str(i), "0" * 64, task, split=split) for i, (split, task) in enumerate([*splits, splits[1]])
+    ]
+    collection = Collection(Path("c"), {}, entries)
+    assert collection.tasks("train") == [[0.0, 1.0]]
+    assert collection.tasks("heldout") == [[1.0, 0.0]]
+    assert collection.tasks("validation") == []

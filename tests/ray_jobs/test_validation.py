@@ -17,7 +17,7 @@ ODD = [0.0, 1.0] * 5
     [
         ({}, Entry("a", "0" * 64, ODD, split="validation"), "does not say which task family"),
         ({FAMILY: "digits"}, Entry("a", "0" * 64, split="validation"), "have no conditions"),
-        ({FAMILY: "digits"}, Entry("a", "0" * 64, ODD, split="train"), "checkpoints of split 'validation'"),
+        ({FAMILY: "digits"}, Entry("a", "0" * 64, ODD, split="train"), "tasks of split 'validation' that no"),
     ],
 )
 def test_what_cannot_be_validated_says_why_and_the_way_out(
