@@ -27,9 +27,12 @@ class VectorCondition(nn.Module):
 
     def fit(self, conditions: Tensor) -> None:
         """Take the standardisation from the training conditions [checkpoints, size]."""
-        self.mean.copy_(conditions.mean(0))
-        deviation = conditions.std(0, correction=0)
-        self.scale.copy_(torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        # In float32 a column of equal values would come out with a deviation: that of its rounding.
+        exact = conditions.double()
+        mean, deviation = exact.mean(0), exact.std(0, correction=0)
+        varies = (conditions != conditions[0]).any(0)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(varies, deviation, torch.ones_like(deviation)))
 
     def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Embed `condition` [B, size] as [B, width]; rows with `dropped` [B] true become the null vector."""

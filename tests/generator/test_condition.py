@@ -64,3 +64,13 @@ def test_no_condition_is_zero() -> None:
 def test_a_size_is_needed(kind: ConditionKind) -> None:
     with pytest.raises(RPGError, match=r"condition\.size: expected at least 1"):
         build_condition(ConditionConfig(kind=kind, size=0), WIDTH)
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.1, 3066), (0.3333, 100), (0.7, 3066), (1e-6, 50)])
+def test_a_column_that_never_varies_has_no_scale(value: float, count: int) -> None:
+    condition = VectorCondition(2, 4, 8)
+    condition.fit(torch.stack([torch.full((count,), value), torch.linspace(0, 1, count)], 1))
+    assert condition.scale[0] == 1
+    torch.testing.assert_close(
+        condition.scale[1], torch.linspace(0, 1, count).double().std(correction=0).float()
+    )
