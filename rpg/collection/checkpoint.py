@@ -37,6 +37,7 @@ _REFUSED = (
     "holds Python objects besides tensors; RPG never executes a pickle: "
     "save a plain state_dict or .safetensors"
 )
+_REPEATED_BYTES = 2**26
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 
@@ -154,6 +155,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         _read_safetensors(weights) if weights.suffix.lower() == ".safetensors" else _read_torch(weights)
     )
     _check(state_dict, weights)
+    _check_repeats(state_dict, weights)
     return {name: tensor.detach() for name, tensor in state_dict.items()}
 
 
@@ -240,7 +242,8 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    # A corrupt directory can make the reader fail in any way.
+    except Exception:
         return False
 
 
@@ -265,6 +268,17 @@ def _check(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
         check_entries(state_dict)
     except RPGError as error:
         raise RPGError(f"{path}: {error}") from error
+
+
+def _check_repeats(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
+    """Tensors may repeat what is stored, as masks do, but not so that a small file fills the memory."""
+    for name, tensor in state_dict.items():
+        size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if size > max(stored, _REPEATED_BYTES):
+            raise RPGError(
+                f"{path}: tensor '{name}' of shape {list(tensor.shape)} repeats {stored} stored bytes to "
+                f"{size}; expected every value to be stored"
+            )
 
 
 def _sort_metadata(path: Path) -> None:

@@ -331,3 +331,30 @@ class TestWriting:
         assert "File too large" in result.stderr
         assert path.read_bytes() == before
         assert [child.name for child in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+class TestHostileArchives:
+    def test_a_corrupt_directory(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        torch.save({"weight": torch.zeros(3)}, path)
+        content = bytearray(path.read_bytes())
+        # The first name in the archive's directory, which is marked as UTF-8 or not.
+        at = content.index(b"PK\x01\x02")
+        content[at + 9] |= 0x08
+        content[at + 46] = 0xFF
+        path.write_bytes(content)
+        with pytest.raises(RPGError, match=r"a\.pt: "):
+            read_checkpoint(path)
+
+    def test_a_small_file_that_would_fill_the_memory(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        torch.save({"weight": torch.zeros(1).expand(10**13)}, path)
+        with pytest.raises(
+            RPGError, match=r"a\.pt: tensor 'weight' of shape \[10000000000000\] repeats 4 stored"
+        ):
+            read_checkpoint(path)
+
+    def test_a_mask_that_repeats_its_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        torch.save({"mask": torch.arange(8.0).expand(4, 8)}, path)
+        assert read_checkpoint(path)["mask"].equal(torch.arange(8.0).expand(4, 8))
