@@ -77,9 +77,10 @@ def draw_points(config: Config, space: dict[str, Choice | Range], number: int) -
     """
     source = random.Random(config.seed)
     points: list[Point] = [{}]
-    seen = {tuple(attrgetter(key)(config) for key in space)}
+    # As text: a value may be a list.
+    seen = {repr([attrgetter(key)(config) for key in space])}
     for point in _candidates(space, source, number):
-        values = tuple(point.values())
+        values = repr(list(point.values()))
         if len(points) == number:
             break
         if values not in seen and _why_invalid(config, point) is None:

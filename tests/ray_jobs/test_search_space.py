@@ -97,3 +97,11 @@ def test_the_preset_can_be_searched() -> None:
     preset = load_config(Path(__file__).parents[2] / "configs" / "digits.yaml")
     drawn = draw_points(preset, search_space(preset), preset.tune.trials)
     assert len(drawn) >= 12
+
+
+def test_choices_may_be_lists() -> None:
+    config = Config()
+    config.generator.denoiser.channels = [1, 16, 32, 16, 1]
+    config.tune.space = {"generator.denoiser.channels": [[1, 16, 32, 16, 1], [1, 32, 64, 32, 1]]}
+    points = draw_points(config, search_space(config), 4)
+    assert points == [{}, {"generator.denoiser.channels": [1, 32, 64, 32, 1]}]
