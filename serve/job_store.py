@@ -4,18 +4,20 @@
     jobs/ID/state.json                   how far it is; written now and then, and when the job ends
     jobs/ID/models/model_000000.safetensors
     jobs/ID/quarantined.json             why a damaged job is left alone
+    jobs/ID/removed.json                 what the manifest is called once the job is being removed
 
 A model counts as soon as its file is there: what `state.json` does not know yet is found by looking.
 """
 
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from rpg.errors import RPGError
-from rpg.files import read_json, remove_directory, sha256, write_json
+from rpg.files import read_json, sha256, write_json, write_text
 from rpg.storage import AnyPath, exists, is_remote
 from rpg.storage_errors import naming
 from serve.records import Made, Manifest, Progress
@@ -25,6 +27,7 @@ _MANIFEST = "job.json"
 _STATE = "state.json"
 _MODELS = "models"
 _QUARANTINED = "quarantined.json"
+_REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _MODEL = re.compile(r"model_(\d{6,})\.safetensors")
 
@@ -72,7 +75,8 @@ class JobStore:
         try:
             write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json())
         except RPGError:
-            self.remove(manifest.id)
+            with suppress(RPGError):
+                self._clear(manifest.id)
             raise
 
     def save(self, job_id: str, progress: Progress) -> None:
@@ -129,12 +133,13 @@ class JobStore:
             if not is_id(name):
                 continue
             try:
-                # A crash while a job was being accepted leaves a directory without a manifest.
-                if not exists(self._directory(name) / _MANIFEST):
-                    self.remove(name)
+                if not self._is_left_over(name):
+                    manifest = self.manifest(name)
+                    yield manifest, self.progress(manifest)
                     continue
-                manifest = self.manifest(name)
-                yield manifest, self.progress(manifest)
+                # Where that fails now, the next start tries it again.
+                with suppress(RPGError):
+                    self._clear(name)
             except (RPGError, OSError) as error:
                 reason = " ".join(str(error).split())
                 with suppress(RPGError):
@@ -150,10 +155,50 @@ class JobStore:
                     partial.unlink()
 
     def remove(self, job_id: str) -> None:
-        """Remove a job with its models; the manifest first, so that half a job is none."""
-        with suppress(Exception):
-            (self._directory(job_id) / _MANIFEST).unlink()
-        remove_directory(self._directory(job_id))
+        """Remove a job with its models; its manifest becomes a mark first, so that half a job is none."""
+        directory = self._directory(job_id)
+        with suppress(RPGError, OSError):
+            with naming(directory, "cannot be removed"):
+                if exists(directory / _MANIFEST):
+                    # Renamed, since a full disk may have no room for another file.
+                    (directory / _MANIFEST).rename(str(directory / _REMOVED))
+                else:
+                    write_text(directory / _REMOVED, "")
+            self._clear(job_id)
+
+    def _is_left_over(self, job_id: str) -> bool:
+        """Whether there is no job, but what a crash left of one while it was being accepted or removed.
+
+        Raises:
+            RPGError: if there is no manifest, and nothing that says why: it was lost.
+        """
+        directory = self._directory(job_id)
+        manifest = directory / _MANIFEST
+        if exists(manifest):
+            return False
+        with naming(directory):
+            names = {path.name for path in directory.iterdir()}
+        if _REMOVED in names or all(name.startswith(f".{_MANIFEST}.") for name in names):
+            return True
+        raise RPGError(f"{manifest}: not found; expected a job's manifest")
+
+    def _clear(self, job_id: str) -> None:
+        """Remove the files of a job that is none any more.
+
+        Raises:
+            RPGError: if some are left.
+        """
+        directory = self._directory(job_id)
+        try:
+            with naming(directory, "cannot be removed"):
+                paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
+                # The mark last: without it, what is left would be taken for a job that lost its manifest.
+                for path in sorted(paths, key=lambda path: path.name == _REMOVED):
+                    _delete(path)
+                if not is_remote(directory) and directory.is_dir():
+                    directory.rmdir()
+        except OSError as error:
+            raise RPGError(f"{directory}: cannot be removed: {error.strerror}") from error
 
     def _models_there(self, manifest: Manifest) -> Iterator[tuple[int, AnyPath]]:
         directory = self.models(manifest.id)
@@ -168,3 +213,12 @@ class JobStore:
         if not is_id(job_id):
             raise RPGError(f"'{job_id}': not a job's id")
         return self.root / _JOBS / job_id
+
+
+def _delete(path: AnyPath) -> None:
+    if is_remote(path):
+        path.fs.rm(path.path, recursive=True)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(str(path))
+    else:
+        path.unlink()

@@ -1,0 +1,90 @@
+"""What a start finds on storage after crashes, losses and failures of the storage itself."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from rpg.config import SamplingConfig
+from rpg.generation.job import GenerationJob
+from rpg.storage import AnyPath, location
+from serve import job_store
+from serve.job_store import JobStore, Quarantined, new_id
+from serve.records import Made, Manifest, Progress, State
+from tests.s3_server import S3Server
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(params=["directory", "uri"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> JobStore:
+    if request.param == "directory":
+        return JobStore(tmp_path / "storage")
+    s3: S3Server = request.getfixturevalue("s3")
+    return JobStore(location(s3.bucket(f"store-{time.monotonic_ns()}") + "/service"))
+
+
+def ended_job(store: JobStore) -> str:
+    """The id of a job on storage that has made two models."""
+    job = GenerationJob(None, 2, 0, SamplingConfig())
+    manifest = Manifest(new_id(), "alice", "small", 0, time.time(), job)
+    store.create(manifest)
+    if isinstance(store.root, Path):
+        store.models(manifest.id).mkdir()
+    for index in range(2):
+        store.model(manifest.id, index).write_bytes(b"a model")
+    made = {index: Made(index, "0" * 64, 7) for index in range(2)}
+    store.save(manifest.id, Progress(State.succeeded, ended=time.time(), made=made))
+    return manifest.id
+
+
+def directory(store: JobStore, job_id: str) -> AnyPath:
+    return store.models(job_id).parent
+
+
+def test_a_job_that_lost_its_manifest_is_left_as_it_is(store: JobStore) -> None:
+    lost, other = ended_job(store), ended_job(store)
+    (directory(store, lost) / "job.json").unlink()
+    for _ in range(2):
+        found = {each.id if isinstance(each, Quarantined) else each[0].id: each for each in store.all()}
+        assert found.keys() == {lost, other}
+        quarantined = found[lost]
+        assert isinstance(quarantined, Quarantined)
+        assert quarantined.reason.endswith(f"{lost}/job.json: not found; expected a job's manifest")
+        assert [store.model(lost, index).read_bytes() for index in range(2)] == [b"a model"] * 2
+    store.remove(lost)
+    assert not directory(store, lost).exists()
+
+
+def test_wherever_a_removal_is_cut_short_the_next_start_completes_it(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete = job_store._delete
+    for steps in range(3):
+        job, left = ended_job(store), steps
+
+        def killed_later(path: AnyPath) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            delete(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(job_store, "_delete", killed_later)
+            with pytest.raises(Killed):
+                store.remove(job)
+        assert not list(store.all())
+        assert not directory(store, job).exists()
+
+
+def test_what_a_crash_left_of_a_job_that_was_never_accepted_is_removed(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    begun, empty = tmp_path / "jobs" / new_id(), tmp_path / "jobs" / new_id()
+    for path in (begun, empty):
+        path.mkdir(parents=True)
+    (begun / ".job.json.17.partial").write_text('{"id": ')
+    assert not list(store.all())
+    assert not begun.exists() and not empty.exists()
