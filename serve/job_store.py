@@ -9,9 +9,11 @@
 A model counts as soon as its file is there: what `state.json` does not know yet is found by looking.
 """
 
+import logging
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from rpg.errors import RPGError
 from rpg.files import read_json, sha256, write_json, write_text
 from rpg.storage import AnyPath, exists, is_remote
-from rpg.storage_errors import naming
+from rpg.storage_errors import StorageError, naming
 from serve.records import Made, Manifest, Progress
 
 _JOBS = "jobs"
@@ -30,6 +32,12 @@ _QUARANTINED = "quarantined.json"
 _REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _MODEL = re.compile(r"model_(\d{6,})\.safetensors")
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between attempts to read a job from a storage that fails."""
+_OF_ONE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What a local file system says of one path, and not because it fails itself."""
+
+_log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -121,11 +129,16 @@ class JobStore:
                 return progress
             for index in there.keys() - progress.made.keys():
                 path = there[index]
-                progress.made[index] = Made(index, sha256(path), path.stat().st_size)
+                with naming(path):
+                    progress.made[index] = Made(index, sha256(path), path.stat().st_size)
         return progress
 
     def all(self) -> Iterator[tuple[Manifest, Progress] | Quarantined]:
-        """Every job; damaged ones are named and left as they are."""
+        """Every job; damaged ones are named and left as they are.
+
+        Raises:
+            RPGError: or OSError, if the storage fails for longer than a moment: that says nothing about jobs.
+        """
         jobs = self.root / _JOBS
         with naming(jobs):
             names = sorted(path.name for path in jobs.iterdir()) if jobs.is_dir() else []
@@ -133,18 +146,16 @@ class JobStore:
             if not is_id(name):
                 continue
             try:
-                if not self._is_left_over(name):
-                    manifest = self.manifest(name)
-                    yield manifest, self.progress(manifest)
-                    continue
-                # Where that fails now, the next start tries it again.
-                with suppress(RPGError):
-                    self._clear(name)
+                found = self._read_patiently(name)
             except (RPGError, OSError) as error:
+                if _storage_failed(error):
+                    raise
                 reason = " ".join(str(error).split())
                 with suppress(RPGError):
                     write_json(self._directory(name) / _QUARANTINED, {"reason": reason})
-                yield Quarantined(name, reason)
+                found = Quarantined(name, reason)
+            if found is not None:
+                yield found
 
     def tidy(self, job_id: str) -> None:
         """Remove what killed processes left unfinished among the models of a job that has ended."""
@@ -165,6 +176,27 @@ class JobStore:
                 else:
                     write_text(directory / _REMOVED, "")
             self._clear(job_id)
+
+    def _read_patiently(self, job_id: str) -> tuple[Manifest, Progress] | None:
+        for seconds in _PAUSES:
+            try:
+                return self._read(job_id)
+            except (RPGError, OSError) as error:
+                if not _storage_failed(error):
+                    raise
+                _log.warning("job %s: %s; it is tried again", job_id, error)
+                time.sleep(seconds)
+        return self._read(job_id)
+
+    def _read(self, job_id: str) -> tuple[Manifest, Progress] | None:
+        """A job; None if a crash left no more than files to be removed."""
+        if not self._is_left_over(job_id):
+            manifest = self.manifest(job_id)
+            return manifest, self.progress(manifest)
+        # Where that fails now, the next start tries it again.
+        with suppress(RPGError):
+            self._clear(job_id)
+        return None
 
     def _is_left_over(self, job_id: str) -> bool:
         """Whether there is no job, but what a crash left of one while it was being accepted or removed.
@@ -222,3 +254,14 @@ def _delete(path: AnyPath) -> None:
         shutil.rmtree(str(path))
     else:
         path.unlink()
+
+
+def _storage_failed(error: BaseException | None) -> bool:
+    """Whether a job could not be read at all, rather than what was read is wrong."""
+    while error is not None:
+        if isinstance(error, StorageError):
+            return True
+        if isinstance(error, OSError):
+            return not isinstance(error, _OF_ONE_PATH)
+        error = error.__cause__
+    return False

@@ -1,17 +1,20 @@
 """What a start finds on storage after crashes, losses and failures of the storage itself."""
 
+import errno
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from rpg.config import SamplingConfig
+from rpg.errors import RPGError
 from rpg.generation.job import GenerationJob
 from rpg.storage import AnyPath, location
 from serve import job_store
 from serve.job_store import JobStore, Quarantined, new_id
 from serve.records import Made, Manifest, Progress, State
-from tests.s3_server import S3Server
+from tests.s3_server import Proxy, S3Server
 
 
 class Killed(BaseException):
@@ -88,3 +91,74 @@ def test_what_a_crash_left_of_a_job_that_was_never_accepted_is_removed(tmp_path:
     (begun / ".job.json.17.partial").write_text('{"id": ')
     assert not list(store.all())
     assert not begun.exists() and not empty.exists()
+
+
+class Failing:
+    """Files whose names end with `name` cannot be read, so many times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int, error: int) -> None:
+        self.left = times
+        read = Path.read_text
+
+        def read_text(path: Path, *args: str, **options: str) -> str:
+            if path.name == name and self.left:
+                self.left -= 1
+                raise OSError(error, os.strerror(error), str(path))
+            return read(path, *args, **options)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+
+
+@pytest.mark.parametrize("name", ["job.json", "state.json"])
+def test_a_storage_that_fails_for_a_moment_harms_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    store = JobStore(tmp_path)
+    job = ended_job(store)
+    monkeypatch.setattr(job_store, "_PAUSES", (0.0, 0.0))
+    Failing(monkeypatch, name, 2, errno.EIO)
+    ((manifest, progress),) = store.all()  # type: ignore[misc]
+    assert (manifest.id, len(progress.made)) == (job, 2)
+
+
+def test_a_storage_that_goes_on_failing_quarantines_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(tmp_path)
+    job = ended_job(store)
+    monkeypatch.setattr(job_store, "_PAUSES", (0.0, 0.0))
+    with monkeypatch.context() as patch:
+        Failing(patch, "job.json", 1000, errno.ESTALE)
+        with pytest.raises(RPGError, match=rf"{job}/job.json: cannot be read as a job's manifest: "):
+            list(store.all())
+    assert not (tmp_path / "jobs" / job / "quarantined.json").exists()
+    assert len(list(store.all())) == 1
+
+
+def test_a_file_that_may_not_be_read_is_that_jobs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(tmp_path)
+    job = ended_job(store)
+    Failing(monkeypatch, "job.json", 1, errno.EACCES)
+    (found,) = store.all()
+    assert isinstance(found, Quarantined) and found.id == job
+
+
+def test_an_object_store_that_fails_for_a_moment_harms_no_job(
+    s3: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(location(s3.bucket("moment") + "/service"))
+    job = ended_job(store)
+    refused = 0
+
+    def refuses(method: str, path: str) -> bool:
+        nonlocal refused
+        refused += method == "GET" and path.endswith("/job.json")
+        return method == "GET" and path.endswith("/job.json") and refused < 3
+
+    proxy.refuses = refuses
+    monkeypatch.setattr(job_store, "_PAUSES", (0.0, 0.0))
+    ((manifest, _),) = store.all()  # type: ignore[misc]
+    assert manifest.id == job
+    assert refused == 3
