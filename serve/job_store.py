@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rpg.errors import RPGError
@@ -84,7 +84,7 @@ class JobStore:
             write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json())
         except RPGError:
             with suppress(RPGError):
-                self._clear(manifest.id)
+                self.clear(manifest.id)
             raise
 
     def save(self, job_id: str, progress: Progress) -> None:
@@ -146,7 +146,7 @@ class JobStore:
             if not is_id(name):
                 continue
             try:
-                found = self._read_patiently(name)
+                found: tuple[Manifest, Progress] | Quarantined | None = self._read_patiently(name)
             except (RPGError, OSError) as error:
                 if _storage_failed(error):
                     raise
@@ -165,17 +165,34 @@ class JobStore:
                 with suppress(OSError):
                     partial.unlink()
 
-    def remove(self, job_id: str) -> None:
-        """Remove a job with its models; its manifest becomes a mark first, so that half a job is none."""
+    def discard(self, job_id: str) -> None:
+        """From here on there is no such job; `clear` removes its files, which may be many.
+
+        Raises:
+            RPGError: if the storage refuses; it is a job still.
+        """
         directory = self._directory(job_id)
-        with suppress(RPGError, OSError):
-            with naming(directory, "cannot be removed"):
-                if exists(directory / _MANIFEST):
-                    # Renamed, since a full disk may have no room for another file.
-                    (directory / _MANIFEST).rename(str(directory / _REMOVED))
-                else:
-                    write_text(directory / _REMOVED, "")
-            self._clear(job_id)
+        with _removing(directory):
+            if exists(directory / _MANIFEST):
+                # Renamed, since a full disk may have no room for another file.
+                (directory / _MANIFEST).rename(str(directory / _REMOVED))
+            else:
+                write_text(directory / _REMOVED, "")
+
+    def clear(self, job_id: str) -> None:
+        """Remove the files of a job that is none any more.
+
+        Raises:
+            RPGError: if some are left.
+        """
+        directory = self._directory(job_id)
+        with _removing(directory):
+            paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
+            # The mark last: without it, what is left would be taken for a job that lost its manifest.
+            for path in sorted(paths, key=lambda path: path.name == _REMOVED):
+                _delete(path)
+            if not is_remote(directory) and directory.is_dir():
+                directory.rmdir()
 
     def _read_patiently(self, job_id: str) -> tuple[Manifest, Progress] | None:
         for seconds in _PAUSES:
@@ -195,7 +212,7 @@ class JobStore:
             return manifest, self.progress(manifest)
         # Where that fails now, the next start tries it again.
         with suppress(RPGError):
-            self._clear(job_id)
+            self.clear(job_id)
         return None
 
     def _is_left_over(self, job_id: str) -> bool:
@@ -214,24 +231,6 @@ class JobStore:
             return True
         raise RPGError(f"{manifest}: not found; expected a job's manifest")
 
-    def _clear(self, job_id: str) -> None:
-        """Remove the files of a job that is none any more.
-
-        Raises:
-            RPGError: if some are left.
-        """
-        directory = self._directory(job_id)
-        try:
-            with naming(directory, "cannot be removed"):
-                paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
-                # The mark last: without it, what is left would be taken for a job that lost its manifest.
-                for path in sorted(paths, key=lambda path: path.name == _REMOVED):
-                    _delete(path)
-                if not is_remote(directory) and directory.is_dir():
-                    directory.rmdir()
-        except OSError as error:
-            raise RPGError(f"{directory}: cannot be removed: {error.strerror}") from error
-
     def _models_there(self, manifest: Manifest) -> Iterator[tuple[int, AnyPath]]:
         directory = self.models(manifest.id)
         with naming(directory):
@@ -245,6 +244,15 @@ class JobStore:
         if not is_id(job_id):
             raise RPGError(f"'{job_id}': not a job's id")
         return self.root / _JOBS / job_id
+
+
+@contextmanager
+def _removing(directory: AnyPath) -> Iterator[None]:
+    try:
+        with naming(directory, "cannot be removed"):
+            yield
+    except OSError as error:
+        raise RPGError(f"{directory}: cannot be removed: {error.strerror}") from error
 
 
 def _delete(path: AnyPath) -> None:

@@ -57,7 +57,8 @@ def test_a_job_that_lost_its_manifest_is_left_as_it_is(store: JobStore) -> None:
         assert isinstance(quarantined, Quarantined)
         assert quarantined.reason.endswith(f"{lost}/job.json: not found; expected a job's manifest")
         assert [store.model(lost, index).read_bytes() for index in range(2)] == [b"a model"] * 2
-    store.remove(lost)
+    store.discard(lost)
+    store.clear(lost)
     assert not directory(store, lost).exists()
 
 
@@ -67,6 +68,7 @@ def test_wherever_a_removal_is_cut_short_the_next_start_completes_it(
     delete = job_store._delete
     for steps in range(3):
         job, left = ended_job(store), steps
+        store.discard(job)
 
         def killed_later(path: AnyPath) -> None:
             nonlocal left
@@ -78,7 +80,7 @@ def test_wherever_a_removal_is_cut_short_the_next_start_completes_it(
         with monkeypatch.context() as patch:
             patch.setattr(job_store, "_delete", killed_later)
             with pytest.raises(Killed):
-                store.remove(job)
+                store.clear(job)
         assert not list(store.all())
         assert not directory(store, job).exists()
 

@@ -25,13 +25,13 @@ from rpg.generator.generator import Generator
 from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
 from serve import dispatcher as dispatcher_module
-from serve import feed
+from serve import feed, job_store
 from serve.config import ServeConfig
 from serve.job_store import JobStore, is_id, new_id
 from serve.lease import Description, Lease
 from serve.local_maker import LocalMaker
 from serve.records import Made, Manifest
-from tests.s3_server import S3Server
+from tests.s3_server import Proxy, S3Server
 from tests.serve.conftest import CONDITIONS, Measurable, bearer, caller
 
 InProcess = Callable[..., Any]
@@ -477,6 +477,134 @@ def test_ended_jobs_are_kept_for_a_time_and_a_size(
             left = [path.name for path in (Path(config.storage) / "jobs").iterdir()]
             assert len(left) == kept
             assert set(left) <= set(ids)
+
+    asyncio.run(run())
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, target: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def test_a_job_that_cannot_be_removed_stays_and_whoever_asked_is_told(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, key="k")).json()["id"]
+            await service.ended(id)
+            with monkeypatch.context() as patch:
+                read_only(patch)
+                answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
+            assert f"jobs/{id}: cannot be removed: Read-only file system" in answer.json()["detail"]
+            model = await service.client.get(f"/v1/jobs/{id}/models/0", headers=bearer("alice"))
+            assert model.status_code == 200
+            assert (await submit(service, key="k")).json()["id"] == id
+        async with in_process(config) as service:
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 204
+        async with in_process(config) as service:
+            assert not service.dispatcher.jobs(caller())
+
+    asyncio.run(run())
+
+
+def test_a_quarantined_job_that_cannot_be_removed_stays(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service)).json()["id"]
+        (Path(config.storage) / "jobs" / id / "job.json").write_text("{")
+        async with in_process(config) as service:
+            with monkeypatch.context() as patch:
+                read_only(patch)
+                answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("root"))
+            assert answer.status_code == 503
+            listed = (await service.client.get("/v1/jobs", headers=bearer("root"))).json()
+            assert [each["id"] for each in listed["quarantined"]] == [id]
+
+    asyncio.run(run())
+
+
+def test_an_object_store_that_refuses_keeps_the_job(
+    config: ServeConfig, in_process: InProcess, s3: S3Server, proxy: Proxy
+) -> None:
+    config.storage = f"{s3.bucket('kept')}/service"
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service)).json()["id"]
+            await service.ended(id)
+            proxy.refuses = lambda method, path: method in ("PUT", "POST", "DELETE")
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 503
+            assert f"jobs/{id}: cannot be removed" in answer.json()["detail"]
+            proxy.refuses = lambda method, path: False
+            model = await service.client.get(f"/v1/jobs/{id}/models/0", headers=bearer("alice"))
+            assert model.status_code == 200
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 204
+            assert not s3.content("kept")
+
+    asyncio.run(run())
+
+
+def test_what_retention_cannot_remove_is_tried_again(
+    config: ServeConfig,
+    in_process: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            with monkeypatch.context() as patch:
+                read_only(patch)
+                id = (await submit(service)).json()["id"]
+                await service.ended(id)
+                config.retention.days = 0
+                while "1 jobs were to be removed and stay for now" not in caplog.text:
+                    await asyncio.sleep(0.02)
+                assert [job.id for job in service.dispatcher.jobs(caller())] == [id]
+            async with asyncio.timeout(30):
+                while (Path(config.storage) / "jobs" / id).exists():
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+
+
+def test_files_that_outlive_their_job_are_removed_later(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
+    delete, failures = job_store._delete, 2
+
+    def failing(path: Path) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        delete(path)
+
+    monkeypatch.setattr(job_store, "_delete", failing)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service)).json()["id"]
+            await service.ended(id)
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 204
+            assert (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).status_code == 404
+            async with asyncio.timeout(30):
+                while (Path(config.storage) / "jobs" / id).exists():
+                    await asyncio.sleep(0.02)
 
     asyncio.run(run())
 
