@@ -181,8 +181,7 @@ class Dispatcher:
                 await self._clear(job_id)
                 return None
             job = self.job(caller, job_id)
-            if job.has_ended:
-                await self._remove(job)
+            if job.has_ended and await self._remove(job):
                 return None
         except RPGError as error:
             _log.error("job %s stays: %s", job_id, error)
@@ -322,15 +321,17 @@ class Dispatcher:
     def _unfinished(self, generator: str) -> list[LiveJob]:
         return [j for j in self._jobs.values() if j.manifest.generator == generator and not j.has_ended]
 
-    async def _remove(self, job: LiveJob) -> None:
-        """Remove a job that has ended.
+    async def _remove(self, job: LiveJob) -> bool:
+        """Remove a job that has ended; False if it has been revived meanwhile.
 
         Raises:
             RPGError: if the storage refuses; the job stays.
         """
         async with job.saving:
+            if not job.has_ended:
+                return False
             if self._jobs.pop(job.id, None) is None:
-                return
+                return True
             key = job.manifest.idempotency_key
             if key is not None:
                 self._by_key.pop((job.manifest.owner, key), None)
@@ -340,6 +341,7 @@ class Dispatcher:
                 self._add(job)
                 raise
         await self._clear(job.id)
+        return True
 
     async def _clear(self, job_id: str) -> None:
         """Remove the files of a job that is none any more; what is left is tried again later."""
@@ -365,9 +367,11 @@ class Dispatcher:
         """Remove what is not to be kept, as far as there is time: other jobs' states are to be saved."""
         start = time.monotonic()
         failures: list[str] = []
-        for job in self._expired():
+        for job, ended_at in [(job, job.ended_at) for job in self._expired()]:
             try:
-                await self._remove(job)
+                # Meanwhile it may have been revived, and may even have ended again.
+                if job.ended_at == ended_at:
+                    await self._remove(job)
             except RPGError as error:
                 failures.append(reason(error))
             if time.monotonic() - start > _SAVE_SECONDS:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -30,7 +31,7 @@ from serve.config import ServeConfig
 from serve.job_store import JobStore, is_id, new_id
 from serve.lease import Description, Lease
 from serve.local_maker import LocalMaker
-from serve.records import Made, Manifest
+from serve.records import Made, Manifest, State
 from tests.s3_server import Proxy, S3Server
 from tests.serve.conftest import CONDITIONS, Measurable, bearer, caller
 
@@ -477,6 +478,68 @@ def test_ended_jobs_are_kept_for_a_time_and_a_size(
             left = [path.name for path in (Path(config.storage) / "jobs").iterdir()]
             assert len(left) == kept
             assert set(left) <= set(ids)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_revived_while_others_are_removed_stays(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.05)
+    discard = JobStore.discard
+    held, let_go = threading.Event(), threading.Event()
+
+    def held_up(store: JobStore, job_id: str) -> None:
+        held.set()
+        let_go.wait(30)
+        discard(store, job_id)
+
+    monkeypatch.setattr(JobStore, "discard", held_up)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            ids = {}
+            for key in ("a", "b"):
+                ids[key] = (await submit(service, key=key, number=5000, steps=50)).json()["id"]
+                job = service.dispatcher.job(caller(), ids[key])
+                await service.dispatcher.end(job, State.failed, "the disk was full")
+            config.retention.days = 0
+            monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.0)
+            await asyncio.to_thread(held.wait, 30)
+            monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 5.0)
+            (left,) = service.dispatcher.jobs(caller())
+            key = next(key for key in ids if ids[key] == left.id)
+            assert (await submit(service, key=key, number=5000, steps=50)).json()["id"] == left.id
+            let_go.set()
+            while len(list((Path(config.storage) / "jobs").iterdir())) > 1:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
+            job = (await service.client.get(f"/v1/jobs/{left.id}", headers=bearer("alice"))).json()
+            assert job["state"] in ("queued", "running")
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_revived_while_it_is_to_be_removed_is_cancelled(
+    config: ServeConfig, in_process: InProcess
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, key="k", number=5000, steps=50)).json()["id"]
+            job = service.dispatcher.job(caller(), id)
+            await service.dispatcher.end(job, State.failed, "the disk was full")
+            async with job.saving:
+                removal = asyncio.create_task(
+                    service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+                )
+                await asyncio.sleep(0.1)
+                revival = asyncio.create_task(submit(service, key="k", number=5000, steps=50))
+                while job.has_ended:
+                    await asyncio.sleep(0.01)
+            answer = await removal
+            assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+            assert (await revival).json()["id"] == id
+            assert (Path(config.storage) / "jobs" / id / "job.json").exists()
 
     asyncio.run(run())
 
