@@ -109,8 +109,10 @@ class Dispatcher:
         (await self.announce(served)).start(maker)
 
     async def withdraw(self, name: str) -> None:
-        """Serve a generator no more. Its unfinished jobs wait for it to come back."""
-        await self.feeds.pop(name).stop()
+        """Serve a generator no more, if it is served. Its unfinished jobs wait for it to come back."""
+        feed = self.feeds.pop(name, None)
+        if feed is not None:
+            await feed.stop()
         for job in self._unfinished(name):
             self._enqueue(job)
 
