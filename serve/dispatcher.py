@@ -21,7 +21,7 @@ from serve.lease import Embedded, Maker
 from serve.live_job import LiveJob
 from serve.metrics import Meters
 from serve.problems import ProblemError
-from serve.records import Manifest, State
+from serve.records import Manifest, Progress, State
 from serve.requests import checked_job, request_digest
 from serve.schema import JobRequest
 
@@ -253,7 +253,7 @@ class Dispatcher:
             raise ProblemError(507, f"the job cannot be stored: {reason(error)}") from error
         finally:
             self._reserved -= len(job)
-        live = LiveJob(manifest, await self._in_thread(lambda: self._store.progress(manifest)))
+        live = LiveJob(manifest, Progress())
         self._add(live)
         return live
 

@@ -370,6 +370,22 @@ def test_a_job_that_cannot_be_stored_is_not_accepted(
     asyncio.run(run())
 
 
+def test_a_job_that_is_stored_is_accepted_whatever_can_be_read(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: JobStore, manifest: Manifest) -> None:
+        raise RPGError("jobs: cannot be read: the storage cannot be reached")
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            monkeypatch.setattr(JobStore, "progress", unreadable)
+            answer = await submit(service)
+            assert answer.status_code == 202
+            assert (await service.ended(answer.json()["id"]))["state"] == "succeeded"
+
+    asyncio.run(run())
+
+
 def test_a_slow_disk_does_not_hold_up_sampling(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
