@@ -82,7 +82,7 @@ class Roster:
                 entry.name,
                 configs[entry.name],
                 max(entry.replicas, entry.max_replicas),
-                evaluates=bool(entry.collection),
+                has_collection=bool(entry.collection),
             )
             for entry in generators
         }

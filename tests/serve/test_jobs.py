@@ -20,7 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
 
+from rpg.collection.layout import Layout
+from rpg.config import ConditionKind, RecurrentKind, SamplingConfig
 from rpg.errors import RPGError
+from rpg.generation.job import GenerationJob
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
 from rpg.tasks.binary_digits import BinaryDigits
@@ -147,6 +150,39 @@ def test_models_are_measured_where_that_is_asked_for(
     known = json.loads(state.read_text())
     state.write_text(json.dumps({**known, "made": known["made"][:1]}))
     asyncio.run(go_on(id))
+
+
+@pytest.mark.parametrize("kind", [ConditionKind.permutation, ConditionKind.none])
+def test_networks_without_conditions_are_not_measured(
+    config: ServeConfig,
+    in_process: InProcess,
+    measurable: Measurable,
+    make_generator: Callable[..., Generator],
+    make_layout: Callable[..., Layout],
+    tmp_path: Path,
+    kind: ConditionKind,
+) -> None:
+    """Refused at once; a job of that kind that is on storage already fails and says why."""
+    measurable.of(config)
+    layout = make_layout(576, DigitsNet().state_dict())
+    make_generator(layout, RecurrentKind.lstm, condition=kind).save_pretrained(tmp_path / "roots" / "other")
+    config.generators[0].path = str(tmp_path / "roots" / "other")
+    reason = "evaluate: generator 'small' takes no conditions, and without one nothing says what is right"
+    manifest = Manifest(
+        new_id(), "alice", "small", 0, time.time(), GenerationJob(None, 2, 0, SamplingConfig()), evaluate=True
+    )
+    JobStore(Path(config.storage)).create(manifest)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            answer = await submit(service, conditions=None, evaluate=True)
+            assert (answer.status_code, answer.json()["detail"]) == (422, reason)
+            listed = await service.client.get("/v1/generators/small", headers=bearer("alice"))
+            assert listed.json()["evaluates"] is False
+            job = await service.ended(manifest.id)
+            assert (job["state"], job["error"]) == ("failed", reason)
+
+    asyncio.run(run())
 
 
 def test_a_small_job_does_not_wait_behind_a_large_one(config: ServeConfig, in_process: InProcess) -> None:
