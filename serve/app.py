@@ -38,8 +38,8 @@ class Jobs(DispatcherDesk):
         super().__init__(dispatcher)
         await dispatcher.start()
         apps = GeneratorApps(ray_serve.get_replica_context().app_name)
-        self._roster = Roster(dispatcher, apps, file)
-        await self._roster.start(config)
+        self._roster = Roster(dispatcher, apps, file, config)
+        await self._roster.start()
 
     def check_health(self) -> None:
         """Raise where Ray Serve is to start it anew."""

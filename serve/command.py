@@ -70,7 +70,8 @@ def serve(file: ConfigFile) -> None:
         try:
             try:
                 # The dispatcher would begin them as well, but not before it has started itself.
-                GeneratorApps(APPLICATION).add(config)
+                apps = GeneratorApps(APPLICATION)
+                apps.add(config, apps.wanted(config))
                 ray_serve.run(built, name=APPLICATION, route_prefix="/")
             except RuntimeError as error:
                 raise RPGError(_why_not_deployed(APPLICATION) or str(error).splitlines()[0]) from error

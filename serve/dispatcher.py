@@ -21,7 +21,7 @@ from serve.lease import Embedded, Maker
 from serve.live_job import LiveJob
 from serve.metrics import Meters
 from serve.problems import ProblemError
-from serve.records import Manifest, State
+from serve.records import Manifest, Progress, State
 from serve.requests import checked_job, request_digest
 from serve.schema import JobRequest
 
@@ -55,6 +55,7 @@ class Dispatcher:
         self._meters = meters
         self._jobs: dict[str, LiveJob] = {}
         self._by_key: dict[tuple[str, str], asyncio.Future[LiveJob]] = {}
+        self._left_over: set[str] = set()
         self._reserved = 0
         self._files = ThreadPoolExecutor(8, thread_name_prefix="store")
         self._house: asyncio.Task[None] | None = None
@@ -108,8 +109,10 @@ class Dispatcher:
         (await self.announce(served)).start(maker)
 
     async def withdraw(self, name: str) -> None:
-        """Serve a generator no more. Its unfinished jobs wait for it to come back."""
-        await self.feeds.pop(name).stop()
+        """Serve a generator no more, if it is served. Its unfinished jobs wait for it to come back."""
+        feed = self.feeds.pop(name, None)
+        if feed is not None:
+            await feed.stop()
         for job in self._unfinished(name):
             self._enqueue(job)
 
@@ -168,15 +171,25 @@ class Dispatcher:
         return sorted(seen, key=lambda job: (-job.manifest.created, job.id))
 
     async def cancel_or_remove(self, caller: Caller, job_id: str) -> LiveJob | None:
-        """Cancel a job that has not ended, or remove one that has (None)."""
-        if caller.is_admin and job_id in self.quarantined:
-            del self.quarantined[job_id]
-            await self._in_thread(lambda: self._store.remove(job_id))
-            return None
-        job = self.job(caller, job_id)
-        if job.has_ended:
-            await self._remove(job)
-            return None
+        """Cancel a job that has not ended, or remove one that has (None).
+
+        Raises:
+            ProblemError: see `job`; 503 if the storage refuses to remove it, which then stays.
+        """
+        try:
+            if caller.is_admin and job_id in self.quarantined:
+                await self._in_thread(lambda: self._store.discard(job_id))
+                self.quarantined.pop(job_id, None)
+                await self._clear(job_id)
+                return None
+            job = self.job(caller, job_id)
+            if job.has_ended and await self._remove(job):
+                return None
+        except RPGError as error:
+            _log.error("job %s stays: %s", job_id, error)
+            raise ProblemError(
+                503, f"job {job_id} stays for now: {reason(error)}", headers={"Retry-After": "5"}
+            ) from error
         await self.end(job, State.cancelled)
         return job
 
@@ -240,7 +253,7 @@ class Dispatcher:
             raise ProblemError(507, f"the job cannot be stored: {reason(error)}") from error
         finally:
             self._reserved -= len(job)
-        live = LiveJob(manifest, await self._in_thread(lambda: self._store.progress(manifest)))
+        live = LiveJob(manifest, Progress())
         self._add(live)
         return live
 
@@ -310,13 +323,36 @@ class Dispatcher:
     def _unfinished(self, generator: str) -> list[LiveJob]:
         return [j for j in self._jobs.values() if j.manifest.generator == generator and not j.has_ended]
 
-    async def _remove(self, job: LiveJob) -> None:
+    async def _remove(self, job: LiveJob) -> bool:
+        """Remove a job that has ended; False if it has been revived meanwhile.
+
+        Raises:
+            RPGError: if the storage refuses; the job stays.
+        """
         async with job.saving:
-            self._jobs.pop(job.id, None)
-        key = job.manifest.idempotency_key
-        if key is not None:
-            self._by_key.pop((job.manifest.owner, key), None)
-        await self._in_thread(lambda: self._store.remove(job.id))
+            if not job.has_ended:
+                return False
+            if self._jobs.pop(job.id, None) is None:
+                return True
+            key = job.manifest.idempotency_key
+            if key is not None:
+                self._by_key.pop((job.manifest.owner, key), None)
+            try:
+                await self._in_thread(lambda: self._store.discard(job.id))
+            except RPGError:
+                self._add(job)
+                raise
+        await self._clear(job.id)
+        return True
+
+    async def _clear(self, job_id: str) -> None:
+        """Remove the files of a job that is none any more; what is left is tried again later."""
+        self._left_over.discard(job_id)
+        try:
+            await self._in_thread(lambda: self._store.clear(job_id))
+        except RPGError as error:
+            _log.error("%s; it is tried again", error)
+            self._left_over.add(job_id)
 
     async def _keep_house(self) -> None:
         saved = time.monotonic()
@@ -326,9 +362,26 @@ class Dispatcher:
             if time.monotonic() - saved >= _SAVE_SECONDS:
                 for job in [job for job in self._jobs.values() if job.dirty]:
                     await self.save(job)
-                for job in self._expired():
-                    await self._remove(job)
+                await self._make_room()
                 saved = time.monotonic()
+
+    async def _make_room(self) -> None:
+        """Remove what is not to be kept, as far as there is time: other jobs' states are to be saved."""
+        start = time.monotonic()
+        failures: list[str] = []
+        for job, ended_at in [(job, job.ended_at) for job in self._expired()]:
+            try:
+                # Meanwhile it may have been revived, and may even have ended again.
+                if job.ended_at == ended_at:
+                    await self._remove(job)
+            except RPGError as error:
+                failures.append(reason(error))
+            if time.monotonic() - start > _SAVE_SECONDS:
+                break
+        if failures:
+            _log.error("%d jobs were to be removed and stay for now: %s", len(failures), failures[0])
+        for job_id in list(self._left_over):
+            await self._clear(job_id)
 
     def _measure(self) -> None:
         for name, feed in self.feeds.items():

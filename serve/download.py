@@ -106,7 +106,8 @@ def _tar(files: Sequence[tuple[AnyPath, ModelView, str]], mtime: int) -> Iterato
     for path, model, name in files:
         info = tarfile.TarInfo(name)
         info.size, info.mtime = model.bytes, mtime
-        yield info.tobuf(tarfile.USTAR_FORMAT)
+        # USTAR has no room for sizes of 8 GiB and more; with these names GNU's header is one record as well.
+        yield info.tobuf(tarfile.GNU_FORMAT)
         yield from _blocks(path, 0, model.bytes)
         yield bytes(_padded(model.bytes) - model.bytes)
     yield bytes(2 * _TAR_RECORD)

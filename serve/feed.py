@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from rpg.config import GeneratorConfig
+from rpg.config import ConditionKind, GeneratorConfig
 from serve.fair_queue import FairQueue
 from serve.lease import Description, Lease, Maker
 from serve.live_job import LiveJob
@@ -38,8 +38,17 @@ class Served:
     config: GeneratorConfig
     replicas: int
     """At most."""
-    evaluates: bool = False
-    """Whether jobs may ask for evaluation."""
+    has_collection: bool = False
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether jobs give conditions."""
+        return self.config.condition.kind == ConditionKind.vector
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether jobs may ask for evaluation: without a condition nothing says which answers are right."""
+        return self.has_collection and self.takes_conditions
 
     @property
     def reads(self) -> bool:
@@ -220,3 +229,8 @@ def reason(error: BaseException) -> str:
     """An error in one line."""
     text = str(error).strip().splitlines()
     return text[-1] if text else type(error).__name__
+
+
+def not_judged(generator: str) -> str:
+    """Why networks of a generator without conditions are not evaluated."""
+    return f"generator '{generator}' takes no conditions, and without one nothing says what is right"

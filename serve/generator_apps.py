@@ -8,11 +8,13 @@ from the names alone, and survives whatever is killed.
 import hashlib
 import json
 import logging
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from rpg.generator.generator import CONFIG_FILE, WEIGHTS_FILE
 from rpg.storage import identity, location
@@ -62,22 +64,24 @@ class GeneratorApps:
         """A handle to the replicas of an application that is there."""
         return ray_serve.get_deployment_handle(DEPLOYMENT, application)
 
-    def remove_others(self, config: ServeConfig) -> None:
-        """End those that `config` does not want, and wait until they have gone: their GPUs are free then."""
-        self._remove(self.running() - set(self.wanted(config).values()))
+    def remove_others(self, wanted: Collection[str]) -> None:
+        """End those not `wanted`, and wait until they have gone: their GPUs are free then."""
+        self._remove(self.running() - set(wanted))
 
     def remove_all(self) -> None:
         """End all of them."""
         self._remove(self.running())
 
-    def add(self, config: ServeConfig) -> None:
-        """Begin those that `config` wants and that are not there; does not wait for their replicas."""
-        running = self.running()
+    def add(self, config: ServeConfig, wanted: Mapping[str, str]) -> None:
+        """Begin those of `wanted` (see there) that are not there; does not wait for their replicas."""
+        # One that is being ended is gone soon: it may have taken longer than was waited for.
+        statuses = ray_serve.status().applications
+        there = {name for name, each in statuses.items() if each.status != ApplicationStatus.DELETING}
         entries = {entry.name: entry for entry in config.generators}
         targets = [
             ray_serve.RunTarget(_application(entries[generator], config), name, route_prefix=None)
-            for generator, name in self.wanted(config).items()
-            if name not in running
+            for generator, name in wanted.items()
+            if name not in there
         ]
         for target in targets:
             _log.info("begins: %s", target.name)

@@ -4,20 +4,24 @@
     jobs/ID/state.json                   how far it is; written now and then, and when the job ends
     jobs/ID/models/model_000000.safetensors
     jobs/ID/quarantined.json             why a damaged job is left alone
+    jobs/ID/removed.json                 what the manifest is called once the job is being removed
 
 A model counts as soon as its file is there: what `state.json` does not know yet is found by looking.
 """
 
+import logging
 import re
 import secrets
+import shutil
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rpg.errors import RPGError
-from rpg.files import read_json, remove_directory, sha256, write_json
+from rpg.files import read_json, sha256, write_json, write_text
 from rpg.storage import AnyPath, exists, is_remote
-from rpg.storage_errors import naming
+from rpg.storage_errors import StorageError, naming
 from serve.records import Made, Manifest, Progress
 
 _JOBS = "jobs"
@@ -25,8 +29,15 @@ _MANIFEST = "job.json"
 _STATE = "state.json"
 _MODELS = "models"
 _QUARANTINED = "quarantined.json"
+_REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _MODEL = re.compile(r"model_(\d{6,})\.safetensors")
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between attempts to read a job from a storage that fails."""
+_OF_ONE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What a local file system says of one path, and not because it fails itself."""
+
+_log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,8 @@ class JobStore:
         try:
             write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json())
         except RPGError:
-            self.remove(manifest.id)
+            with suppress(RPGError):
+                self.clear(manifest.id)
             raise
 
     def save(self, job_id: str, progress: Progress) -> None:
@@ -117,11 +129,16 @@ class JobStore:
                 return progress
             for index in there.keys() - progress.made.keys():
                 path = there[index]
-                progress.made[index] = Made(index, sha256(path), path.stat().st_size)
+                with naming(path):
+                    progress.made[index] = Made(index, sha256(path), path.stat().st_size)
         return progress
 
     def all(self) -> Iterator[tuple[Manifest, Progress] | Quarantined]:
-        """Every job; damaged ones are named and left as they are."""
+        """Every job; damaged ones are named and left as they are.
+
+        Raises:
+            RPGError: or OSError, if the storage fails for longer than a moment: that says nothing about jobs.
+        """
         jobs = self.root / _JOBS
         with naming(jobs):
             names = sorted(path.name for path in jobs.iterdir()) if jobs.is_dir() else []
@@ -129,17 +146,16 @@ class JobStore:
             if not is_id(name):
                 continue
             try:
-                # A crash while a job was being accepted leaves a directory without a manifest.
-                if not exists(self._directory(name) / _MANIFEST):
-                    self.remove(name)
-                    continue
-                manifest = self.manifest(name)
-                yield manifest, self.progress(manifest)
+                found: tuple[Manifest, Progress] | Quarantined | None = self._read_patiently(name)
             except (RPGError, OSError) as error:
+                if _storage_failed(error):
+                    raise
                 reason = " ".join(str(error).split())
                 with suppress(RPGError):
                     write_json(self._directory(name) / _QUARANTINED, {"reason": reason})
-                yield Quarantined(name, reason)
+                found = Quarantined(name, reason)
+            if found is not None:
+                yield found
 
     def tidy(self, job_id: str) -> None:
         """Remove what killed processes left unfinished among the models of a job that has ended."""
@@ -149,11 +165,71 @@ class JobStore:
                 with suppress(OSError):
                     partial.unlink()
 
-    def remove(self, job_id: str) -> None:
-        """Remove a job with its models; the manifest first, so that half a job is none."""
-        with suppress(Exception):
-            (self._directory(job_id) / _MANIFEST).unlink()
-        remove_directory(self._directory(job_id))
+    def discard(self, job_id: str) -> None:
+        """From here on there is no such job; `clear` removes its files, which may be many.
+
+        Raises:
+            RPGError: if the storage refuses; it is a job still.
+        """
+        directory = self._directory(job_id)
+        with _removing(directory):
+            if exists(directory / _MANIFEST):
+                # Renamed, since a full disk may have no room for another file.
+                (directory / _MANIFEST).rename(str(directory / _REMOVED))
+            else:
+                write_text(directory / _REMOVED, "")
+
+    def clear(self, job_id: str) -> None:
+        """Remove the files of a job that is none any more.
+
+        Raises:
+            RPGError: if some are left.
+        """
+        directory = self._directory(job_id)
+        with _removing(directory):
+            paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
+            # The mark last: without it, what is left would be taken for a job that lost its manifest.
+            for path in sorted(paths, key=lambda path: path.name == _REMOVED):
+                _delete(path)
+            if not is_remote(directory) and directory.is_dir():
+                directory.rmdir()
+
+    def _read_patiently(self, job_id: str) -> tuple[Manifest, Progress] | None:
+        for seconds in _PAUSES:
+            try:
+                return self._read(job_id)
+            except (RPGError, OSError) as error:
+                if not _storage_failed(error):
+                    raise
+                _log.warning("job %s: %s; it is tried again", job_id, error)
+                time.sleep(seconds)
+        return self._read(job_id)
+
+    def _read(self, job_id: str) -> tuple[Manifest, Progress] | None:
+        """A job; None if a crash left no more than files to be removed."""
+        if not self._is_left_over(job_id):
+            manifest = self.manifest(job_id)
+            return manifest, self.progress(manifest)
+        # Where that fails now, the next start tries it again.
+        with suppress(RPGError):
+            self.clear(job_id)
+        return None
+
+    def _is_left_over(self, job_id: str) -> bool:
+        """Whether there is no job, but what a crash left of one while it was being accepted or removed.
+
+        Raises:
+            RPGError: if there is no manifest, and nothing that says why: it was lost.
+        """
+        directory = self._directory(job_id)
+        manifest = directory / _MANIFEST
+        if exists(manifest):
+            return False
+        with naming(directory):
+            names = {path.name for path in directory.iterdir()}
+        if _REMOVED in names or all(name.startswith(f".{_MANIFEST}.") for name in names):
+            return True
+        raise RPGError(f"{manifest}: not found; expected a job's manifest")
 
     def _models_there(self, manifest: Manifest) -> Iterator[tuple[int, AnyPath]]:
         directory = self.models(manifest.id)
@@ -168,3 +244,32 @@ class JobStore:
         if not is_id(job_id):
             raise RPGError(f"'{job_id}': not a job's id")
         return self.root / _JOBS / job_id
+
+
+@contextmanager
+def _removing(directory: AnyPath) -> Iterator[None]:
+    try:
+        with naming(directory, "cannot be removed"):
+            yield
+    except OSError as error:
+        raise RPGError(f"{directory}: cannot be removed: {error.strerror}") from error
+
+
+def _delete(path: AnyPath) -> None:
+    if is_remote(path):
+        path.fs.rm(path.path, recursive=True)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(str(path))
+    else:
+        path.unlink()
+
+
+def _storage_failed(error: BaseException | None) -> bool:
+    """Whether a job could not be read at all, rather than what was read is wrong."""
+    while error is not None:
+        if isinstance(error, StorageError):
+            return True
+        if isinstance(error, OSError):
+            return not isinstance(error, _OF_ONE_PATH)
+        error = error.__cause__
+    return False

@@ -16,6 +16,7 @@ from rpg.storage import local_copy, location
 from serve.centre import centre_sample
 from serve.config import CacheConfig, GeneratorEntry
 from serve.engine import Engine, device_of
+from serve.feed import not_judged
 from serve.job_store import JobStore
 from serve.lease import Description, Embedded, Lease
 from serve.records import Made
@@ -137,6 +138,8 @@ class LocalMaker:
                     "descriptions were read with"
                 )
             plan = JobPlan(self._generator, manifest.job, self._digest)
+            if manifest.evaluate and manifest.job.conditions is None:
+                raise RPGError(f"evaluate: {not_judged(self._name)}")
             self._plans[job_id] = plan, manifest.evaluate
             if len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)

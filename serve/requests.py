@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rpg.config import ConditionKind, SamplingConfig, Solver, TokenDtype, validate_sampling
+from rpg.config import SamplingConfig, Solver, TokenDtype, validate_sampling
 from rpg.errors import RPGError
 from rpg.generation.job import GenerationJob
 from rpg.generation.sampler import condition_row
 from serve.config import LimitsConfig
-from serve.feed import Served
+from serve.feed import Served, not_judged
 from serve.problems import ProblemError
 from serve.schema import JobRequest
 
@@ -48,7 +48,7 @@ def checked_job(
             422,
             f"number: expected at most {limits.models_per_job} models (limits.models_per_job), got {models}",
         )
-    if config.condition.kind == ConditionKind.vector and conditions is None:
+    if served.takes_conditions and conditions is None:
         or_else = ", or descriptions" if served.reads else ""
         raise ProblemError(
             422, f"conditions: this generator needs ones of {config.condition.size} values{or_else}"
@@ -66,6 +66,8 @@ def checked_job(
         raise ProblemError(422, str(error)) from error
     # Whole numbers in JSON are integers in Python, and would be written differently.
     floats = None if conditions is None else [[float(value) for value in row] for row in conditions]
+    if request.evaluate and not served.takes_conditions:
+        raise ProblemError(422, f"evaluate: {not_judged(request.generator)}")
     if request.evaluate and not served.evaluates:
         raise ProblemError(
             422, f"evaluate: generator '{request.generator}' is served without a collection to compare with"

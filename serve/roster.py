@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -9,7 +10,8 @@ from rpg.config import GeneratorConfig, generator_config_from_yaml
 from rpg.errors import RPGError
 from rpg.generator.generator import CONFIG_FILE
 from rpg.storage import fetched, identity, location
-from serve.config import ConfigFile, ServeConfig
+from rpg.storage_errors import StorageError
+from serve.config import ConfigFile, GeneratorEntry, ServeConfig
 from serve.dispatcher import Dispatcher
 from serve.feed import Served
 from serve.generator_apps import GeneratorApps
@@ -21,6 +23,21 @@ _LOOK_SECONDS = 2.0
 _log = logging.getLogger("ray.serve")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is to be served, all of it known: nothing is left to find out while it is brought about.
+
+    Attributes:
+        config: what the service was started with, with the generators to serve.
+        served: these, by name.
+        apps: the names of their applications, by theirs.
+    """
+
+    config: ServeConfig
+    served: dict[str, Served]
+    apps: dict[str, str]
+
+
 class Roster:
     """Keeps a dispatcher's generators and their applications as the configuration file names them.
 
@@ -28,50 +45,68 @@ class Roster:
     generators are taken up: whatever else is changed in it waits for the service to be started again.
     """
 
-    def __init__(self, dispatcher: Dispatcher, apps: GeneratorApps, file: ConfigFile) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, apps: GeneratorApps, file: ConfigFile, config: ServeConfig
+    ) -> None:
+        """`config` is what the service was started with."""
         self._dispatcher = dispatcher
         self._apps = apps
         self._file = file
+        self._config = config
         self._seen: object | None = None
         self._served: dict[str, str] = {}
         self.task: asyncio.Task[None] | None = None
 
-    async def start(self, config: ServeConfig) -> None:
-        """Serve the generators of `config`, and follow the file from here on."""
+    async def start(self) -> None:
+        """Serve the generators that the file names now, and follow it from here on."""
+        generators = self._config.generators
         try:
             self._seen = identity(self._file.path)
-            config = self._file.read()
+            generators = self._file.read().generators
         except RPGError as error:
             # It is another node's, or was being edited: what the service was started with is good.
             _log.warning("%s", error)
-        await self.change(config)
+        await self.change(await asyncio.to_thread(self.plan, generators))
         self.task = asyncio.create_task(self._follow())
 
-    async def change(self, config: ServeConfig) -> None:
-        """Serve the generators of `config` and no others; those that have not changed are not touched."""
-        configs = await asyncio.to_thread(generator_configs, config)
-        wanted = await asyncio.to_thread(self._apps.wanted, config)
-        entries = {entry.name: entry for entry in config.generators}
-        new = {name for name, app in wanted.items() if self._served.get(name) != app}
-        for name in self._served.keys() - wanted.keys():
-            await self._dispatcher.withdraw(name)
-        feeds = {
-            name: await self._dispatcher.announce(
-                Served(
-                    name,
-                    configs[name],
-                    max(entries[name].replicas, entries[name].max_replicas),
-                    evaluates=bool(entries[name].collection),
-                )
+    def plan(self, generators: list[GeneratorEntry]) -> Plan:
+        """How to serve these generators and no others. Blocks, and changes nothing.
+
+        Raises:
+            RPGError: naming the file of one that is not there, or a storage that cannot be asked.
+        """
+        config = replace(self._config, generators=generators)
+        configs = generator_configs(config)
+        served = {
+            entry.name: Served(
+                entry.name,
+                configs[entry.name],
+                max(entry.replicas, entry.max_replicas),
+                has_collection=bool(entry.collection),
             )
-            for name in new
+            for entry in generators
         }
+        return Plan(config, served, self._apps.wanted(config))
+
+    async def change(self, plan: Plan) -> None:
+        """Serve what is planned and nothing else; generators that have not changed are not touched.
+
+        Where it ends half way, the next change goes on from what is there.
+        """
+        for name in self._dispatcher.feeds.keys() - plan.served.keys():
+            self._served.pop(name, None)
+            await self._dispatcher.withdraw(name)
+        for name, served in plan.served.items():
+            if self._served.get(name) != plan.apps[name]:
+                await self._dispatcher.announce(served)
+                self._served[name] = plan.apps[name]
         # First those that go: the others may need their GPUs.
-        await asyncio.to_thread(self._apps.remove_others, config)
-        await asyncio.to_thread(self._apps.add, config)
-        for name, feed in feeds.items():
-            feed.start(HandleMaker(await asyncio.to_thread(self._apps.handle, wanted[name])))
-        self._served = wanted
+        await asyncio.to_thread(self._apps.remove_others, plan.apps.values())
+        await asyncio.to_thread(self._apps.add, plan.config, plan.apps)
+        for name, app in plan.apps.items():
+            feed = self._dispatcher.feeds[name]
+            if feed.maker is None:
+                feed.start(HandleMaker(await asyncio.to_thread(self._apps.handle, app)))
 
     async def _follow(self) -> None:
         while True:
@@ -81,14 +116,34 @@ class Roster:
                 if now in (None, self._seen):
                     continue
                 self._seen = now
-                config = await asyncio.to_thread(self._file.read)
-                check_room(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
-                await self.change(config)
-            except RPGError as error:
-                _log.error("the generators stay as they are: %s", error)
+                plan = await self._asked()
+                if plan is not None:
+                    await self.change(plan)
+            except StorageError as error:
+                _log.error("the generators stay as they are for now: %s", error)
+                self._seen = None
             except Exception:
                 _log.exception("%s could not be taken up; it is tried again", self._file.path)
                 self._seen = None
+
+    async def _asked(self) -> Plan | None:
+        """What the file asks for; None if it cannot be had.
+
+        Raises:
+            StorageError: if a storage cannot be asked: another attempt may go well.
+        """
+        try:
+            generators = (await asyncio.to_thread(self._file.read)).generators
+            check_room(
+                replace(self._config, generators=generators),
+                ray.cluster_resources(),  # type: ignore[no-untyped-call]
+            )
+            return await asyncio.to_thread(self.plan, generators)
+        except RPGError as error:
+            if isinstance(error, StorageError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            _log.error("the generators stay as they are: %s", error)
+            return None
 
 
 def generator_configs(config: ServeConfig) -> dict[str, GeneratorConfig]:

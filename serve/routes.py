@@ -109,7 +109,7 @@ _MEANINGS = {
     422: "Not what was expected",
     429: "Too much is waiting",
     500: "It could not be made",
-    503: "The service is starting",
+    503: "The service is starting, or its storage refuses",
     507: "The storage is full",
 }
 

@@ -4,15 +4,20 @@ import asyncio
 import hashlib
 import io
 import json
+import os
+import subprocess
 import tarfile
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from serve import download
 from serve.config import ServeConfig
+from serve.schema import ModelView
 from tests.serve.conftest import CONDITIONS, bearer, token_entry
 
 InProcess = Callable[..., Any]
@@ -212,6 +217,8 @@ def test_downloads(calling: Calling, expected: Callable[..., list[bytes]]) -> No
 
         archive = await client.get(f"/v1/jobs/{job}/archive", headers=ALICE)
         assert int(archive.headers["content-length"]) == len(archive.content)
+        unpacked = subprocess.run(["tar", "xO"], input=archive.content, capture_output=True, check=True)
+        assert unpacked.stdout == b"".join(whole)
         with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
             names = tar.getnames()
             assert names == [f"{job}/model_{i:06d}.safetensors" for i in range(4)]
@@ -221,6 +228,34 @@ def test_downloads(calling: Calling, expected: Callable[..., list[bytes]]) -> No
         assert "is gone from storage" in problem(await client.get(path, headers=ALICE), 404)
 
     calling(run)
+
+
+def test_an_archive_of_a_large_network_can_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown: Any = {
+        "index": 0, "sha256": "0" * 64, "accuracy": None, "similarity": None, "description": None
+    }  # fmt: skip
+    sizes = {"small": 1000, "large": 9 * 2**30 + 5}
+    monkeypatch.setattr(download, "_blocks", lambda path, start, end: iter([path.name.encode()]))
+    monkeypatch.setattr(download, "_padded", lambda size: size)
+    files = [
+        (tmp_path / name, ModelView(bytes=size, **unknown), f"{'a' * 22}/{name}.safetensors")
+        for name, size in sizes.items()
+    ]
+    archive = tmp_path / "archive.tar"
+    with archive.open("wb") as file:
+        for block in download._tar(files, 1_700_000_000):
+            if block in (b"small", b"large"):
+                # In place of the values: a hole.
+                file.seek(-(-sizes[block.decode()] // 512) * 512, os.SEEK_CUR)
+            else:
+                file.write(block)
+    monkeypatch.undo()
+    length = int(download.archive_response(files, 1_700_000_000, "a.tar").headers["content-length"])
+    assert archive.stat().st_size == length
+    listed = subprocess.run(["tar", "tvf", archive], capture_output=True, text=True, check=True)
+    assert [int(line.split()[2]) for line in listed.stdout.splitlines()] == list(sizes.values())
 
 
 def test_one_model_in_the_answer(calling: Calling, expected: Callable[..., list[bytes]]) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -19,19 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor
 
+from rpg.collection.layout import Layout
+from rpg.config import ConditionKind, RecurrentKind, SamplingConfig
 from rpg.errors import RPGError
+from rpg.generation.job import GenerationJob
 from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
 from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
 from serve import dispatcher as dispatcher_module
-from serve import feed
+from serve import feed, job_store
 from serve.config import ServeConfig
 from serve.job_store import JobStore, is_id, new_id
 from serve.lease import Description, Lease
 from serve.local_maker import LocalMaker
-from serve.records import Made, Manifest
-from tests.s3_server import S3Server
+from serve.records import Made, Manifest, State
+from tests.s3_server import Proxy, S3Server
 from tests.serve.conftest import CONDITIONS, Measurable, bearer, caller
 
 InProcess = Callable[..., Any]
@@ -146,6 +150,39 @@ def test_models_are_measured_where_that_is_asked_for(
     known = json.loads(state.read_text())
     state.write_text(json.dumps({**known, "made": known["made"][:1]}))
     asyncio.run(go_on(id))
+
+
+@pytest.mark.parametrize("kind", [ConditionKind.permutation, ConditionKind.none])
+def test_networks_without_conditions_are_not_measured(
+    config: ServeConfig,
+    in_process: InProcess,
+    measurable: Measurable,
+    make_generator: Callable[..., Generator],
+    make_layout: Callable[..., Layout],
+    tmp_path: Path,
+    kind: ConditionKind,
+) -> None:
+    """Refused at once; a job of that kind that is on storage already fails and says why."""
+    measurable.of(config)
+    layout = make_layout(576, DigitsNet().state_dict())
+    make_generator(layout, RecurrentKind.lstm, condition=kind).save_pretrained(tmp_path / "roots" / "other")
+    config.generators[0].path = str(tmp_path / "roots" / "other")
+    reason = "evaluate: generator 'small' takes no conditions, and without one nothing says what is right"
+    manifest = Manifest(
+        new_id(), "alice", "small", 0, time.time(), GenerationJob(None, 2, 0, SamplingConfig()), evaluate=True
+    )
+    JobStore(Path(config.storage)).create(manifest)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            answer = await submit(service, conditions=None, evaluate=True)
+            assert (answer.status_code, answer.json()["detail"]) == (422, reason)
+            listed = await service.client.get("/v1/generators/small", headers=bearer("alice"))
+            assert listed.json()["evaluates"] is False
+            job = await service.ended(manifest.id)
+            assert (job["state"], job["error"]) == ("failed", reason)
+
+    asyncio.run(run())
 
 
 def test_a_small_job_does_not_wait_behind_a_large_one(config: ServeConfig, in_process: InProcess) -> None:
@@ -369,6 +406,22 @@ def test_a_job_that_cannot_be_stored_is_not_accepted(
     asyncio.run(run())
 
 
+def test_a_job_that_is_stored_is_accepted_whatever_can_be_read(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: JobStore, manifest: Manifest) -> None:
+        raise RPGError("jobs: cannot be read: the storage cannot be reached")
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            monkeypatch.setattr(JobStore, "progress", unreadable)
+            answer = await submit(service)
+            assert answer.status_code == 202
+            assert (await service.ended(answer.json()["id"]))["state"] == "succeeded"
+
+    asyncio.run(run())
+
+
 def test_a_slow_disk_does_not_hold_up_sampling(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,6 +530,196 @@ def test_ended_jobs_are_kept_for_a_time_and_a_size(
             left = [path.name for path in (Path(config.storage) / "jobs").iterdir()]
             assert len(left) == kept
             assert set(left) <= set(ids)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_revived_while_others_are_removed_stays(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.05)
+    discard = JobStore.discard
+    held, let_go = threading.Event(), threading.Event()
+
+    def held_up(store: JobStore, job_id: str) -> None:
+        held.set()
+        let_go.wait(30)
+        discard(store, job_id)
+
+    monkeypatch.setattr(JobStore, "discard", held_up)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            ids = {}
+            for key in ("a", "b"):
+                ids[key] = (await submit(service, key=key, number=5000, steps=50)).json()["id"]
+                job = service.dispatcher.job(caller(), ids[key])
+                await service.dispatcher.end(job, State.failed, "the disk was full")
+            config.retention.days = 0
+            monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.0)
+            await asyncio.to_thread(held.wait, 30)
+            monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 5.0)
+            (left,) = service.dispatcher.jobs(caller())
+            key = next(key for key in ids if ids[key] == left.id)
+            assert (await submit(service, key=key, number=5000, steps=50)).json()["id"] == left.id
+            let_go.set()
+            while len(list((Path(config.storage) / "jobs").iterdir())) > 1:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
+            job = (await service.client.get(f"/v1/jobs/{left.id}", headers=bearer("alice"))).json()
+            assert job["state"] in ("queued", "running")
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_revived_while_it_is_to_be_removed_is_cancelled(
+    config: ServeConfig, in_process: InProcess
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, key="k", number=5000, steps=50)).json()["id"]
+            job = service.dispatcher.job(caller(), id)
+            await service.dispatcher.end(job, State.failed, "the disk was full")
+            async with job.saving:
+                removal = asyncio.create_task(
+                    service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+                )
+                await asyncio.sleep(0.1)
+                revival = asyncio.create_task(submit(service, key="k", number=5000, steps=50))
+                while job.has_ended:
+                    await asyncio.sleep(0.01)
+            answer = await removal
+            assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+            assert (await revival).json()["id"] == id
+            assert (Path(config.storage) / "jobs" / id / "job.json").exists()
+
+    asyncio.run(run())
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, target: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def test_a_job_that_cannot_be_removed_stays_and_whoever_asked_is_told(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, key="k")).json()["id"]
+            await service.ended(id)
+            with monkeypatch.context() as patch:
+                read_only(patch)
+                answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
+            assert f"jobs/{id}: cannot be removed: Read-only file system" in answer.json()["detail"]
+            model = await service.client.get(f"/v1/jobs/{id}/models/0", headers=bearer("alice"))
+            assert model.status_code == 200
+            assert (await submit(service, key="k")).json()["id"] == id
+        async with in_process(config) as service:
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 204
+        async with in_process(config) as service:
+            assert not service.dispatcher.jobs(caller())
+
+    asyncio.run(run())
+
+
+def test_a_quarantined_job_that_cannot_be_removed_stays(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service)).json()["id"]
+        (Path(config.storage) / "jobs" / id / "job.json").write_text("{")
+        async with in_process(config) as service:
+            with monkeypatch.context() as patch:
+                read_only(patch)
+                answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("root"))
+            assert answer.status_code == 503
+            listed = (await service.client.get("/v1/jobs", headers=bearer("root"))).json()
+            assert [each["id"] for each in listed["quarantined"]] == [id]
+
+    asyncio.run(run())
+
+
+def test_an_object_store_that_refuses_keeps_the_job(
+    config: ServeConfig, in_process: InProcess, s3: S3Server, proxy: Proxy
+) -> None:
+    config.storage = f"{s3.bucket('kept')}/service"
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service)).json()["id"]
+            await service.ended(id)
+            proxy.refuses = lambda method, path: method in ("PUT", "POST", "DELETE")
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 503
+            assert f"jobs/{id}: cannot be removed" in answer.json()["detail"]
+            proxy.refuses = lambda method, path: False
+            model = await service.client.get(f"/v1/jobs/{id}/models/0", headers=bearer("alice"))
+            assert model.status_code == 200
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 204
+            assert not s3.content("kept")
+
+    asyncio.run(run())
+
+
+def test_what_retention_cannot_remove_is_tried_again(
+    config: ServeConfig,
+    in_process: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            with monkeypatch.context() as patch:
+                read_only(patch)
+                id = (await submit(service)).json()["id"]
+                await service.ended(id)
+                config.retention.days = 0
+                while "1 jobs were to be removed and stay for now" not in caplog.text:
+                    await asyncio.sleep(0.02)
+                assert [job.id for job in service.dispatcher.jobs(caller())] == [id]
+            async with asyncio.timeout(30):
+                while (Path(config.storage) / "jobs" / id).exists():
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(run())
+
+
+def test_files_that_outlive_their_job_are_removed_later(
+    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
+    delete, failures = job_store._delete, 2
+
+    def failing(path: Path) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        delete(path)
+
+    monkeypatch.setattr(job_store, "_delete", failing)
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service)).json()["id"]
+            await service.ended(id)
+            answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
+            assert answer.status_code == 204
+            assert (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).status_code == 404
+            async with asyncio.timeout(30):
+                while (Path(config.storage) / "jobs" / id).exists():
+                    await asyncio.sleep(0.02)
 
     asyncio.run(run())
 
