@@ -1,5 +1,6 @@
 """Configuration of the service: a dataclass schema, read from YAML and validated."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -197,8 +198,8 @@ def validate_serve_config(config: ServeConfig) -> None:
             raise RPGError(f"retention.{name}: expected at least 0, got {value}")
     if config.num_cpus is not None and config.num_cpus < 1:
         raise RPGError(f"num_cpus: expected at least 1, got {config.num_cpus}")
-    if not config.cache.gigabytes > 0:
-        raise RPGError(f"cache.gigabytes: expected a value above 0, got {config.cache.gigabytes}")
+    if not 0 < config.cache.gigabytes < math.inf:
+        raise RPGError(f"cache.gigabytes: expected a finite value above 0, got {config.cache.gigabytes}")
 
 
 def expiry(token: TokenEntry) -> datetime | None:

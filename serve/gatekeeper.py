@@ -8,7 +8,7 @@ from serve.access import Gate
 from serve.page import PAGE_PATHS
 from serve.problems import MEDIA_TYPE, Problem, ProblemError
 
-OPEN_PATHS = ("/healthz", "/openapi.json", "/docs", *PAGE_PATHS)
+OPEN_PATHS = ("/healthz", "/openapi.json", *PAGE_PATHS)
 """What is answered without a token. Nothing about jobs is told there."""
 
 

@@ -19,19 +19,3 @@ class Meters(Protocol):
 
     def ended(self, generator: str, state: State, seconds: float) -> None:
         """A job has ended, so long after it was accepted."""
-
-
-class NoMeters:
-    """Counts nothing."""
-
-    def waiting(self, generator: str, models: int) -> None:
-        """Nothing."""
-
-    def made(self, generator: str, models: int) -> None:
-        """Nothing."""
-
-    def first_model(self, generator: str, seconds: float) -> None:
-        """Nothing."""
-
-    def ended(self, generator: str, state: State, seconds: float) -> None:
-        """Nothing."""

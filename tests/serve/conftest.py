@@ -39,12 +39,24 @@ from serve.dispatcher import Dispatcher
 from serve.feed import Served
 from serve.job_store import JobStore
 from serve.local_maker import LocalMaker
-from serve.metrics import NoMeters
+from serve.records import State
 from serve.routes import http_app
 
 ROOT = Path(__file__).parents[2]
 CONDITIONS = [[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]
 TOKENS = {"alice": ["submit", "read"], "bob": ["submit", "read"], "reader": ["read"], "root": ["admin"]}
+
+
+class NoMeters:
+    """Counts nothing."""
+
+    def waiting(self, generator: str, models: int) -> None: ...
+
+    def made(self, generator: str, models: int) -> None: ...
+
+    def first_model(self, generator: str, seconds: float) -> None: ...
+
+    def ended(self, generator: str, state: State, seconds: float) -> None: ...
 
 
 def bearer(name: str) -> dict[str, str]:

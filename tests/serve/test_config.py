@@ -51,6 +51,7 @@ def test_off_is_a_word_of_yaml(tmp_path: Path) -> None:
         ),
         ({"generators": ["a"]}, "'generators[0]': expected a mapping, got 'a'"),
         ({"storage": ""}, "storage: expected a directory or URI"),
+        ({"cache": {"gigabytes": float("inf")}}, "cache.gigabytes: expected a finite value above 0, got inf"),
         ({"generators": []}, "generators: expected at least one"),
         ({"generators": [{"name": "A"}]}, "generators[0].name: expected small letters"),
         ({"generators": [{"name": "a"}]}, "generators[0].path: expected a directory or URI"),
