@@ -1,6 +1,7 @@
 """Shards give back any tokens, read only the pages that these lie on, and name damaged files."""
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from rpg.collection.collection import Entry
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Layout
+from rpg.collection.shard_file import open_shard
 from rpg.collection.shards import ENTRIES_FILE, MANIFEST_FILE, ShardedCollection, write_manifest, write_shard
 from rpg.collection.statistics import LayoutStatistics
 from rpg.collection.verified import VERIFIED_FILE
@@ -367,3 +369,51 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path) -> None:
     assert result.stderr == ""
     assert (tmp_path / "00000.arrow").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
+    layout, checkpoints = make(60)
+    shards = [
+        write_shard(tmp_path / f"{i:05d}.arrow", layout, [checkpoint], TokenDtype.float32)
+        for i, checkpoint in enumerate(checkpoints)
+    ]
+    entries = [Entry(name, "") for name, _ in checkpoints]
+    write_manifest(tmp_path, layout, shards, entries, TokenDtype.float32)
+    script = """
+        import os, resource, sys
+        from pathlib import Path
+        from rpg.collection.shards import ShardedCollection
+        opened = max(int(each) for each in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, opened + 30))
+        collection = ShardedCollection.open(Path(sys.argv[1]))
+        print(sum(collection.read(i, [0]).shape[0] for i in range(60)))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert (result.returncode, result.stdout) == (0, "60\n"), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_closed_collection_is_mapped_no_more(tmp_path: Path) -> None:
+    write(tmp_path)
+    collection = ShardedCollection.open(tmp_path)
+    read = collection.read(0, [0])
+    assert str(tmp_path / "00000.arrow") in Path("/proc/self/maps").read_text()
+    del collection
+    gc.collect()
+    assert str(tmp_path / "00000.arrow") not in Path("/proc/self/maps").read_text()
+    assert read.isfinite().all()
+
+
+def test_an_empty_file_is_no_shard(tmp_path: Path) -> None:
+    layout, _ = write(tmp_path)
+    (tmp_path / "00000.arrow").write_bytes(b"")
+    refused(
+        "00000.arrow: cannot be read as a shard",
+        lambda: open_shard(tmp_path / "00000.arrow", layout, TokenDtype.float32, 3),
+    )
