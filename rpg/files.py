@@ -24,6 +24,7 @@ from rpg.storage_errors import naming
 __all__ = [
     "AnyPath",
     "copy_file",
+    "is_storable",
     "read_json",
     "remove_directory",
     "replacing_directory",
@@ -153,6 +154,14 @@ def read_json(path: AnyPath, what: str) -> Any:
         raise RPGError(f"{path}: not found; expected {what}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RPGError(f"{path}: cannot be read as {what}: {_reason(error)}") from error
+
+
+def is_storable(name: str) -> bool:
+    """Whether a file may have this name, and a UTF-8 file say so: no NUL, no half of a surrogate pair."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def sha256(path: AnyPath) -> str:

@@ -221,6 +221,38 @@ def refused(message: str, action: Callable[[], Any]) -> None:
             lambda d: change(d, shards=[{"file": "../x", "bytes": 1, "sha256": "", "checkpoints": 1}]),
             f"{MANIFEST_FILE}: shard 0: file: expected a name without a directory",
         ),
+        *(
+            (
+                lambda d, name=name: change_shard(d, file=name),
+                f"{MANIFEST_FILE}: shard 0: file: expected a name without a directory",
+            )
+            for name in ("a\0b", "\ud800", "..", "")
+        ),
+        (
+            lambda d: change_shard(d, checkpoints=10**18),
+            f"{MANIFEST_FILE}: shards: expected 7 checkpoints in all, as {ENTRIES_FILE} has, found 10+4",
+        ),
+        (lambda d: vouched(d, b"no Arrow"), f"{ENTRIES_FILE}: not an Arrow file"),
+        (
+            lambda d: vouched(d, (d / ENTRIES_FILE).read_bytes()[:-20]),
+            f"{ENTRIES_FILE}: not an Arrow file",
+        ),
+        (
+            lambda d: change_column(d, "name", None),
+            f"{ENTRIES_FILE}: column 'name': expected one of",
+        ),
+        (
+            lambda d: change_column(d, "shard", pa.array(["0"] * 7)),
+            f"{ENTRIES_FILE}: column 'shard': expected one of type int32",
+        ),
+        (
+            lambda d: change_column(d, "batch", pa.array([None] * 7, pa.int32())),
+            f"{ENTRIES_FILE}: column 'batch': expected a value in every row",
+        ),
+        (
+            lambda d: change_column(d, "condition", pa.array([1.0] * 7)),
+            f"{ENTRIES_FILE}: column 'condition': expected nulls, or float32 lists",
+        ),
     ],
 )
 def test_damaged_directories_are_refused_by_file(
@@ -280,14 +312,31 @@ def garble(path: Path) -> None:
 
 def move(directory: Path, column: str, value: int) -> None:
     """Say that the last checkpoint lies elsewhere, in entries that the manifest vouches for."""
-    path = directory / ENTRIES_FILE
-    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    table = pa.ipc.open_file((directory / ENTRIES_FILE).read_bytes()).read_all()
     places = table.column(column).to_pylist()
     places[-1] = value
-    table = table.set_column(table.schema.get_field_index(column), column, pa.array(places, pa.int32()))
-    with pa.ipc.new_file(str(path), table.schema) as writer:
+    change_column(directory, column, pa.array(places, pa.int32()))
+
+
+def change_column(directory: Path, column: str, values: Any) -> None:
+    table = pa.ipc.open_file((directory / ENTRIES_FILE).read_bytes()).read_all()
+    index = table.schema.get_field_index(column)
+    table = table.remove_column(index) if values is None else table.set_column(index, column, values)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    change(directory, entries_sha256=sha256(path))
+    vouched(directory, sink.getvalue().to_pybytes())
+
+
+def vouched(directory: Path, entries: bytes) -> None:
+    """Write entries whose digest is the manifest's."""
+    (directory / ENTRIES_FILE).write_bytes(entries)
+    change(directory, entries_sha256=sha256(directory / ENTRIES_FILE))
+
+
+def change_shard(directory: Path, **values: Any) -> None:
+    shards = json.loads((directory / MANIFEST_FILE).read_text())["shards"]
+    change(directory, shards=[{**shards[0], **values}, *shards[1:]])
 
 
 def change(directory: Path, **values: Any) -> None:
