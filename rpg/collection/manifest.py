@@ -161,13 +161,15 @@ def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dic
         seen.add(name)
         if name not in entries:
             raise RPGError(f"{directory}: checkpoint '{name}' is in the shards but not in the collection")
-    conditions = [entries[name].condition for name in names]
+    # As floats: Arrow refuses integers that float32 cannot hold exactly, and rounds floats.
+    found = [entries[name].condition for name in names]
+    conditions = [None if values is None else list(map(float, values)) for values in found]
     width = None if conditions[0] is None else len(conditions[0])
     for name, condition in zip(names, conditions, strict=True):
-        found = None if condition is None else len(condition)
-        if found != width:
+        other = None if condition is None else len(condition)
+        if other != width:
             raise RPGError(
-                f"'{name}': expected a condition of width {width}, as '{names[0]}' has, found {found}"
+                f"'{name}': expected a condition of width {width}, as '{names[0]}' has, found {other}"
             )
     columns = {
         "name": pa.array(names, pa.string()),

@@ -466,3 +466,16 @@ def test_an_empty_file_is_no_shard(tmp_path: Path) -> None:
         "00000.arrow: cannot be read as a shard",
         lambda: open_shard(tmp_path / "00000.arrow", layout, TokenDtype.float32, 3),
     )
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_conditions_are_rounded_to_float32_whether_they_are_integers_or_not(
+    tmp_path: Path, kind: type[int] | type[float]
+) -> None:
+    layout, checkpoints = make(2)
+    shard = write_shard(tmp_path / "a.arrow", layout, checkpoints, TokenDtype.float32)
+    entries = [Entry(name, "", [kind(20240131), kind(1)]) for name, _ in checkpoints]
+    write_manifest(tmp_path, layout, [shard], entries, TokenDtype.float32)
+    conditions = ShardedCollection.open(tmp_path).conditions
+    assert conditions is not None
+    assert torch.equal(conditions, torch.tensor([[20240131.0, 1.0]] * 2))
