@@ -45,6 +45,8 @@ WEIGHTS_FILE = "generator.safetensors"
 CARD_FILE = "README.md"
 LAYOUT_KEY = "layout"
 """Metadata key of the weights: the layout's digest. Behind a URI the files are not replaced at once."""
+CONFIG_KEY = "config"
+"""Metadata key of the weights: digest of the configuration but for `sampling`; older files have none."""
 ENCODER_KEY = "encoder"
 """Metadata key of the weights: the text encoder's digest, where there is one."""
 
@@ -171,12 +173,7 @@ class Generator(nn.Module):
     def digest(self) -> str:
         """SHA-256 of everything that determines what is generated: weights, layout, architecture, encoder."""
         hashed = hashlib.sha256()
-        architecture = to_plain(self.config)
-        del architecture["sampling"]
-        if not self.config.condition.encoder:
-            # Digests of generators without one are what they were before there were encoders.
-            del architecture["condition"]["encoder"]
-        hashed.update(json.dumps(architecture, sort_keys=True).encode())
+        hashed.update(_architecture(self.config))
         hashed.update(self.layout.digest().encode())
         for name, tensor in sorted(self.state_dict().items()):
             hashed.update(name.encode())
@@ -236,7 +233,9 @@ class Generator(nn.Module):
             if self.encoder_directory is not None:
                 copy_encoder(self.encoder_directory, temporary / ENCODER_DIRECTORY)
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            metadata = {"format": "pt", LAYOUT_KEY: self.layout.digest()}
+            metadata = {
+                "format": "pt", LAYOUT_KEY: self.layout.digest(), CONFIG_KEY: _config_digest(self.config),
+            }  # fmt: skip
             if self.config.condition.encoder:
                 metadata[ENCODER_KEY] = self.config.condition.encoder
             write_checkpoint(temporary / WEIGHTS_FILE, weights, metadata)
@@ -277,10 +276,27 @@ class Generator(nn.Module):
         with _building(directory / CONFIG_FILE):
             expected = _expected(config, layout.token_size, len(weights))
         _check_weights(path, expected, weights)
+        # After the shapes, which say more exactly what does not fit.
+        if metadata.get(CONFIG_KEY, _config_digest(config)) != _config_digest(config):
+            raise RPGError(f"{path}: was saved with another configuration than the {CONFIG_FILE} beside it")
         with _building(directory / CONFIG_FILE):
             generator = cls(config, layout)
         generator.load_state_dict(weights)
         return generator.eval()
+
+
+def _architecture(config: GeneratorConfig) -> bytes:
+    """All of a configuration that says what weights mean; how to sample may be changed later."""
+    architecture = to_plain(config)
+    del architecture["sampling"]
+    if not config.condition.encoder:
+        # Digests of generators without one are what they were before there were encoders.
+        del architecture["condition"]["encoder"]
+    return json.dumps(architecture, sort_keys=True).encode()
+
+
+def _config_digest(config: GeneratorConfig) -> str:
+    return hashlib.sha256(_architecture(config)).hexdigest()
 
 
 def _networks(config: GeneratorConfig, token_size: int) -> tuple[Condition, nn.Module, Denoiser]:

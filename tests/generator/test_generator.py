@@ -309,6 +309,30 @@ def test_damaged_directories_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("prediction: v", "prediction: x0"),
+        ("schedule: linear", "schedule: cosine"),
+        ("timesteps: 1000", "timesteps: 999"),
+    ],
+)
+def test_a_generator_of_two_halves_is_refused(saved: Path, before: str, after: str) -> None:
+    """Of equal shapes, as when files are replaced one by one behind a URI and the process is killed."""
+    change_config(saved, before, after)
+    with pytest.raises(RPGError, match=f"{WEIGHTS_FILE}: was saved with another configuration"):
+        Generator.from_pretrained(saved)
+    # Older files do not say what they belong to.
+    change_weights(saved, lambda weights: None)
+    Generator.from_pretrained(saved)
+
+
+def test_how_to_sample_may_be_changed_later(saved: Path) -> None:
+    change_config(saved, "steps: 8", "steps: 3")
+    change_config(saved, "solver: dpmpp_2m", "solver: ddim")
+    assert Generator.from_pretrained(saved).config.sampling.steps == 3
+
+
 def test_a_failed_save_leaves_the_earlier_generator(
     saved: Path, make_generator: MakeGenerator, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
