@@ -20,6 +20,9 @@ from rpg.files import AnyPath, write_text
 
 T = TypeVar("T")
 
+MAX_TOKEN_BATCH = 2**20
+MAX_TIMESTEPS = 10**6
+
 
 class Normalisation(StrEnum):
     """How a tensor's values become token values (see `rpg.collection.layout`)."""
@@ -555,6 +558,7 @@ def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
     if not 0 <= config.condition.dropout < 1:
         raise RPGError(f"{prefix}condition.dropout: expected 0 <= value < 1, got {config.condition.dropout}")
     _at_least(2, {f"{prefix}diffusion.timesteps": diffusion.timesteps})
+    _at_most(MAX_TIMESTEPS, {f"{prefix}diffusion.timesteps": diffusion.timesteps})
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         raise RPGError(
             f"{prefix}diffusion.beta_start, beta_end: expected 0 < start <= end < 1, "
@@ -566,6 +570,7 @@ def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
 def validate_sampling(sampling: SamplingConfig, generator: GeneratorConfig, prefix: str = "") -> None:
     """Check sampling settings against the generator that they are for."""
     _at_least(1, {f"{prefix}steps": sampling.steps, f"{prefix}token_batch": sampling.token_batch})
+    _at_most(MAX_TOKEN_BATCH, {f"{prefix}token_batch": sampling.token_batch})
     _at_least(0, {f"{prefix}temperature": sampling.temperature, f"{prefix}guidance": sampling.guidance})
     if sampling.steps > generator.diffusion.timesteps:
         raise RPGError(
@@ -584,6 +589,12 @@ def _at_least(minimum: float, values: dict[str, float]) -> None:
     for key, value in values.items():
         if not minimum <= value < math.inf:
             raise RPGError(f"{key}: expected a finite value of at least {minimum}, got {value}")
+
+
+def _at_most(maximum: int, values: dict[str, int]) -> None:
+    for key, value in values.items():
+        if value > maximum:
+            raise RPGError(f"{key}: expected at most {maximum}, got {value}")
 
 
 def _positive(values: dict[str, float]) -> None:

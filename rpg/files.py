@@ -5,10 +5,13 @@ first, then uploaded.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +27,7 @@ from rpg.storage_errors import naming
 __all__ = [
     "AnyPath",
     "copy_file",
+    "is_storable",
     "read_json",
     "remove_directory",
     "replacing_directory",
@@ -36,6 +40,8 @@ __all__ = [
 _BLOCK_BYTES = 2**20
 _PARTIAL = ".partial"
 """What the names of unfinished files and directories end with."""
+_PREVIOUS = ".previous"
+"""What the name of a directory ends with while another takes its place."""
 
 
 @contextmanager
@@ -72,6 +78,8 @@ def replacing_file(path: AnyPath) -> Iterator[Path]:
 def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
     """Yield a temporary directory beside `path`; on success it takes the place of `path` as a whole.
 
+    What killed processes of this machine left of earlier attempts is tidied up first.
+
     Behind a URI there is no renaming a directory: `path` itself is yielded, and nothing is removed. Callers
     write the file that makes the directory complete last, and readers take only what that one names.
 
@@ -88,7 +96,10 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        # Tidying is a favour: where it is not allowed, writing may be all the same.
+        with suppress(OSError):
+            _tidy(path)
+        temporary, lock = _temporary_directory(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
@@ -97,7 +108,7 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
         # A worker was killed at it, and another has written the whole file. safetensors names its own .tmp…
         for leftover in [*temporary.rglob(f".*{_PARTIAL}"), *temporary.rglob(".tmp*")]:
             leftover.unlink()
-        previous = temporary.with_suffix(".previous")
+        previous = temporary.with_suffix(_PREVIOUS)
         if path.exists():
             path.rename(previous)
         try:
@@ -111,6 +122,7 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
 
 
 def copy_file(source: Path, target: AnyPath) -> None:
@@ -155,6 +167,14 @@ def read_json(path: AnyPath, what: str) -> Any:
         raise RPGError(f"{path}: cannot be read as {what}: {_reason(error)}") from error
 
 
+def is_storable(name: str) -> bool:
+    """Whether a file may have this name, and a UTF-8 file say so: no NUL, no half of a surrogate pair."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def sha256(path: AnyPath) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with naming(path), path.open("rb") as file:
@@ -177,6 +197,68 @@ def _uploaded_file(path: UPath) -> Iterator[Path]:
             raise RPGError(f"{path}: cannot be written: {_reason(error)} (in {directory})") from error
         with naming(path, "cannot be written"):
             path.fs.put_file(str(temporary), path.path)
+
+
+def _prefix(path: Path) -> str:
+    # Of this machine: where a file system is shared, its locks may be known to one machine alone.
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    return f".{path.name}.{host}."
+
+
+def _temporary_directory(path: Path) -> tuple[Path, int]:
+    """A new directory beside `path`, and a descriptor: as long as that is open, nobody tidies it away."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=_PARTIAL, dir=path.parent))
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if temporary.exists():
+                return temporary, lock
+        except BlockingIOError:
+            pass
+        except OSError:
+            # Where there are no locks nobody else gets one either, and leaves the directory alone.
+            return temporary, lock
+        # Another process has taken it for a leftover before it was locked.
+        os.close(lock)
+
+
+def _tidy(path: Path) -> None:
+    """Put `path` back if a process was killed between moving it away and its successor in, and remove what
+    killed processes left; whatever a living one may still need is left alone."""
+    known = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}")
+    beside = [each for each in path.parent.iterdir() if each.name.startswith(f".{path.name}.")]
+    moved = [each for each in beside if each.suffix == _PREVIOUS]
+    for partial in (each for each in beside if each.suffix == _PARTIAL and known.fullmatch(each.stem)):
+        with _if_abandoned(partial) as abandoned:
+            previous = partial.with_suffix(_PREVIOUS)
+            if not abandoned or (previous in moved and not path.exists() and len(moved) > 1):
+                continue
+            # Without the other it would be what was being removed, and not whole.
+            if previous in moved and not path.exists():
+                previous.rename(path)
+            shutil.rmtree(partial, ignore_errors=True)
+    for previous in (each for each in moved if known.fullmatch(each.stem)):
+        if path.exists() and not previous.with_suffix(_PARTIAL).exists():
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _if_abandoned(directory: Path) -> Iterator[bool]:
+    """Whether no process holds a directory; nobody else takes it for that meanwhile."""
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(lock)
 
 
 def _cannot_write(path: AnyPath, error: OSError) -> RPGError:

@@ -13,10 +13,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +31,7 @@ _CONTENT = "content"
 _SOURCE = "source.json"
 _RESERVED = "reserved"
 _PARTIAL = ".partial"
+_KEY = "[0-9a-f]{32}"
 _ATTEMPTS = 3
 
 # Locks of what this process uses, for as long as it lives: mapped files have no other end that could be seen.
@@ -69,7 +71,8 @@ def local_copy(
             if _used(entry):
                 return copy
             with _locked(entry, fcntl.LOCK_EX):
-                if not entry.is_dir():
+                if _source(entry) is None:
+                    shutil.rmtree(entry, ignore_errors=True)
                     _bring(path, files, entry, limit_bytes, check)
         except OSError as error:
             raise RPGError(f"{cache}: cannot hold a copy of {path}: {error.strerror}") from error
@@ -90,10 +93,13 @@ def _versions(files: Mapping[str, RemoteFile]) -> dict[str, tuple[int, str]]:
 
 
 def _used(entry: Path) -> bool:
-    """Mark an entry as used by this process, if it is there."""
+    """Mark an entry as used by this process, if it is there and whole."""
+    if entry in _in_use and (_source(entry) is None or not _is_current(_in_use[entry])):
+        # The cache was cleared by hand, and a lock on a file that is gone keeps nobody out.
+        _in_use.pop(entry).close()
     if entry not in _in_use:
         lock = _lock(entry, fcntl.LOCK_SH)
-        if not entry.is_dir():
+        if _source(entry) is None:
             lock.close()
             return False
         _in_use[entry] = lock
@@ -101,6 +107,15 @@ def _used(entry: Path) -> bool:
     now = time.time_ns()
     os.utime(entry / _SOURCE, ns=(now, now))
     return True
+
+
+def _source(entry: Path) -> tuple[str, dict[str, RemoteFile]] | None:
+    """URI and files of an entry; None if its record cannot be read: it is as good as not there."""
+    try:
+        source = json.loads((entry / _SOURCE).read_text())
+        return source["uri"], {name: RemoteFile(*version) for name, version in source["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def _bring(
@@ -128,9 +143,18 @@ def _bring(
                 shutil.rmtree(copy)
             _download_checked(path, files, copy, check)
         (partial / _SOURCE).write_text(json.dumps({"uri": str(path), "files": _versions(files)}))
+        _sync(partial)
         partial.rename(entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Have the disk hold all files: after a power failure a rename may be there and their content not."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def _download_checked(
@@ -150,10 +174,10 @@ def _link_known(path: UPath, files: Mapping[str, RemoteFile], copy: Path) -> dic
     """Take files of a directory from earlier copies that have the same version; returns those that remain."""
     known = {}
     for entry in _entries(copy.parents[2]):
-        source = json.loads((entry / _SOURCE).read_text())
-        if source["uri"] == str(path):
-            for name, version in source["files"].items():
-                known[name, RemoteFile(*version)] = entry / _CONTENT / path.name / name
+        uri, versions = _source(entry) or ("", {})
+        if uri == str(path):
+            for name, file in versions.items():
+                known[name, file] = entry / _CONTENT / path.name / name
     missing = {}
     for name, file in files.items():
         if name and (name, file) in known:
@@ -171,7 +195,10 @@ def _make_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> None:
     for partial in cache.glob(f"*{_PARTIAL}"):
         # Left behind by a process that was killed; a living one holds its lock.
         _evict(partial.with_suffix(""))
-    by_last_use = sorted(_entries(cache), key=lambda entry: (entry / _SOURCE).stat().st_mtime_ns)
+    for entry in _entries(cache):
+        if _source(entry) is None:
+            _evict(entry)
+    by_last_use = sorted(_entries(cache), key=_last_use)
     for entry in by_last_use:
         if _taken(cache) + size <= limit_bytes:
             return
@@ -190,7 +217,13 @@ def _no_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> str:
 
 
 def _entries(cache: Path) -> list[Path]:
-    return [source.parent for source in cache.glob(f"*/{_SOURCE}") if source.parent.suffix != _PARTIAL]
+    # Nothing but what a key names: the directory may hold a user's own.
+    return [entry for entry in cache.iterdir() if re.fullmatch(_KEY, entry.name) and entry.is_dir()]
+
+
+def _last_use(entry: Path) -> int:
+    source = entry / _SOURCE
+    return source.stat().st_mtime_ns if source.exists() else 0
 
 
 def _taken(cache: Path) -> int:
@@ -232,10 +265,17 @@ def _lock(entry: Path, mode: int) -> IO[str]:
         try:
             fcntl.flock(lock, mode)
             # Whoever evicted the entry meanwhile has removed the file that was waited for.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                    return lock
+            if _is_current(lock):
+                return lock
         except BaseException:
             lock.close()
             raise
         lock.close()
+
+
+def _is_current(lock: IO[str]) -> bool:
+    """Whether a lock's file is the one that others would open under its name."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+    except FileNotFoundError:
+        return False

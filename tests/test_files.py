@@ -4,8 +4,13 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import signal
+import socket
 import stat
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +134,110 @@ class TestReplacingDirectory:
         assert (tmp_path / "run").is_symlink()
         assert names(tmp_path / "target") == ["one"]
         assert names(tmp_path) == ["run", "target"]
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from rpg.files import replacing_directory
+
+    path, when = Path(sys.argv[1]), sys.argv[2]
+    rename = Path.rename
+
+    def killing(self, target):
+        result = rename(self, target)
+        if str(target).endswith(when):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    Path.rename = killing
+    with replacing_directory(path) as temporary:
+        (temporary / "two").touch()
+        if when == "writing":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if when == "waiting":
+            print("ready", flush=True)
+            sys.stdin.read()
+"""
+
+
+def replacing_process(path: Path, when: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(path), when],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
+class TestLeftovers:
+    """Of processes that were killed while they replaced a directory."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        path = tmp_path / "run"
+        path.mkdir()
+        (path / "one").touch()
+        return path
+
+    def killed(self, path: Path, when: str) -> None:
+        with replacing_process(path, when) as process:
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+
+    @pytest.mark.parametrize("when", ["writing", "/run"])
+    def test_are_removed_by_the_next(self, run: Path, when: str) -> None:
+        self.killed(run, when)
+        assert len(names(run.parent)) == 2
+        with replacing_directory(run) as temporary:
+            assert sorted(names(run.parent)) == sorted(["run", temporary.name])
+            (temporary / "three").touch()
+        assert names(run.parent) == ["run"]
+        assert names(run) == ["three"]
+
+    def test_what_was_moved_away_comes_back(self, run: Path) -> None:
+        self.killed(run, ".previous")
+        assert not run.exists()
+        with pytest.raises(ValueError), replacing_directory(run):
+            raise ValueError
+        assert names(run) == ["one"]
+        assert names(run.parent) == ["run"]
+
+    def test_half_a_directory_does_not_come_back(self, run: Path) -> None:
+        self.killed(run, "/run")
+        shutil.rmtree(run)
+        left = names(run.parent)
+        with pytest.raises(ValueError), replacing_directory(run):
+            raise ValueError
+        assert names(run.parent) == left
+
+    def test_what_a_living_process_writes_is_left_alone(self, run: Path) -> None:
+        with replacing_process(run, "waiting") as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            with replacing_directory(run) as temporary:
+                (temporary / "three").touch()
+            assert names(run) == ["three"]
+            process.communicate()
+        assert process.returncode == 0
+        assert names(run) == ["two"]
+        assert names(run.parent) == ["run"]
+
+    def test_only_what_this_library_made_on_this_machine_goes(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(socket, "gethostname", lambda: "elsewhere")
+            with pytest.raises(ValueError), replacing_directory(run) as temporary:
+                (run.parent / temporary.name).rename(run.parent / "kept")
+                raise ValueError
+            (run.parent / "kept").rename(temporary)
+        others = [".run.mine.partial", ".run.abcdefgh.partial", ".run.previous", ".running.x.partial"]
+        for other in others:
+            (run.parent / other).mkdir()
+        with replacing_directory(run) as mine:
+            (mine / "three").touch()
+        assert names(run.parent) == sorted(["run", temporary.name, *others])
 
 
 class TestJson:

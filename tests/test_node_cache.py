@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -219,3 +220,56 @@ def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RPGError, match=rf"^{tmp_path}/file: cannot hold a copy of {path}: "):
         local_copy(path, tmp_path / "file", LARGE)
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"uri": 1, "files": [2]}', None])
+def test_an_entry_without_a_readable_record_is_brought_again(tmp_path, record):
+    cache = tmp_path / "cache"
+    uri, other = (f"memory://bucket/{uuid.uuid4().hex}" for _ in range(2))
+    write_text(location(uri), "one")
+    write_text(location(other), "two")
+    assert read_and_end(uri, cache, LARGE) == "one"
+    (source,) = cache.glob("*/source.json")
+
+    def spoil() -> None:
+        source.unlink() if record is None else source.write_text(record)
+
+    spoil()
+    assert read_and_end(uri, cache, LARGE) == "one"
+    assert cached(cache) == {uri}
+    spoil()
+    assert read_and_end(other, cache, LARGE) == "two"
+    assert [path for path in cache.iterdir() if path.is_dir()] == [
+        path.parent for path in cache.glob("*/source.json")
+    ]
+
+
+def test_what_is_renamed_into_place_is_on_the_disk(tmp_path, monkeypatch):
+    uri = location(f"memory://bucket/{uuid.uuid4().hex}")
+    write_text(uri / "a", "one")
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), fsync(fd)))
+    copy = local_copy(uri, tmp_path / "cache", LARGE)
+    files = [copy / "a", copy.parents[1] / "source.json"]
+    assert {file.stat().st_ino for file in files} <= set(synced)
+
+
+def test_a_process_brings_again_what_was_cleared_while_it_lives(tmp_path):
+    cache, uri = tmp_path / "cache", f"memory://bucket/{uuid.uuid4().hex}"
+    write_text(location(uri), "one")
+    for _ in range(2):
+        assert read(uri, cache, LARGE) == "one"
+        shutil.rmtree(cache)
+    assert read(uri, cache, LARGE) == "one"
+    # Its lock is on the file that keeps others from evicting.
+    (entry,) = (source.parent for source in cache.glob("*/source.json"))
+    assert os.path.samestat(os.fstat(node_cache._in_use[entry].fileno()), entry.with_suffix(".lock").stat())
+
+
+def test_directories_of_others_in_the_cache_are_left_alone(tmp_path):
+    uri = f"memory://bucket/{uuid.uuid4().hex}"
+    write_text(location(uri), "x" * 50)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "source.json").write_text("{}")
+    assert read_and_end(uri, tmp_path, 60) == "x" * 50
+    assert (tmp_path / "mine" / "source.json").exists()

@@ -12,7 +12,7 @@ from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_c
 from rpg.collection.json_numbers import is_float32, is_number
 from rpg.config import Split
 from rpg.errors import RPGError
-from rpg.files import AnyPath, read_json, write_json
+from rpg.files import AnyPath, is_storable, read_json, write_json
 from rpg.storage_errors import naming
 from rpg.text_encoder import ENCODER_DIRECTORY
 
@@ -193,7 +193,7 @@ class Collection:
             raise RPGError(f"{source}: encoder: expected 64 hexadecimal digits, got {self.encoder!r:.80}")
         seen: set[str] = set()
         for entry in self.entries:
-            where = f"{source}: '{entry.file}'"
+            where = f"{source}: {entry.file!r}"
             _check_entry(entry, where)
             if entry.file in seen:
                 raise RPGError(f"{where}: listed twice")
@@ -264,5 +264,5 @@ def _check_entry(entry: Entry, where: str) -> None:
 def _stays_inside(file: str) -> bool:
     path = PurePosixPath(file)
     # Backslashes would be separators to another system's reader.
-    odd = "\\" in file or "\0" in file
+    odd = "\\" in file or not is_storable(file)
     return bool(path.parts) and not odd and not path.is_absolute() and ".." not in path.parts

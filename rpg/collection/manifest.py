@@ -18,8 +18,8 @@ from rpg.collection.collection import Entry
 from rpg.collection.layout import Layout
 from rpg.collection.shard_file import ShardInfo
 from rpg.config import TokenDtype
-from rpg.errors import RPGError
-from rpg.files import AnyPath, read_json, replacing_file, sha256, write_json
+from rpg.errors import RPGError, one_line
+from rpg.files import AnyPath, is_storable, read_json, replacing_file, sha256, write_json
 from rpg.storage_errors import naming
 
 MANIFEST_FILE = "shards.json"
@@ -27,6 +27,7 @@ ENTRIES_FILE = "entries.arrow"
 VERSION = 2
 _KEYS = {"version", "dtype", "token_size", "layout", "fitted", "entries_sha256", "shards"}
 _SHARD_KEYS = {"file", "bytes", "sha256", "checkpoints"}
+_COLUMNS = {"name": pa.string(), "sha256": pa.string(), "shard": pa.int32(), "batch": pa.int32()}
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ def read_manifest(directory: AnyPath) -> Manifest:
     entries = _read_entries(directory, content["entries_sha256"])
     names: list[str] = entries.column("name").to_pylist()
     places = list(zip(entries.column("shard").to_pylist(), entries.column("batch").to_pylist(), strict=True))
+    listed = sum(shard["checkpoints"] for shard in content["shards"])
+    if listed != len(names):
+        raise RPGError(
+            f"{path}: shards: expected {len(names)} checkpoints in all, as {ENTRIES_FILE} has, found {listed}"
+        )
     in_shards: list[dict[int, str]] = [{} for _ in content["shards"]]
     for name, (shard, batch) in zip(names, places, strict=True):
         if not (0 <= shard < len(in_shards) and 0 <= batch < content["shards"][shard]["checkpoints"]):
@@ -155,13 +161,15 @@ def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dic
         seen.add(name)
         if name not in entries:
             raise RPGError(f"{directory}: checkpoint '{name}' is in the shards but not in the collection")
-    conditions = [entries[name].condition for name in names]
+    # As floats: Arrow refuses integers that float32 cannot hold exactly, and rounds floats.
+    found = [entries[name].condition for name in names]
+    conditions = [None if values is None else list(map(float, values)) for values in found]
     width = None if conditions[0] is None else len(conditions[0])
     for name, condition in zip(names, conditions, strict=True):
-        found = None if condition is None else len(condition)
-        if found != width:
+        other = None if condition is None else len(condition)
+        if other != width:
             raise RPGError(
-                f"'{name}': expected a condition of width {width}, as '{names[0]}' has, found {found}"
+                f"'{name}': expected a condition of width {width}, as '{names[0]}' has, found {other}"
             )
     columns = {
         "name": pa.array(names, pa.string()),
@@ -185,7 +193,27 @@ def _read_entries(directory: AnyPath, expected: str) -> Any:
         ) from error
     if hashlib.sha256(content).hexdigest() != expected:
         raise RPGError(f"{path}: damaged, or of other shards: its SHA-256 is not the one in {MANIFEST_FILE}")
-    return pa.ipc.open_file(content).read_all()
+    try:
+        table = pa.ipc.open_file(content).read_all()
+        table.validate(full=True)
+    except (OSError, ValueError) as error:
+        raise RPGError(f"{path}: not an Arrow file: {one_line(error)}") from error
+    for column, expected_type in _COLUMNS.items():
+        if column not in table.column_names or table.column(column).type != expected_type:
+            raise RPGError(f"{path}: column '{column}': expected one of type {expected_type}")
+        if table.column(column).null_count:
+            raise RPGError(f"{path}: column '{column}': expected a value in every row")
+    if "condition" not in table.column_names or not _are_conditions(table.column("condition")):
+        raise RPGError(f"{path}: column 'condition': expected nulls, or float32 lists of one width")
+    return table
+
+
+def _are_conditions(column: Any) -> bool:
+    if pa.types.is_null(column.type):
+        return True
+    if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32():
+        return False
+    return not (column.null_count or column.combine_chunks().flatten().null_count)
 
 
 def _conditions(entries: Any) -> Tensor | None:
@@ -215,7 +243,11 @@ def _check(manifest: Any, source: str) -> None:
     for i, shard in enumerate(shards):
         if not isinstance(shard, dict) or not set(shard) >= _SHARD_KEYS:
             raise RPGError(f"{source}: shard {i}: expected the keys {', '.join(sorted(_SHARD_KEYS))}")
-        if not isinstance(shard["file"], str) or PurePosixPath(shard["file"]).name != shard["file"]:
+        if not isinstance(shard["file"], str) or not _is_plain_name(shard["file"]):
             raise RPGError(f"{source}: shard {i}: file: expected a name without a directory")
         if not all(type(shard[key]) is int and shard[key] > 0 for key in ("bytes", "checkpoints")):
             raise RPGError(f"{source}: shard {i}: expected positive integers for 'bytes' and 'checkpoints'")
+
+
+def _is_plain_name(file: str) -> bool:
+    return PurePosixPath(file).name == file and file not in ("", "..") and is_storable(file)

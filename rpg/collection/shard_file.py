@@ -3,7 +3,10 @@
 It is memory-mapped for reading, so that a token costs the pages that it lies on and nothing else.
 """
 
+import ctypes
 import mmap
+import os
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from rpg.collection.layout import Layout
 from rpg.config import TokenDtype
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.files import AnyPath, replacing_file, sha256
 
 COLUMN = "tokens"
@@ -40,6 +43,14 @@ _NUMPY_DTYPES: dict[TokenDtype, npt.DTypeLike] = {
     TokenDtype.float16: np.float16,
     TokenDtype.bfloat16: np.uint16,
 }
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @dataclass(frozen=True)
@@ -91,26 +102,19 @@ def open_shard(path: Path, layout: Layout, dtype: TokenDtype, checkpoints: int) 
         RPGError: naming the file, if it is missing, not an Arrow file, or not a shard of this layout, dtype
             and number of checkpoints.
     """
+    buffer = _mapped(path)
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):
-            # Without it the kernel reads ahead, by megabytes on some systems, at each new place.
-            mapped.madvise(mmap.MADV_RANDOM)
-        buffer = pa.py_buffer(mapped)
         reader = pa.ipc.open_file(buffer)
         schema, batches = reader.schema, reader.num_record_batches
-    except FileNotFoundError as error:
-        raise RPGError(f"{path}: not found; expected a shard") from error
     except (OSError, ValueError) as error:
-        raise RPGError(f"{path}: not an Arrow file: {' '.join(str(error).split())}") from error
+        raise RPGError(f"{path}: not an Arrow file: {one_line(error)}") from error
     if not schema.equals(_schema(layout, dtype), check_metadata=True):
         raise RPGError(
             f"{path}: expected {dtype} tokens of {layout.token_size} values, made with {layout.digest()}"
         )
     if batches != checkpoints:
         raise RPGError(f"{path}: expected {checkpoints} record batches, found {batches}")
-    return _strided(path, mapped, buffer.address, reader, layout, dtype)
+    return _strided(path, buffer, reader, layout, dtype)
 
 
 def token_bytes(layout: Layout, dtype: TokenDtype) -> int:
@@ -155,9 +159,38 @@ def _record_batch(
     return pa.record_batch([column], schema=schema)
 
 
-def _strided(
-    path: Path, mapped: mmap.mmap, address: int, reader: Any, layout: Layout, dtype: TokenDtype
-) -> npt.NDArray[Any]:
+class _Mapping:
+    """A file's bytes, read-only, from `address` on for as long as this lives.
+
+    Python's own mmap keeps a descriptor for each file, and a collection may have more shards than a process
+    may open files; pyarrow's asks the kernel for the whole file as soon as it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            found = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if found == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.address: int = found
+        # Not when the interpreter ends: other threads may still be reading.
+        weakref.finalize(self, _libc.munmap, found, self.size).atexit = False
+        if hasattr(mmap, "MADV_RANDOM"):
+            # Without it the kernel reads ahead, by megabytes on some systems, at each new place.
+            _libc.madvise(found, self.size, mmap.MADV_RANDOM)
+
+
+def _mapped(path: Path) -> Any:
+    try:
+        mapping = _Mapping(path)
+    except FileNotFoundError as error:
+        raise RPGError(f"{path}: not found; expected a shard") from error
+    except OSError as error:
+        raise RPGError(f"{path}: cannot be read as a shard: {error.strerror}") from error
+    return pa.foreign_buffer(mapping.address, mapping.size, mapping)
+
+
+def _strided(path: Path, buffer: Any, reader: Any, layout: Layout, dtype: TokenDtype) -> npt.NDArray[Any]:
     """All record batches as one array: they have the same size, so their values lie at equal distances."""
     count = reader.num_record_batches
 
@@ -167,16 +200,17 @@ def _strided(
             raise RPGError(
                 f"{path}: record batch {batch}: expected {layout.tokens} rows, found {len(column)}"
             )
-        return int(column.flatten().buffers()[1].address) - address
+        address: int = column.flatten().buffers()[1].address
+        return address - int(buffer.address)
 
     try:
         first, second, last = (offset(min(batch, count - 1)) for batch in (0, 1, count - 1))
     except (OSError, ValueError) as error:
-        raise RPGError(f"{path}: not an Arrow file: {' '.join(str(error).split())}") from error
+        raise RPGError(f"{path}: not an Arrow file: {one_line(error)}") from error
     stride = second - first
     if last - first != stride * (count - 1):
         raise RPGError(f"{path}: expected record batches of equal size, as shards have them")
     item = np.dtype(_NUMPY_DTYPES[dtype])
     row = layout.token_size * item.itemsize
     shape = (count, layout.tokens, layout.token_size)
-    return np.ndarray(shape, item, buffer=mapped, offset=first, strides=(stride, row, item.itemsize))
+    return np.ndarray(shape, item, buffer=buffer, offset=first, strides=(stride, row, item.itemsize))

@@ -4,6 +4,8 @@ a checkpoint (arXiv 2501.11587)."""
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,11 +14,21 @@ from torch import Tensor, nn
 
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.layout import Layout
-from rpg.config import ConditionKind, GeneratorConfig, generator_config_from_yaml, save_config, to_plain
+from rpg.config import (
+    ConditionKind,
+    DenoiserKind,
+    GeneratorConfig,
+    RecurrentKind,
+    generator_config_from_yaml,
+    save_config,
+    to_plain,
+)
 from rpg.errors import RPGError
 from rpg.files import AnyPath, replacing_directory, write_text
-from rpg.generator.condition import VectorCondition, build_condition
+from rpg.generator.condition import NoCondition, PermutationState, VectorCondition, build_condition
 from rpg.generator.denoiser import build_denoiser
+from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
+from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.diffusion import Diffusion
 from rpg.generator.model_card import model_card
 from rpg.generator.positions import position_embedding
@@ -25,13 +37,21 @@ from rpg.storage import fetched, location
 from rpg.storage_errors import naming
 from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, load_encoder
 
+Condition = VectorCondition | PermutationState | NoCondition
+Denoiser = ConditionalUNet | AdaLNMLP
+
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "generator.safetensors"
 CARD_FILE = "README.md"
 LAYOUT_KEY = "layout"
 """Metadata key of the weights: the layout's digest. Behind a URI the files are not replaced at once."""
+CONFIG_KEY = "config"
+"""Metadata key of the weights: digest of the configuration but for `sampling`; older files have none."""
 ENCODER_KEY = "encoder"
 """Metadata key of the weights: the text encoder's digest, where there is one."""
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What floating-point weights may be stored as."""
 
 
 class Generator(nn.Module):
@@ -54,9 +74,7 @@ class Generator(nn.Module):
         self.layout = layout
         self.encoder_directory: AnyPath | None = None
         width = config.recurrent.width
-        self.condition = build_condition(config.condition, width)
-        self.recurrent = build_recurrent(config.recurrent)
-        self.denoiser = build_denoiser(config.denoiser, layout.token_size, width)
+        self.condition, self.recurrent, self.denoiser = _networks(config, layout.token_size)
         self.diffusion = Diffusion(config.diffusion)
         embedding = position_embedding(layout.positions(), width)
         self.register_buffer("positions", embedding, persistent=False)
@@ -155,12 +173,7 @@ class Generator(nn.Module):
     def digest(self) -> str:
         """SHA-256 of everything that determines what is generated: weights, layout, architecture, encoder."""
         hashed = hashlib.sha256()
-        architecture = to_plain(self.config)
-        del architecture["sampling"]
-        if not self.config.condition.encoder:
-            # Digests of generators without one are what they were before there were encoders.
-            del architecture["condition"]["encoder"]
-        hashed.update(json.dumps(architecture, sort_keys=True).encode())
+        hashed.update(_architecture(self.config))
         hashed.update(self.layout.digest().encode())
         for name, tensor in sorted(self.state_dict().items()):
             hashed.update(name.encode())
@@ -220,7 +233,9 @@ class Generator(nn.Module):
             if self.encoder_directory is not None:
                 copy_encoder(self.encoder_directory, temporary / ENCODER_DIRECTORY)
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            metadata = {"format": "pt", LAYOUT_KEY: self.layout.digest()}
+            metadata = {
+                "format": "pt", LAYOUT_KEY: self.layout.digest(), CONFIG_KEY: _config_digest(self.config),
+            }  # fmt: skip
             if self.config.condition.encoder:
                 metadata[ENCODER_KEY] = self.config.condition.encoder
             write_checkpoint(temporary / WEIGHTS_FILE, weights, metadata)
@@ -249,14 +264,6 @@ class Generator(nn.Module):
         if not path.is_file():
             raise RPGError(f"{path}: not found; expected the generator's weights")
         try:
-            generator = cls(config, layout)
-        except RPGError as error:
-            raise RPGError(f"{directory / CONFIG_FILE}: {error}") from error
-        except (RuntimeError, MemoryError) as error:
-            # PyTorch's allocator refuses absurd sizes with a RuntimeError.
-            reason = str(error).splitlines()[0]
-            raise RPGError(f"{directory / CONFIG_FILE}: cannot be built: {reason}") from error
-        try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -266,9 +273,77 @@ class Generator(nn.Module):
             raise RPGError(f"{path}: was saved with another layout than the one beside it")
         if metadata.get(ENCODER_KEY, "") != config.condition.encoder:
             raise RPGError(f"{path}: was saved with another text encoder than {CONFIG_FILE} names")
-        _check_weights(path, generator.state_dict(), weights)
+        with _building(directory / CONFIG_FILE):
+            expected = _expected(config, layout.token_size, len(weights))
+        _check_weights(path, expected, weights)
+        # After the shapes, which say more exactly what does not fit.
+        if metadata.get(CONFIG_KEY, _config_digest(config)) != _config_digest(config):
+            raise RPGError(f"{path}: was saved with another configuration than the {CONFIG_FILE} beside it")
+        with _building(directory / CONFIG_FILE):
+            generator = cls(config, layout)
         generator.load_state_dict(weights)
         return generator.eval()
+
+
+def _architecture(config: GeneratorConfig) -> bytes:
+    """All of a configuration that says what weights mean; how to sample may be changed later."""
+    architecture = to_plain(config)
+    del architecture["sampling"]
+    if not config.condition.encoder:
+        # Digests of generators without one are what they were before there were encoders.
+        del architecture["condition"]["encoder"]
+    return json.dumps(architecture, sort_keys=True).encode()
+
+
+def _config_digest(config: GeneratorConfig) -> str:
+    return hashlib.sha256(_architecture(config)).hexdigest()
+
+
+def _networks(config: GeneratorConfig, token_size: int) -> tuple[Condition, nn.Module, Denoiser]:
+    width = config.recurrent.width
+    return (
+        build_condition(config.condition, width),
+        build_recurrent(config.recurrent),
+        build_denoiser(config.denoiser, token_size, width),
+    )
+
+
+def _expected(config: GeneratorConfig, token_size: int, tensors: int) -> dict[str, Tensor]:
+    """What a file of that many `tensors` has to hold, without any memory for it or much time.
+
+    Raises:
+        RPGError: naming the key, if that cannot be so few.
+    """
+    # Others have no use for their depth.
+    has_depth = {
+        "recurrent": config.recurrent.kind != RecurrentKind.none,
+        "denoiser": config.denoiser.kind == DenoiserKind.adaln_mlp,
+    }
+    for part, depth in {"recurrent": config.recurrent.depth, "denoiser": config.denoiser.depth}.items():
+        if has_depth[part] and depth > tensors:
+            raise RPGError(
+                f"{part}.depth: expected no more layers than {WEIGHTS_FILE} has tensors, {tensors}, "
+                f"got {depth}"
+            )
+    with torch.device("meta"):
+        networks = zip(("condition", "recurrent", "denoiser"), _networks(config, token_size), strict=True)
+        return {
+            f"{part}.{name}": tensor
+            for part, network in networks
+            for name, tensor in network.state_dict().items()
+        }
+
+
+@contextmanager
+def _building(path: Path) -> Iterator[None]:
+    """Name the configuration in errors about what is built from it."""
+    try:
+        yield
+    except RPGError as error:
+        raise RPGError(f"{path}: {error}") from error
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        # PyTorch refuses sizes beyond its integers and the memory with any of these.
+        raise RPGError(f"{path}: cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def _check_weights(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -280,6 +355,9 @@ def _check_weights(path: Path, expected: dict[str, Tensor], found: dict[str, Ten
                 f"{path}: tensor '{name}': expected shape {list(tensor.shape)} by config.yaml "
                 f"and layout.json, found {list(found[name].shape)}"
             )
+        wanted, dtype = tensor.dtype, found[name].dtype
+        if dtype not in (_FLOATS if wanted in _FLOATS else (wanted,)):
+            raise RPGError(f"{path}: tensor '{name}': expected {wanted}, found {dtype}")
         if not found[name].isfinite().all():
             raise RPGError(f"{path}: tensor '{name}' holds NaN or infinite values")
     extra = sorted(set(found) - set(expected))

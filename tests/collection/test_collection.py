@@ -111,6 +111,7 @@ def test_reading_verifies_the_names(tmp_path: Path, names: list[str], message: s
         ({"file": ""}, "stays inside"),
         ({"file": "."}, "stays inside"),
         ({"file": "a\0b"}, "stays inside"),
+        ({"file": "a\ud800b"}, "stays inside"),
         ({"file": 3}, "stays inside"),
         ({"file": "1.safetensors"}, "listed twice"),
         ({"sha256": None}, "sha256"),

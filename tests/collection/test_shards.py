@@ -1,6 +1,7 @@
 """Shards give back any tokens, read only the pages that these lie on, and name damaged files."""
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from rpg.collection.collection import Entry
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Layout
+from rpg.collection.shard_file import open_shard
 from rpg.collection.shards import ENTRIES_FILE, MANIFEST_FILE, ShardedCollection, write_manifest, write_shard
 from rpg.collection.statistics import LayoutStatistics
 from rpg.collection.verified import VERIFIED_FILE
@@ -219,6 +221,38 @@ def refused(message: str, action: Callable[[], Any]) -> None:
             lambda d: change(d, shards=[{"file": "../x", "bytes": 1, "sha256": "", "checkpoints": 1}]),
             f"{MANIFEST_FILE}: shard 0: file: expected a name without a directory",
         ),
+        *(
+            (
+                lambda d, name=name: change_shard(d, file=name),
+                f"{MANIFEST_FILE}: shard 0: file: expected a name without a directory",
+            )
+            for name in ("a\0b", "\ud800", "..", "")
+        ),
+        (
+            lambda d: change_shard(d, checkpoints=10**18),
+            f"{MANIFEST_FILE}: shards: expected 7 checkpoints in all, as {ENTRIES_FILE} has, found 10+4",
+        ),
+        (lambda d: vouched(d, b"no Arrow"), f"{ENTRIES_FILE}: not an Arrow file"),
+        (
+            lambda d: vouched(d, (d / ENTRIES_FILE).read_bytes()[:-20]),
+            f"{ENTRIES_FILE}: not an Arrow file",
+        ),
+        (
+            lambda d: change_column(d, "name", None),
+            f"{ENTRIES_FILE}: column 'name': expected one of",
+        ),
+        (
+            lambda d: change_column(d, "shard", pa.array(["0"] * 7)),
+            f"{ENTRIES_FILE}: column 'shard': expected one of type int32",
+        ),
+        (
+            lambda d: change_column(d, "batch", pa.array([None] * 7, pa.int32())),
+            f"{ENTRIES_FILE}: column 'batch': expected a value in every row",
+        ),
+        (
+            lambda d: change_column(d, "condition", pa.array([1.0] * 7)),
+            f"{ENTRIES_FILE}: column 'condition': expected nulls, or float32 lists",
+        ),
     ],
 )
 def test_damaged_directories_are_refused_by_file(
@@ -278,14 +312,31 @@ def garble(path: Path) -> None:
 
 def move(directory: Path, column: str, value: int) -> None:
     """Say that the last checkpoint lies elsewhere, in entries that the manifest vouches for."""
-    path = directory / ENTRIES_FILE
-    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    table = pa.ipc.open_file((directory / ENTRIES_FILE).read_bytes()).read_all()
     places = table.column(column).to_pylist()
     places[-1] = value
-    table = table.set_column(table.schema.get_field_index(column), column, pa.array(places, pa.int32()))
-    with pa.ipc.new_file(str(path), table.schema) as writer:
+    change_column(directory, column, pa.array(places, pa.int32()))
+
+
+def change_column(directory: Path, column: str, values: Any) -> None:
+    table = pa.ipc.open_file((directory / ENTRIES_FILE).read_bytes()).read_all()
+    index = table.schema.get_field_index(column)
+    table = table.remove_column(index) if values is None else table.set_column(index, column, values)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    change(directory, entries_sha256=sha256(path))
+    vouched(directory, sink.getvalue().to_pybytes())
+
+
+def vouched(directory: Path, entries: bytes) -> None:
+    """Write entries whose digest is the manifest's."""
+    (directory / ENTRIES_FILE).write_bytes(entries)
+    change(directory, entries_sha256=sha256(directory / ENTRIES_FILE))
+
+
+def change_shard(directory: Path, **values: Any) -> None:
+    shards = json.loads((directory / MANIFEST_FILE).read_text())["shards"]
+    change(directory, shards=[{**shards[0], **values}, *shards[1:]])
 
 
 def change(directory: Path, **values: Any) -> None:
@@ -367,3 +418,64 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path) -> None:
     assert result.stderr == ""
     assert (tmp_path / "00000.arrow").read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
+    layout, checkpoints = make(60)
+    shards = [
+        write_shard(tmp_path / f"{i:05d}.arrow", layout, [checkpoint], TokenDtype.float32)
+        for i, checkpoint in enumerate(checkpoints)
+    ]
+    entries = [Entry(name, "") for name, _ in checkpoints]
+    write_manifest(tmp_path, layout, shards, entries, TokenDtype.float32)
+    script = """
+        import os, resource, sys
+        from pathlib import Path
+        from rpg.collection.shards import ShardedCollection
+        opened = max(int(each) for each in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, opened + 30))
+        collection = ShardedCollection.open(Path(sys.argv[1]))
+        print(sum(collection.read(i, [0]).shape[0] for i in range(60)))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert (result.returncode, result.stdout) == (0, "60\n"), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_closed_collection_is_mapped_no_more(tmp_path: Path) -> None:
+    write(tmp_path)
+    collection = ShardedCollection.open(tmp_path)
+    read = collection.read(0, [0])
+    assert str(tmp_path / "00000.arrow") in Path("/proc/self/maps").read_text()
+    del collection
+    gc.collect()
+    assert str(tmp_path / "00000.arrow") not in Path("/proc/self/maps").read_text()
+    assert read.isfinite().all()
+
+
+def test_an_empty_file_is_no_shard(tmp_path: Path) -> None:
+    layout, _ = write(tmp_path)
+    (tmp_path / "00000.arrow").write_bytes(b"")
+    refused(
+        "00000.arrow: cannot be read as a shard",
+        lambda: open_shard(tmp_path / "00000.arrow", layout, TokenDtype.float32, 3),
+    )
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_conditions_are_rounded_to_float32_whether_they_are_integers_or_not(
+    tmp_path: Path, kind: type[int] | type[float]
+) -> None:
+    layout, checkpoints = make(2)
+    shard = write_shard(tmp_path / "a.arrow", layout, checkpoints, TokenDtype.float32)
+    entries = [Entry(name, "", [kind(20240131), kind(1)]) for name, _ in checkpoints]
+    write_manifest(tmp_path, layout, [shard], entries, TokenDtype.float32)
+    conditions = ShardedCollection.open(tmp_path).conditions
+    assert conditions is not None
+    assert torch.equal(conditions, torch.tensor([[20240131.0, 1.0]] * 2))

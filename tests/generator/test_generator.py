@@ -229,6 +229,10 @@ def change_config(directory: Path, before: str, after: str) -> None:
 
 
 NAME = "denoiser.output.bias"
+DEPTHS = {
+    "recurrent": [f"  kind: mamba2\n  width: 16\n  depth: {depth}" for depth in (2, 10**7)],
+    "denoiser": [f"  kind: adaln_mlp\n  width: 32\n  depth: {depth}" for depth in (2, 10**7)],
+}
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,30 @@ NAME = "denoiser.output.bias"
             lambda d: change_config(d, "width: 16", "width: 32"),
             f"{WEIGHTS_FILE}: tensor '.*': expected shape",
         ),
+        *(
+            (
+                lambda d, dtype=dtype: change_weights(d, lambda w: w.update({NAME: w[NAME].to(dtype)})),
+                f"{WEIGHTS_FILE}: tensor '{NAME}': expected torch.float32, found {dtype}",
+            )
+            for dtype in (torch.float8_e4m3fn, torch.complex64, torch.int64, torch.bool)
+        ),
+        *(
+            (
+                lambda d, section=section: change_config(
+                    d, *(f"{section}:\n{before}" for before in DEPTHS[section])
+                ),
+                rf"{CONFIG_FILE}: {section}\.depth: expected no more layers than {WEIGHTS_FILE} has tensors",
+            )
+            for section in ("recurrent", "denoiser")
+        ),
+        (
+            lambda d: change_config(d, "timesteps: 1000", "timesteps: 1000000000000"),
+            rf"{CONFIG_FILE}: diffusion\.timesteps: expected at most 1000000, got",
+        ),
+        (
+            lambda d: change_config(d, "token_batch: 256", "token_batch: 1000000000000000"),
+            rf"{CONFIG_FILE}: sampling\.token_batch: expected at most 1048576, got",
+        ),
         (lambda d: (d / CONFIG_FILE).write_text("- 1\n"), f"{CONFIG_FILE}: expected a mapping"),
         (lambda d: (d / CONFIG_FILE).write_text("a: [\n"), f"{CONFIG_FILE}: not valid YAML"),
     ],
@@ -279,6 +307,30 @@ def test_damaged_directories_are_refused_in_one_line(
     with pytest.raises(RPGError, match=message) as caught:
         Generator.from_pretrained(saved)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("prediction: v", "prediction: x0"),
+        ("schedule: linear", "schedule: cosine"),
+        ("timesteps: 1000", "timesteps: 999"),
+    ],
+)
+def test_a_generator_of_two_halves_is_refused(saved: Path, before: str, after: str) -> None:
+    """Of equal shapes, as when files are replaced one by one behind a URI and the process is killed."""
+    change_config(saved, before, after)
+    with pytest.raises(RPGError, match=f"{WEIGHTS_FILE}: was saved with another configuration"):
+        Generator.from_pretrained(saved)
+    # Older files do not say what they belong to.
+    change_weights(saved, lambda weights: None)
+    Generator.from_pretrained(saved)
+
+
+def test_how_to_sample_may_be_changed_later(saved: Path) -> None:
+    change_config(saved, "steps: 8", "steps: 3")
+    change_config(saved, "solver: dpmpp_2m", "solver: ddim")
+    assert Generator.from_pretrained(saved).config.sampling.steps == 3
 
 
 def test_a_failed_save_leaves_the_earlier_generator(
@@ -309,13 +361,21 @@ def test_saving_never_replaces_a_directory_of_something_else(
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("size", [10**14, 2**70])
 def test_absurd_sizes_are_refused_in_one_line(
-    make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path
+    make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path, size: int
 ) -> None:
     directory = tmp_path / "generator"
     make_generator(make_layout()).save_pretrained(directory)
     config = directory / CONFIG_FILE
-    config.write_text(re.sub(r"(\n  size: )\d+", r"\g<1>100000000000000", config.read_text()))
-    with pytest.raises(RPGError, match="cannot be built") as refused:
+    config.write_text(re.sub(r"(\n  size: )\d+", rf"\g<1>{size}", config.read_text()))
+    with pytest.raises(RPGError, match=r"cannot be built|'condition\.mean': expected shape") as refused:
         Generator.from_pretrained(directory)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_floating_point_type_load(saved: Path, dtype: torch.dtype) -> None:
+    expected = Generator.from_pretrained(saved).state_dict()[NAME].to(dtype).float()
+    change_weights(saved, lambda weights: weights.update({NAME: weights[NAME].to(dtype)}))
+    assert torch.equal(Generator.from_pretrained(saved).state_dict()[NAME], expected)
