@@ -5,8 +5,6 @@ It is memory-mapped for reading, so that a token costs the pages that it lies on
 
 import ctypes
 import mmap
-import os
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +42,8 @@ _NUMPY_DTYPES: dict[TokenDtype, npt.DTypeLike] = {
     TokenDtype.bfloat16: np.uint16,
 }
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @dataclass(frozen=True)
@@ -159,35 +152,24 @@ def _record_batch(
     return pa.record_batch([column], schema=schema)
 
 
-class _Mapping:
-    """A file's bytes, read-only, from `address` on for as long as this lives.
-
-    Python's own mmap keeps a descriptor for each file, and a collection may have more shards than a process
-    may open files; pyarrow's asks the kernel for the whole file as soon as it is read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            found = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-        if found == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self.address: int = found
-        # Not when the interpreter ends: other threads may still be reading.
-        weakref.finalize(self, _libc.munmap, found, self.size).atexit = False
-        if hasattr(mmap, "MADV_RANDOM"):
-            # Without it the kernel reads ahead, by megabytes on some systems, at each new place.
-            _libc.madvise(found, self.size, mmap.MADV_RANDOM)
-
-
 def _mapped(path: Path) -> Any:
+    """A file's bytes, mapped for as long as anything made of them lives.
+
+    By PyTorch: Python's own mmap keeps a descriptor for each file, and a collection may have more shards than
+    a process may open files; pyarrow's asks the kernel for the whole file as soon as it is read.
+    """
     try:
-        mapping = _Mapping(path)
+        size = path.stat().st_size
+        values = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; expected a shard") from error
-    except OSError as error:
-        raise RPGError(f"{path}: cannot be read as a shard: {error.strerror}") from error
-    return pa.foreign_buffer(mapping.address, mapping.size, mapping)
+    except (OSError, RuntimeError) as error:
+        raise RPGError(f"{path}: cannot be read as a shard: {one_line(error)}") from error
+    if hasattr(mmap, "MADV_RANDOM"):
+        # Without it the kernel reads ahead, by megabytes on some systems, at each new place.
+        _madvise(values.ctypes.data, size, mmap.MADV_RANDOM)
+    values.flags.writeable = False
+    return pa.py_buffer(values)
 
 
 def _strided(path: Path, buffer: Any, reader: Any, layout: Layout, dtype: TokenDtype) -> npt.NDArray[Any]:

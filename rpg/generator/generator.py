@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +47,7 @@ CARD_FILE = "README.md"
 LAYOUT_KEY = "layout"
 """Metadata key of the weights: the layout's digest. Behind a URI the files are not replaced at once."""
 CONFIG_KEY = "config"
-"""Metadata key of the weights: digest of the configuration but for `sampling`; older files have none."""
+"""Metadata key of the weights: the configuration but for `sampling`, as JSON; older files have none."""
 ENCODER_KEY = "encoder"
 """Metadata key of the weights: the text encoder's digest, where there is one."""
 
@@ -173,7 +174,7 @@ class Generator(nn.Module):
     def digest(self) -> str:
         """SHA-256 of everything that determines what is generated: weights, layout, architecture, encoder."""
         hashed = hashlib.sha256()
-        hashed.update(_architecture(self.config))
+        hashed.update(_architecture(self.config).encode())
         hashed.update(self.layout.digest().encode())
         for name, tensor in sorted(self.state_dict().items()):
             hashed.update(name.encode())
@@ -234,7 +235,7 @@ class Generator(nn.Module):
                 copy_encoder(self.encoder_directory, temporary / ENCODER_DIRECTORY)
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
             metadata = {
-                "format": "pt", LAYOUT_KEY: self.layout.digest(), CONFIG_KEY: _config_digest(self.config),
+                "format": "pt", LAYOUT_KEY: self.layout.digest(), CONFIG_KEY: _architecture(self.config),
             }  # fmt: skip
             if self.config.condition.encoder:
                 metadata[ENCODER_KEY] = self.config.condition.encoder
@@ -277,7 +278,7 @@ class Generator(nn.Module):
             expected = _expected(config, layout.token_size, len(weights))
         _check_weights(path, expected, weights)
         # After the shapes, which say more exactly what does not fit.
-        if metadata.get(CONFIG_KEY, _config_digest(config)) != _config_digest(config):
+        if not _holds(metadata.get(CONFIG_KEY, "{}"), config):
             raise RPGError(f"{path}: was saved with another configuration than the {CONFIG_FILE} beside it")
         with _building(directory / CONFIG_FILE):
             generator = cls(config, layout)
@@ -285,18 +286,28 @@ class Generator(nn.Module):
         return generator.eval()
 
 
-def _architecture(config: GeneratorConfig) -> bytes:
+def _architecture(config: GeneratorConfig) -> str:
     """All of a configuration that says what weights mean; how to sample may be changed later."""
     architecture = to_plain(config)
     del architecture["sampling"]
     if not config.condition.encoder:
         # Digests of generators without one are what they were before there were encoders.
         del architecture["condition"]["encoder"]
-    return json.dumps(architecture, sort_keys=True).encode()
+    return json.dumps(architecture, sort_keys=True)
 
 
-def _config_digest(config: GeneratorConfig) -> str:
-    return hashlib.sha256(_architecture(config)).hexdigest()
+def _holds(saved: str, config: GeneratorConfig) -> bool:
+    """Whether a configuration is the one that `_architecture` wrote; later versions may know more keys."""
+
+    def holds(saved: Any, found: Any) -> bool:
+        if isinstance(saved, dict) and isinstance(found, dict):
+            return all(key in found and holds(value, found[key]) for key, value in saved.items())
+        return bool(saved == found)
+
+    try:
+        return holds(json.loads(saved), to_plain(config))
+    except ValueError:
+        return False
 
 
 def _networks(config: GeneratorConfig, token_size: int) -> tuple[Condition, nn.Module, Denoiser]:

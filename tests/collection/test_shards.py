@@ -463,7 +463,7 @@ def test_an_empty_file_is_no_shard(tmp_path: Path) -> None:
     layout, _ = write(tmp_path)
     (tmp_path / "00000.arrow").write_bytes(b"")
     refused(
-        "00000.arrow: cannot be read as a shard",
+        "00000.arrow: not an Arrow file",
         lambda: open_shard(tmp_path / "00000.arrow", layout, TokenDtype.float32, 3),
     )
 

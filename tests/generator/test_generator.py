@@ -1,6 +1,7 @@
 """The generator: its loss, its presets, and saving and loading."""
 
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from rpg.config import (
 from rpg.errors import RPGError
 from rpg.generation.sampler import ModelRequest, PackedSampler
 from rpg.generator import generator as generator_module
-from rpg.generator.generator import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Generator
+from rpg.generator.generator import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE, Generator
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]
@@ -222,6 +224,13 @@ def change_weights(directory: Path, change: Callable[[dict[str, Tensor]], object
     save_file(weights, directory / WEIGHTS_FILE)
 
 
+def change_metadata(directory: Path, change: Callable[[dict[str, str]], object]) -> None:
+    with safe_open(directory / WEIGHTS_FILE, "pt") as file:
+        metadata = file.metadata()
+    change(metadata)
+    save_file(load_file(directory / WEIGHTS_FILE), directory / WEIGHTS_FILE, metadata)
+
+
 def change_config(directory: Path, before: str, after: str) -> None:
     path = directory / CONFIG_FILE
     assert before in path.read_text()
@@ -325,6 +334,19 @@ def test_a_generator_of_two_halves_is_refused(saved: Path, before: str, after: s
     # Older files do not say what they belong to.
     change_weights(saved, lambda weights: None)
     Generator.from_pretrained(saved)
+
+
+def test_a_key_that_came_later_is_no_other_configuration(saved: Path) -> None:
+    def without_a_key(metadata: dict[str, str]) -> None:
+        known = json.loads(metadata[CONFIG_KEY])
+        del known["denoiser"]["kernel_size"]
+        metadata[CONFIG_KEY] = json.dumps(known)
+
+    change_metadata(saved, without_a_key)
+    Generator.from_pretrained(saved)
+    change_metadata(saved, lambda metadata: metadata.update({CONFIG_KEY: "no JSON"}))
+    with pytest.raises(RPGError, match="was saved with another configuration"):
+        Generator.from_pretrained(saved)
 
 
 def test_how_to_sample_may_be_changed_later(saved: Path) -> None:
