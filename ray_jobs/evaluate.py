@@ -54,7 +54,6 @@ def run(config: Config) -> None:
     paths = RunPaths.of(config)
     if (reason := why_not(config)) is not None:
         raise RPGError(f"{paths.generated}: {reason}")
-    check(config)
     with stage_progress("evaluate") as progress:
         progress.update(0, 2, f"networks on {_image_split(config)} images")
         measured = _measured_on_gpu(config) if _uses_gpu(config) else _measured(config, torch.device("cpu"))
