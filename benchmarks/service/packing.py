@@ -38,17 +38,14 @@ def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
         Row(f"{CLIENTS} jobs at once, models/s", f"{packed:.1f}"),
         Row("packed against one at a time", f"{packed / alone:.1f}x", ">= 5x", packed >= 5 * alone),
     ]
+    what = "share of the time that samplers sample, under load"
     if exported is None:
-        return [
-            *rows,
-            Row("share of the time that samplers sample", "Ray exported no figures", ">= 0.9", False),
-        ]
-    share, filled = exported
-    return [
-        *rows,
-        Row("share of the time that samplers sample, under load", f"{share:.3f}", ">= 0.9", share >= 0.9),
-        Row("rows of their batches that are filled", f"{filled:.3f}"),
-    ]
+        rows.append(Row(what, "Ray exported no figures", ">= 0.9", False))
+    else:
+        share, filled = exported
+        rows.append(Row(what, f"{share:.3f}", ">= 0.9", share >= 0.9))
+        rows.append(Row("rows of their batches that are filled", f"{filled:.3f}"))
+    return rows
 
 
 def _packed(service: Service, setup: Setup, seconds: float) -> tuple[float, tuple[float, float] | None]:

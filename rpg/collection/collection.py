@@ -132,8 +132,11 @@ class Collection:
 
         Those that generators learn from are tasks of `train` alone, whatever other checkpoints they have.
         """
-        trained = {tuple(entry.condition) for entry in self.splits["train"] if entry.condition is not None}
-        own = dict.fromkeys(tuple(e.condition) for e in self.splits[split] if e.condition is not None)
+        splits = self.splits
+        trained, own = (
+            dict.fromkeys(tuple(e.condition) for e in splits[name] if e.condition is not None)
+            for name in ("train", split)
+        )
         return [list(task) for task in own if split == "train" or task not in trained]
 
     def path(self, entry: Entry) -> AnyPath:
