@@ -42,6 +42,13 @@ InProcess = Callable[..., Any]
 Expected = Callable[..., list[bytes]]
 
 
+async def gone(config: ServeConfig, id: str) -> None:
+    """Wait until a job has left no file."""
+    async with asyncio.timeout(30):
+        while (Path(config.storage) / "jobs" / id).exists():
+            await asyncio.sleep(0.02)
+
+
 def test_models_are_those_of_run_job(config: ServeConfig, in_process: InProcess, expected: Expected) -> None:
     """Four jobs of other seeds, conditions and settings at once, to the byte."""
     asked: list[dict[str, Any]] = [
@@ -687,9 +694,7 @@ def test_what_retention_cannot_remove_is_tried_again(
                 while "1 jobs were to be removed and stay for now" not in caplog.text:
                     await asyncio.sleep(0.02)
                 assert [job.id for job in service.dispatcher.jobs(caller())] == [id]
-            async with asyncio.timeout(30):
-                while (Path(config.storage) / "jobs" / id).exists():
-                    await asyncio.sleep(0.02)
+            await gone(config, id)
 
     asyncio.run(run())
 
@@ -717,9 +722,7 @@ def test_files_that_outlive_their_job_are_removed_later(
             answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
             assert answer.status_code == 204
             assert (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).status_code == 404
-            async with asyncio.timeout(30):
-                while (Path(config.storage) / "jobs" / id).exists():
-                    await asyncio.sleep(0.02)
+            await gone(config, id)
 
     asyncio.run(run())
 
