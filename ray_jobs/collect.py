@@ -126,7 +126,8 @@ def _fine_tune(
             write_checkpoint(temporary, state_dicts[index], {"format": "pt"})
             digest = sha256(temporary)
         metrics = {"validation_accuracy": accuracies[index]}
-        return asdict(Entry(path.name, digest, conditions[index], metrics))
+        state = copy if family.copies_share_order else None
+        return asdict(Entry(path.name, digest, conditions[index], metrics, state=state))
 
     # Writing is mostly waiting for the disk.
     with ThreadPoolExecutor(_WRITERS) as pool:

@@ -83,6 +83,8 @@ def best_config(trial: Trial, base: Config) -> Config:
 def _size(config: Config, shards: ShardedCollection) -> tuple[int, int]:
     """Floating-point operations of a training step, and parameters of the generator."""
     seen = Retokenised(shards, config.shard.token_size)
-    generator = Generator.for_collection(config.generator, seen.layout, shards.conditions, len(shards))
+    generator = Generator.for_collection(
+        config.generator, seen.layout, shards.conditions, len(shards), states=shards.states
+    )
     parameters = sum(parameter.numel() for parameter in generator.parameters())
     return step_flops(config.generator, config.train, seen.layout, shards.conditions), parameters

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--pattern",
         help="template such as '{index}_acc{acc}_class{class:bits10}_{rest}', or a regular expression with "
-        "named groups; kinds: bitsN, digits, value, metric (default: the published model's naming)",
+        "named groups; kinds: bitsN, digits, value, state, metric (default: the published model's naming)",
     )
     register.add_argument(
         "--encoder",

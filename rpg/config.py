@@ -192,6 +192,8 @@ class ConditionConfig:
     kind: ConditionKind = ConditionKind.vector
     size: int = 0
     """Values in the condition vector, or number of permutation states; 0: taken from the collection."""
+    states: int = 0
+    """Permutation states beside the vector; 0: none, -1: as many as the collection has."""
     width: int = 256
     """Hidden width of the condition's MLP."""
     dropout: float = 0.0
@@ -557,6 +559,12 @@ def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
         raise RPGError(f"{prefix}denoiser.kernel_size: expected an odd value, got {denoiser.kernel_size}")
     if not 0 <= config.condition.dropout < 1:
         raise RPGError(f"{prefix}condition.dropout: expected 0 <= value < 1, got {config.condition.dropout}")
+    _at_least(-1, {f"{prefix}condition.states": config.condition.states})
+    if config.condition.states and config.condition.kind != ConditionKind.vector:
+        raise RPGError(
+            f"{prefix}condition.states: expected 0 beside kind '{config.condition.kind}', "
+            f"got {config.condition.states}: they are for kind 'vector'"
+        )
     _at_least(2, {f"{prefix}diffusion.timesteps": diffusion.timesteps})
     _at_most(MAX_TIMESTEPS, {f"{prefix}diffusion.timesteps": diffusion.timesteps})
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:

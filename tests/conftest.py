@@ -123,7 +123,7 @@ def make_layout() -> Callable[..., Layout]:
 
 @pytest.fixture(scope="session")
 def make_collection() -> Callable[..., ShardedCollection]:
-    """`make_collection(directory, count, condition_width, token_size, dtype)`: four to a shard."""
+    """`make_collection(directory, count, condition_width, token_size, dtype, states)`: four to a shard."""
 
     def make(
         directory: Path,
@@ -131,6 +131,7 @@ def make_collection() -> Callable[..., ShardedCollection]:
         condition_width: int | None = 3,
         token_size: int = 16,
         dtype: TokenDtype = TokenDtype.float32,
+        states: int = 0,
     ) -> ShardedCollection:
         checkpoints = _checkpoints(SmallNet().state_dict(), count, seed=0)
         layout = _layout(checkpoints, token_size, Normalisation.residual)
@@ -147,8 +148,9 @@ def make_collection() -> Callable[..., ShardedCollection]:
                 None
                 if condition_width is None
                 else torch.rand(condition_width, generator=generator).tolist(),
+                state=i % states if states else None,
             )
-            for name, _ in named
+            for i, (name, _) in enumerate(named)
         ]
         write_manifest(directory, layout, shards, entries, dtype)
         return ShardedCollection.open(directory)
@@ -170,6 +172,7 @@ def make_generator() -> Callable[..., Generator]:
         width: int = 32,
         timesteps: int = 1000,
         condition_size: int = 3,
+        states: int = 0,
     ) -> Generator:
         config = GeneratorConfig(
             recurrent=RecurrentConfig(kind=recurrent, width=16, depth=2, state_size=8, head_size=8),
@@ -177,6 +180,7 @@ def make_generator() -> Callable[..., Generator]:
             condition=ConditionConfig(
                 kind=condition,
                 size=0 if condition == ConditionKind.none else condition_size,
+                states=states,
                 width=8,
                 dropout=dropout,
             ),

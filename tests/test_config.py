@@ -212,6 +212,8 @@ class TestValues:
             "generator.denoiser.channels=[1,2,3,4,5,6,1]",
             "generator.denoiser.channels=[1,0,3,0,1]",
             "generator.condition.dropout=1",
+            "generator.condition.states=-2",
+            "generator.condition={kind: permutation, states: 3}",
             "generator.diffusion.timesteps=1",
             "generator.diffusion.beta_start=0",
             "generator.diffusion.beta_end=1",

@@ -20,6 +20,7 @@ COLLECTION_FILE = "collection.json"
 VERSION = 1
 FAMILY = "family"
 """Key of the architecture that names the task family of a collection's networks (`rpg.tasks.families`)."""
+MOST_STATES = 2**20
 SPLITS = tuple(split.value for split in Split)
 """Generators learn from `train` alone; `validation` chooses settings; `heldout` is for the report."""
 
@@ -37,6 +38,13 @@ class Entry:
     split: str = "train"
     description: str | None = None
     """The text whose embedding the condition is."""
+    state: int | None = None
+    """The permutation state: checkpoints that share what is chance in training (order of the data) have one
+    number, from 0."""
+
+
+_OPTIONAL = ("description", "state")
+"""Fields of an entry that the file leaves out where there is nothing to say."""
 
 
 class Collection:
@@ -205,6 +213,11 @@ class Collection:
             return
         first = self.entries[0]
         for entry in self.entries:
+            if (entry.state is None) != (first.state is None):
+                raise RPGError(
+                    f"{source}: '{entry.file}': state: expected a number for all checkpoints or for none, "
+                    f"got {entry.state} here and {first.state} for '{first.file}'"
+                )
             if _width(entry) != _width(first):
                 raise RPGError(
                     f"{source}: '{entry.file}': expected {_described(first)} as '{first.file}' has, "
@@ -223,9 +236,7 @@ def _described(entry: Entry) -> str:
 
 def _plain(entry: Entry) -> dict[str, Any]:
     values = {f.name: getattr(entry, f.name) for f in fields(entry)}
-    if entry.description is None:
-        del values["description"]
-    return values
+    return {key: value for key, value in values.items() if key not in _OPTIONAL or value is not None}
 
 
 def _entry(value: Any, where: str) -> Entry:
@@ -260,6 +271,8 @@ def _check_entry(entry: Entry, where: str) -> None:
         )
     if not isinstance(entry.metrics, dict) or not all(map(is_number, entry.metrics.values())):
         raise RPGError(f"{where}: metrics: expected finite numbers by name, got {entry.metrics!r}")
+    if entry.state is not None and not (type(entry.state) is int and 0 <= entry.state < MOST_STATES):
+        raise RPGError(f"{where}: state: expected 0 <= state < {MOST_STATES}, got {entry.state!r:.80}")
     if entry.split not in SPLITS:
         raise RPGError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {entry.split!r}")
 

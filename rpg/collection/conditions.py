@@ -9,6 +9,7 @@ after the colon says what a field is:
 | `bits10` | `0314`       | condition: the number in ten bits, highest first: 0 1 0 0 1 1 1 0 1 0      |
 | `digits` | `0100111010` | condition: one number a digit                                              |
 | `value`  | `-0.5`       | condition: one number                                                      |
+| `state`  | `2`          | the permutation state: a number that checkpoints of one data order share    |
 | `metric` | `0.9613`     | a metric under the field's name; the fields `acc` and `loss` need no kind   |
 | none     | `0000`       | nothing                                                                    |
 
@@ -36,10 +37,11 @@ METRICS = ("acc", "loss")
 
 @dataclass(frozen=True)
 class NameFacts:
-    """What a file's name says: its condition, if the pattern has condition fields, and its metrics."""
+    """What a file's name says: its condition and permutation state, if the pattern has them, and metrics."""
 
     condition: list[float] | None
     metrics: dict[str, float]
+    state: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class NamePattern:
             return None
         condition: list[float] = []
         metrics: dict[str, float] = {}
+        state: int | None = None
         for group, field, kind in self._fields:
             text = match.group(group)
             if not kind:
@@ -82,12 +85,15 @@ class NamePattern:
                 raise RPGError(
                     f"{name}: pattern '{self.pattern}' found no '{field}'; expected one in every name"
                 )
+            if kind == "state":
+                state = _state(text, f"{name}: '{field}'")
+                continue
             values = _read_field(text, kind, f"{name}: '{field}'")
             if kind == "metric":
                 metrics[field] = values[0]
             else:
                 condition += values
-        return NameFacts(condition if self.has_condition else None, metrics)
+        return NameFacts(condition if self.has_condition else None, metrics, state)
 
 
 def bits(number: int, width: int) -> list[float]:
@@ -138,10 +144,10 @@ def _compile(pattern: str) -> tuple[re.Pattern[str], list[tuple[str, str, str]]]
         name, _, kind = group.partition("__")
         if not kind and name in METRICS:
             kind = "metric"
-        if kind not in ("", "metric", "value", "digits") and _bit_width(kind) < 2:
+        if kind not in ("", "metric", "state", "value", "digits") and _bit_width(kind) < 2:
             raise RPGError(
                 f"pattern '{pattern}': field '{name}': unknown kind '{kind}'; "
-                "expected bits2 or more, digits, value or metric"
+                "expected bits2 or more, digits, value, state or metric"
             )
         groups.append((group, name, kind))
     if not groups:
@@ -167,7 +173,7 @@ def _template(pattern: str) -> str:
         # Numbers do not swallow what follows them; other fields take as little as they can.
         number = r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
         text = number if kind in ("value", "metric") or (not kind and name in METRICS) else ".+?"
-        text = "[0-9]+" if kind and (kind == "digits" or _bit_width(kind)) else text
+        text = "[0-9]+" if kind and (kind in ("digits", "state") or _bit_width(kind)) else text
         expression += f"(?P<{name}{'__' + kind if kind else ''}>{text})"
     suffixes = "|".join(re.escape(suffix) for suffix in CHECKPOINT_SUFFIXES)
     return f"{expression}(?:{suffixes})?"
@@ -179,7 +185,14 @@ def _bit_width(kind: str) -> int:
 
 
 def _is_condition(kind: str) -> bool:
-    return kind not in ("", "metric")
+    return kind not in ("", "metric", "state")
+
+
+def _state(text: str, where: str) -> int:
+    # No more digits than a state has: very long numbers take Python long to read.
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise RPGError(f"{where}: expected a whole number, got '{text:.80}'")
+    return int(text)
 
 
 def _read_field(text: str, kind: str, where: str) -> list[float]:

@@ -1,7 +1,7 @@
 """What makes a directory of shards complete: `shards.json`, written last, and `entries.arrow`.
 
 The manifest names the shards with their sizes and digests; the entries are a row a checkpoint: name, SHA-256,
-shard, record batch, split, condition.
+shard, record batch, split, condition, and permutation state, if the collection has them.
 """
 
 import hashlib
@@ -50,6 +50,8 @@ class Manifest:
     """Float32 [checkpoints, width]; None if the collection has none."""
     encoder: str = ""
     """Digest of the text encoder that the conditions came from; empty if there is none."""
+    states: Tensor | None = None
+    """Permutation states, int64 [checkpoints]; None if the collection has none."""
 
 
 def write_manifest(
@@ -148,7 +150,7 @@ def read_manifest(directory: AnyPath) -> Manifest:
     digests = dict(zip(names, entries.column("sha256").to_pylist(), strict=True))
     return Manifest(
         dtype, content["layout"], content["fitted"], shards, names, digests, places, _conditions(entries),
-        content.get("encoder", ""),
+        content.get("encoder", ""), _states(entries),
     )  # fmt: skip
 
 
@@ -179,6 +181,9 @@ def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dic
         "split": pa.array([entries[name].split for name in names], pa.string()),
         "condition": pa.array(conditions, pa.null() if width is None else pa.list_(pa.float32(), width)),
     }
+    states = [entries[name].state for name in names]
+    if any(state is not None for state in states):
+        columns["state"] = pa.array(states, pa.int32())
     return pa.table(columns)
 
 
@@ -205,6 +210,8 @@ def _read_entries(directory: AnyPath, expected: str) -> Any:
             raise RPGError(f"{path}: column '{column}': expected a value in every row")
     if "condition" not in table.column_names or not _are_conditions(table.column("condition")):
         raise RPGError(f"{path}: column 'condition': expected nulls, or float32 lists of one width")
+    if "state" in table.column_names and not _are_states(table.column("state")):
+        raise RPGError(f"{path}: column 'state': expected 0 or more in every row, of type {pa.int32()}")
     return table
 
 
@@ -214,6 +221,16 @@ def _are_conditions(column: Any) -> bool:
     if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32():
         return False
     return not (column.null_count or column.combine_chunks().flatten().null_count)
+
+
+def _are_states(column: Any) -> bool:
+    return column.type == pa.int32() and not column.null_count and min(column.to_pylist(), default=0) >= 0
+
+
+def _states(entries: Any) -> Tensor | None:
+    if "state" not in entries.column_names:
+        return None
+    return torch.tensor(entries.column("state").to_pylist())
 
 
 def _conditions(entries: Any) -> Tensor | None:

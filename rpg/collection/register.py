@@ -127,6 +127,7 @@ def register(
         if (fact := facts.get(path.name)) is not None:
             entry.condition = fact.condition if fact.condition is not None else entry.condition
             entry.metrics |= fact.metrics
+            entry.state = fact.state if fact.state is not None else entry.state
         if path.name in rows:
             entry.condition = rows[path.name].condition
         if all_anew:

@@ -21,6 +21,7 @@ class Retokenised:
         names: the checkpoints', in order.
         conditions: float32 [checkpoints, width], or None if the collection has none.
         encoder: digest of the text encoder that the conditions came from, or empty.
+        states: permutation states, int64 [checkpoints], or None if the collection has none.
     """
 
     def __init__(self, shards: ShardedCollection, token_size: int) -> None:
@@ -33,6 +34,7 @@ class Retokenised:
         self.names = shards.names
         self.conditions = shards.conditions
         self.encoder = shards.encoder
+        self.states = shards.states
         self._shards = shards
         stored = {spec.name: spec.first_token for spec in shards.layout.specs}
         # Where each token's values begin in the row of all stored values of a checkpoint.

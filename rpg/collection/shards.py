@@ -45,6 +45,7 @@ class ShardedCollection:
         names: the checkpoints', in order.
         conditions: float32 [checkpoints, width], or None if the collection has none.
         encoder: digest of the text encoder that the conditions came from, or empty.
+        states: permutation states, int64 [checkpoints], or None if the collection has none.
     """
 
     def __init__(self, directory: Path, layout: Layout, manifest: Manifest) -> None:
@@ -55,6 +56,7 @@ class ShardedCollection:
         self.names = manifest.names
         self.conditions = manifest.conditions
         self.encoder = manifest.encoder
+        self.states = manifest.states
         self._shards = manifest.shards
         self._places = manifest.places
         self._stored = [

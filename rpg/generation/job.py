@@ -112,13 +112,16 @@ class JobPlan:
         return ModelFile(path, self._generator.layout, self.metadata(index), self._dtype)
 
     def _condition_row(self, index: int) -> Tensor:
-        if self._conditions:
-            return self._conditions[index // self.job.number]
-        if self._generator.config.condition.kind == ConditionKind.permutation:
-            return torch.tensor(
-                permutation_state(self.job.seed, index, self._generator.config.condition.size)
-            )
-        return torch.zeros(0)
+        config = self._generator.config.condition
+        if config.kind == ConditionKind.permutation:
+            return torch.tensor(permutation_state(self.job.seed, index, config.size))
+        if not self._conditions:
+            return torch.zeros(0)
+        condition = self._conditions[index // self.job.number]
+        if not config.states:
+            return condition
+        state = permutation_state(self.job.seed, index, config.states)
+        return torch.cat([condition, condition.new_tensor([state])])
 
 
 def generate_models(

@@ -12,18 +12,26 @@ class VectorCondition(nn.Module):
 
     Inputs are standardised by the training conditions' mean and standard deviation, kept as buffers. With
     dropout, a learned vector stands for "no condition" (classifier-free guidance, arXiv 2207.12598).
+
+    With permutation states a condition's last value is the number of one. Checkpoints of one state share what
+    is chance in their training, such as the order of the data. Tokens are drawn independently of each other,
+    given their prototypes: what chance did to all of a network's tokens together has to come from there.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, size: int, hidden: int, width: int) -> None:
+    def __init__(self, size: int, hidden: int, width: int, states: int = 0) -> None:
         super().__init__()
         self.size = size
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, width))
         self.null = nn.Parameter(torch.zeros(width))
+        self.state = nn.Embedding(states, hidden) if states else None
+        if self.state is not None:
+            # As much as the first layer makes of a standardised value.
+            nn.init.normal_(self.state.weight, std=size**-0.5)
 
     def fit(self, conditions: Tensor) -> None:
         """Take the standardisation from the training conditions [checkpoints, size]."""
@@ -35,8 +43,14 @@ class VectorCondition(nn.Module):
         self.scale.copy_(torch.where(varies, deviation, torch.ones_like(deviation)))
 
     def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Embed `condition` [B, size] as [B, width]; rows with `dropped` [B] true become the null vector."""
-        embedding: Tensor = self.mlp((condition - self.mean) / self.scale)
+        """Embed `condition` as [B, width]; rows with `dropped` [B] true become the null vector.
+
+        `condition` is [B, size], or with permutation states [B, size + 1].
+        """
+        hidden: Tensor = self.mlp[0]((condition[:, : self.size] - self.mean) / self.scale)
+        if self.state is not None:
+            hidden = hidden + self.state(condition[:, self.size].long())
+        embedding: Tensor = self.mlp[1:](hidden)
         if dropped is None:
             return embedding
         return torch.where(dropped[:, None], self.null, embedding)
@@ -76,7 +90,7 @@ def build_condition(config: ConditionConfig, width: int) -> VectorCondition | Pe
     """The condition's embedding of `width`, by kind.
 
     Raises:
-        RPGError: if the kind needs `config.size` and it is not set.
+        RPGError: if the kind needs `config.size` and it is not set, or `config.states` is not set.
     """
     if config.kind == ConditionKind.none:
         return NoCondition(width)
@@ -84,4 +98,6 @@ def build_condition(config: ConditionConfig, width: int) -> VectorCondition | Pe
         raise RPGError(f"condition.size: expected at least 1 for kind '{config.kind}', got {config.size}")
     if config.kind == ConditionKind.permutation:
         return PermutationState(config.size, width)
-    return VectorCondition(config.size, config.width, width)
+    if config.states < 0:
+        raise RPGError(f"condition.states: expected at least 0, got {config.states}")
+    return VectorCondition(config.size, config.width, width, config.states)

@@ -88,13 +88,15 @@ class Generator(nn.Module):
         conditions: Tensor | None,
         checkpoints: int,
         encoder: str = "",
+        states: Tensor | None = None,
     ) -> "Generator":
         """A fresh generator for a sharded collection of `checkpoints` with `conditions` [checkpoints, size].
 
-        `encoder` is the digest of the text encoder that the conditions came from, if any.
+        `encoder` is the digest of the text encoder that the conditions came from, if any; `states` are the
+        checkpoints' permutation states, int64 [checkpoints], if they have them.
 
         Raises:
-            RPGError: if the condition's kind, size or encoder does not fit the collection.
+            RPGError: if the condition's kind, size, states or encoder does not fit the collection.
         """
         kind, asked = config.condition.kind, config.condition.size
         if kind == ConditionKind.vector and conditions is None:
@@ -110,13 +112,14 @@ class Generator(nn.Module):
             size = conditions.shape[1]
         if asked not in (0, size):
             raise RPGError(f"generator.condition.size: the collection has {size}, got {asked}")
+        found = _states_found(config.condition.states, states)
         encoder = encoder if kind == ConditionKind.vector else ""
         if config.condition.encoder not in ("", encoder):
             raise RPGError(
                 f"generator.condition.encoder: the collection has '{encoder}', "
                 f"got '{config.condition.encoder}'"
             )
-        condition = dataclasses.replace(config.condition, size=size, encoder=encoder)
+        condition = dataclasses.replace(config.condition, size=size, encoder=encoder, states=found)
         config = dataclasses.replace(config, condition=condition)
         generator = cls(config, layout)
         if isinstance(generator.condition, VectorCondition):
@@ -286,13 +289,31 @@ class Generator(nn.Module):
         return generator.eval()
 
 
+def _states_found(asked: int, states: Tensor | None) -> int:
+    """How many permutation states a generator has that asks for so many, of a collection with `states`."""
+    if asked == 0:
+        return 0
+    if states is None:
+        raise RPGError("generator.condition.states: the collection's checkpoints have none, expected 0")
+    found, last = len(states.unique()), int(states.max())
+    if last >= found:
+        raise RPGError(
+            f"generator.condition.states: expected training checkpoints of every state from 0 to {last}, "
+            f"the collection has those of {found}"
+        )
+    if asked not in (-1, found):
+        raise RPGError(f"generator.condition.states: the collection has {found}, got {asked}")
+    return found
+
+
 def _architecture(config: GeneratorConfig) -> str:
     """All of a configuration that says what weights mean; how to sample may be changed later."""
     architecture = to_plain(config)
     del architecture["sampling"]
-    if not config.condition.encoder:
-        # Digests of generators without one are what they were before there were encoders.
-        del architecture["condition"]["encoder"]
+    # Digests of generators without these are what they were before there were any.
+    for key in ("encoder", "states"):
+        if not getattr(config.condition, key):
+            del architecture["condition"][key]
     return json.dumps(architecture, sort_keys=True)
 
 

@@ -14,7 +14,8 @@ def model_card(
     """Markdown: what the generator makes, how to use it, and the accuracies, where there are any."""
     asks = {
         ConditionKind.vector: f"a condition of {config.condition.size} values"
-        + (", the embedding of a description" if config.condition.encoder else ""),
+        + (", the embedding of a description" if config.condition.encoder else "")
+        + (f" ({config.condition.states} permutation states, by seed)" if config.condition.states else ""),
         ConditionKind.permutation: f"no condition ({config.condition.size} permutation states, by seed)",
         ConditionKind.none: "no condition",
     }[config.condition.kind]

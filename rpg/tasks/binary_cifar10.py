@@ -25,6 +25,7 @@ class BinaryCifar10:
     """The family, on one device: bfloat16 products in training on a GPU, float32 otherwise."""
 
     uses_gpu = True
+    copies_share_order = True
 
     def __init__(self, images: str, device: torch.device) -> None:
         """`images` is the directory or URI of the Parquet files; see `rpg.tasks.cifar10_images`."""

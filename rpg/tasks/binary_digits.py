@@ -17,6 +17,7 @@ class BinaryDigits:
     """The family; its images come with scikit-learn, and its networks are small enough for a CPU."""
 
     uses_gpu = False
+    copies_share_order = False
 
     def check_images(self) -> None:
         """Nothing can be missing."""

@@ -18,6 +18,8 @@ class TaskFamily(Protocol):
 
     uses_gpu: bool
     """Whether its networks are trained and run on a GPU where there is one."""
+    copies_share_order: bool
+    """Whether the models of one copy see the same images in the same order: it is their permutation state."""
 
     def check_images(self) -> None:
         """Raise an `RPGError` if its images are not where they should be, before any work is done."""

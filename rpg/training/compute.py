@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +27,8 @@ def step_flops(
         layout: of the collection.
         conditions: [checkpoints, width], or None.
     """
+    # A permutation state is a row of a table, read without arithmetic.
+    generator = replace(generator, condition=replace(generator.condition, states=0))
     built = Generator.for_collection(generator, layout, conditions, 1)
     kind, tokens = generator.condition.kind, min(train.tokens_per_checkpoint, layout.tokens)
     if kind == ConditionKind.permutation:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg.collection.retokenised import AnyShards
-from rpg.config import ConditionKind, GeneratorConfig, TrainConfig
+from rpg.config import ConditionConfig, ConditionKind, GeneratorConfig, TrainConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.seeds import derived_seed
@@ -31,7 +31,7 @@ def new_trainer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights", 0))
         fresh = Generator.for_collection(
-            generator, shards.layout, shards.conditions, len(shards), shards.encoder
+            generator, shards.layout, shards.conditions, len(shards), shards.encoder, shards.states
         )
     return Trainer(fresh, config, device)
 
@@ -63,7 +63,7 @@ def fit(
     config, generator = trainer.config, trainer.generator.config
     source = BatchSource(
         shards,
-        condition_inputs(shards, generator.condition.kind),
+        condition_inputs(shards, generator.condition),
         config,
         seed,
         generator.diffusion.timesteps,
@@ -153,10 +153,12 @@ def _memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def condition_inputs(shards: AnyShards, kind: ConditionKind) -> Tensor:
-    """One row a checkpoint, as the condition of `kind` takes it: vectors, state numbers, or nothing."""
-    if kind == ConditionKind.permutation:
+def condition_inputs(shards: AnyShards, config: ConditionConfig) -> Tensor:
+    """One row a checkpoint, as the condition takes it: vectors (and states), state numbers, or nothing."""
+    if config.kind == ConditionKind.permutation:
         return torch.arange(len(shards))
-    if kind == ConditionKind.none or shards.conditions is None:
+    if config.kind == ConditionKind.none or shards.conditions is None:
         return torch.zeros(len(shards), 0)
+    if config.states and shards.states is not None:
+        return torch.cat([shards.conditions, shards.states[:, None]], 1)
     return shards.conditions

@@ -67,7 +67,19 @@ def test_optional_keys_of_an_entry_have_defaults(tmp_path: Path) -> None:
         '{"version": 1, "architecture": {}, "entries": [{"file": "sub/x.pt", "sha256": "0"}]}'
     )
     (entry,) = Collection.load(tmp_path).entries
-    assert entry == Entry("sub/x.pt", "0", None, {}, "train")
+    assert entry == Entry("sub/x.pt", "0", None, {}, "train", None, None)
+
+
+def test_permutation_states_are_kept(tmp_path: Path) -> None:
+    collection = make(tmp_path)
+    assert '"state"' not in (tmp_path / "collection.json").read_text()
+    for entry, state in zip(collection.entries, (1, 0, 1), strict=True):
+        entry.state = state
+    collection.save()
+    assert [entry.state for entry in Collection.load(tmp_path).entries] == [1, 0, 1]
+    collection.entries[1].state = None
+    with pytest.raises(RPGError, match="state: expected a number for all checkpoints or for none"):
+        collection.save()
 
 
 def test_checkpoints_are_checked_against_their_digest(tmp_path: Path) -> None:
@@ -125,6 +137,10 @@ def test_reading_verifies_the_names(tmp_path: Path, names: list[str], message: s
         ({"condition": "01"}, "finite float32 numbers"),
         ({"metrics": {"acc": "high"}}, "metrics"),
         ({"metrics": {"acc": float("inf")}}, "metrics"),
+        ({"state": -1}, "state: expected 0 <= state"),
+        ({"state": True}, "state: expected 0 <= state"),
+        ({"state": 2**40}, "state: expected 0 <= state"),
+        ({"state": 0}, "expected a number for all checkpoints or for none"),
         ({"split": "test"}, "expected one of train, validation, heldout"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpg.collection.conditions import UPSTREAM_PATTERN, NamePattern, bits, read_conditions
+from rpg.collection.conditions import UPSTREAM_PATTERN, NameFacts, NamePattern, bits, read_conditions
 from rpg.collection.tables import check_files
 from rpg.errors import RPGError
 
@@ -89,6 +89,11 @@ class TestPattern:
         assert facts.condition == condition
         assert facts.metrics == metrics
 
+    def test_a_permutation_state_is_no_part_of_the_condition(self) -> None:
+        facts = NamePattern("task{class:bits10}_copy{copy:state}").read("task0314_copy12.safetensors")
+        assert facts == NameFacts(BITS_314, {}, 12)
+        assert NamePattern("{copy:state}").read("3.pt") == NameFacts(None, {}, 3)
+
     def test_the_whole_name_has_to_match(self) -> None:
         pattern = NamePattern("a.b{c:value}")
         assert pattern.read("axb3.pt") is None
@@ -133,6 +138,8 @@ class TestPattern:
             (r"(?P<x__value>.*)\.pt", "nan.pt", "finite"),
             (r"(?P<x__digits>.*)\.pt", "1x.pt", "expected digits"),
             (r"(?P<x__digits>1)?\.pt", ".pt", "found no 'x'"),
+            (r"(?P<x__state>.*)\.pt", "-1.pt", "expected a whole number, got '-1'"),
+            ("{x:state}", "9" * 5000, "expected a whole number"),
         ],
     )
     def test_bad_names(self, pattern: str, name: str, words: str) -> None:

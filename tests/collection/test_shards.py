@@ -253,6 +253,17 @@ def refused(message: str, action: Callable[[], Any]) -> None:
             lambda d: change_column(d, "condition", pa.array([1.0] * 7)),
             f"{ENTRIES_FILE}: column 'condition': expected nulls, or float32 lists",
         ),
+        *(
+            (
+                lambda d, states=states: change_column(d, "state", states),
+                f"{ENTRIES_FILE}: column 'state': expected 0 or more in every row",
+            )
+            for states in (
+                pa.array([0] * 7),
+                pa.array([-1] * 7, pa.int32()),
+                pa.array([None] * 7, pa.int32()),
+            )
+        ),
     ],
 )
 def test_damaged_directories_are_refused_by_file(
@@ -321,7 +332,10 @@ def move(directory: Path, column: str, value: int) -> None:
 def change_column(directory: Path, column: str, values: Any) -> None:
     table = pa.ipc.open_file((directory / ENTRIES_FILE).read_bytes()).read_all()
     index = table.schema.get_field_index(column)
-    table = table.remove_column(index) if values is None else table.set_column(index, column, values)
+    if index >= 0:
+        table = table.remove_column(index)
+    if values is not None:
+        table = table.append_column(column, values)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

@@ -30,6 +30,7 @@ from rpg.errors import RPGError
 from rpg.generation import job as job_module
 from rpg.generation.job import GenerationJob, generate_models, run_job
 from rpg.generation.model_file import ModelFile
+from rpg.generation.noise import permutation_state
 from rpg.generation.sampler import ModelRequest, PackedSampler
 from rpg.generator.generator import Generator
 
@@ -266,3 +267,21 @@ def test_a_full_disk_leaves_earlier_files_whole(tmp_path: Path, make_layout: Mak
     assert left == {name: content for name, content in before.items() if name != first.name}
     generate_models(generator, [[0.0, 1.0, 2.0]], 2, 0, out, SamplingConfig(steps=2))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_every_model_of_a_task_has_a_state_of_its_own(
+    tmp_path: Path, make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
+    generator = make_generator(make_layout(16), states=3)
+    paths = generate_models(generator, CONDITIONS, 4, 5, tmp_path, SAMPLING)
+    states = [permutation_state(5, i, 3) for i in range(8)]
+    assert set(states) == {0, 1, 2}
+    rows = [torch.tensor([*CONDITIONS[i // 4], state]) for i, state in enumerate(states)]
+    sampler = PackedSampler(generator, SAMPLING, seed=5)
+    requests = [ModelRequest(i, row) for i, row in enumerate(rows)]
+    sampled = torch.cat([each.values for each in sampler.sample(requests)])
+    models = sampled.view(8, generator.layout.tokens, -1)
+    for path, tokens in zip(paths, models, strict=True):
+        expected = generator.layout.decode(Encoded(tokens, generator.layout.constants))
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, expected[name]), name

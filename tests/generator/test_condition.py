@@ -31,6 +31,22 @@ def test_vectors_are_standardised_by_the_training_conditions() -> None:
     assert {"mean", "scale"} <= set(condition.state_dict())
 
 
+def test_states_add_a_row_of_a_table_to_the_hidden_layer() -> None:
+    torch.manual_seed(0)
+    condition = build_condition(ConditionConfig(size=4, width=5, states=3), WIDTH)
+    assert isinstance(condition, VectorCondition)
+    given = torch.randn(4, 4)
+    states = torch.tensor([2, 0, 2, 1])
+    p = dict(condition.named_parameters())
+    hidden = given @ p["mlp.0.weight"].T + p["mlp.0.bias"] + p["state.weight"][states]
+    expected = hidden * torch.sigmoid(hidden) @ p["mlp.2.weight"].T + p["mlp.2.bias"]
+    embedded = condition(torch.cat([given, states[:, None]], 1))
+    torch.testing.assert_close(embedded, expected)
+    dropped = condition(torch.cat([given, states[:, None]], 1), torch.tensor([True, False, True, False]))
+    assert torch.equal(dropped[[0, 2]], condition.null.expand(2, -1))
+    assert torch.equal(dropped[[1, 3]], embedded[[1, 3]])
+
+
 def test_dropped_vectors_become_the_null_vector_and_train_it() -> None:
     condition = vector()
     torch.nn.init.normal_(condition.null)
@@ -64,6 +80,8 @@ def test_no_condition_is_zero() -> None:
 def test_a_size_is_needed(kind: ConditionKind) -> None:
     with pytest.raises(RPGError, match=r"condition\.size: expected at least 1"):
         build_condition(ConditionConfig(kind=kind, size=0), WIDTH)
+    with pytest.raises(RPGError, match=r"condition\.states: expected at least 0, got -1"):
+        build_condition(ConditionConfig(size=3, states=-1), WIDTH)
 
 
 @pytest.mark.parametrize(("value", "count"), [(0.1, 3066), (0.3333, 100), (0.7, 3066), (1e-6, 50)])

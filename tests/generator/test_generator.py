@@ -160,6 +160,43 @@ def test_for_collection_takes_sizes_from_the_collection(make_layout: MakeLayout)
         made(ConditionKind.vector, conditions=None)
 
 
+def test_states_are_those_of_the_collection(make_layout: MakeLayout) -> None:
+    layout = make_layout(16)
+    conditions = torch.tensor([[0.0, 1, 2], [4.0, 1, 0], [4.0, 1, 0]])
+
+    def made(asked: int, states: list[int] | None) -> Generator:
+        config = dataclasses.replace(FAST, condition=ConditionConfig(states=asked))
+        given = None if states is None else torch.tensor(states)
+        return Generator.for_collection(config, layout, conditions, 3, states=given)
+
+    for asked in (2, -1):
+        fitted = made(asked, [1, 0, 1])
+        assert fitted.state_dict()["condition.state.weight"].shape[0] == fitted.config.condition.states == 2
+    # A generator that does not ask for them takes no notice of them.
+    assert made(0, [1, 0, 1]).digest() != made(2, [1, 0, 1]).digest()
+    assert made(0, [1, 0, 1]).state_dict().keys() == made(0, None).state_dict().keys()
+    for asked, states, words in (
+        (-1, None, "the collection's checkpoints have none, expected 0"),
+        (3, [1, 0, 1], "the collection has 2, got 3"),
+        (-1, [3, 0, 3], "expected training checkpoints of every state from 0 to 3"),
+    ):
+        with pytest.raises(RPGError, match=words):
+            made(asked, states)
+
+
+def test_states_are_saved_and_named(
+    tmp_path: Path, make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
+    generator = make_generator(make_layout(16), states=3)
+    generator.save_pretrained(tmp_path)
+    assert "a condition of 3 values (3 permutation states, by seed)" in (tmp_path / CARD_FILE).read_text()
+    loaded = Generator.from_pretrained(tmp_path)
+    assert loaded.digest() == generator.digest()
+    row = torch.tensor([1.0, 0, 1, 2])
+    assert torch.equal(sampled(loaded, row), sampled(generator, row))
+    assert not torch.equal(sampled(loaded, row), sampled(loaded, torch.tensor([1.0, 0, 1, 0])))
+
+
 def sampled(generator: Generator, condition: Tensor) -> Tensor:
     sampler = PackedSampler(generator, SamplingConfig(steps=3, token_batch=32), seed=1)
     return torch.cat([s.values for s in sampler.sample([ModelRequest(0, condition)])])

@@ -52,7 +52,7 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(
     shards = make_collection(tmp_path)
     config = generator_config(recurrent, denoiser)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    inputs = condition_inputs(shards, config.condition.kind)
+    inputs = condition_inputs(shards, config.condition)
     source = BatchSource(shards, inputs, TRAIN, 0, 1000, 0.3, Workers(), cpu)
     trainers = [new_trainer(shards, config, TRAIN, 0, device) for device in (cpu, gpu)]
     for step in range(TRAIN.steps):

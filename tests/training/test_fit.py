@@ -121,8 +121,34 @@ def test_condition_inputs(
     tmp_path: Path, shards: ShardedCollection, make_collection: Callable[..., ShardedCollection]
 ) -> None:
     assert shards.conditions is not None
-    assert torch.equal(condition_inputs(shards, ConditionKind.vector), shards.conditions)
-    assert torch.equal(condition_inputs(shards, ConditionKind.permutation), torch.arange(10))
-    assert condition_inputs(shards, ConditionKind.none).shape == (10, 0)
+    vector, none = ConditionConfig(kind=ConditionKind.vector), ConditionConfig(kind=ConditionKind.none)
+    permutation = ConditionConfig(kind=ConditionKind.permutation)
+    assert torch.equal(condition_inputs(shards, vector), shards.conditions)
+    assert torch.equal(condition_inputs(shards, permutation), torch.arange(10))
+    assert condition_inputs(shards, none).shape == (10, 0)
     bare = make_collection(tmp_path / "bare", condition_width=None)
-    assert condition_inputs(bare, ConditionKind.none).shape == (10, 0)
+    assert condition_inputs(bare, none).shape == (10, 0)
+    stated = make_collection(tmp_path / "stated", states=3)
+    assert stated.conditions is not None
+    assert torch.equal(condition_inputs(stated, vector), stated.conditions)
+    with_states = condition_inputs(stated, replace(vector, states=3))
+    assert torch.equal(with_states[:, :3], stated.conditions)
+    assert with_states[:, 3].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_what_checkpoints_of_a_state_share_is_learned(
+    tmp_path: Path, make_collection: Callable[..., ShardedCollection]
+) -> None:
+    """Ten checkpoints, all conditions alike, a state each: only states tell the checkpoints apart."""
+    directory = tmp_path / "shards"
+    shards = make_collection(directory, states=10)
+    shards.conditions = torch.zeros(10, 3)
+    config = replace(
+        TRAIN, steps=600, tokens_per_checkpoint=10, checkpoints_per_step=10, learning_rate=3e-3, log_every=50
+    )
+    losses = {}
+    for states in (0, 10):
+        condition = replace(GENERATOR.condition, states=states)
+        trainer = new_trainer(shards, replace(GENERATOR, condition=condition), config, 0, CPU)
+        losses[states] = run(trainer, shards, lambda *_: None)[-1].loss
+    assert losses[10] < 0.7 * losses[0]

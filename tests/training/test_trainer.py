@@ -70,7 +70,7 @@ def shards(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) ->
 
 
 def source(shards: ShardedCollection, generator: Generator, config: TrainConfig = TRAIN) -> BatchSource:
-    inputs = condition_inputs(shards, generator.config.condition.kind)
+    inputs = condition_inputs(shards, generator.config.condition)
     dropout = generator.config.condition.dropout
     return BatchSource(shards, inputs, config, 0, 1000, dropout, Workers(), CPU)
 
