@@ -128,7 +128,7 @@ def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, 
     config = session.config(kind)
     conditions = [class_bits(task) for task in HELD_OUT_TASKS]
     number, seed, sampling = config.generate.models_per_task, config.seed, generator.config.sampling
-    directory = session.runs / "generated"
+    directory = session.runs / f"generated-{kind}"
     files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
     models = [read_checkpoint(file) for file in files]
     family = task_family(config.collect.family, config.collect.images, session.device())

@@ -72,6 +72,7 @@ def test_optional_keys_of_an_entry_have_defaults(tmp_path: Path) -> None:
 
 def test_permutation_states_are_kept(tmp_path: Path) -> None:
     collection = make(tmp_path)
+    collection.save()
     assert '"state"' not in (tmp_path / "collection.json").read_text()
     for entry, state in zip(collection.entries, (1, 0, 1), strict=True):
         entry.state = state
