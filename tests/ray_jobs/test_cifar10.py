@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
 from rpg.collection.collection import FAMILY, Collection, Entry
+from rpg.config import generator_config_from_yaml
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.tasks.cifar10_net import Cifar10Net, normalised
 from tests.cifar10_files import write_cifar10
@@ -78,6 +79,9 @@ def test_from_images_to_report(run_job, tmp_path):
         if entry["split"] == "heldout"
     ]
     assert len(collection["entries"]) == 1022
+    # Copies share the order of the images: one copy is one permutation state, and the preset asks for all.
+    assert {entry["state"] for entry in collection["entries"]} == {0}
+    assert generator_config_from_yaml(run / "generator" / "config.yaml").condition.states == 1
     assert len(originals) == 20
     mean = sum(originals) / len(originals)
     assert report["accuracy"]["originals"]["mean"] == pytest.approx(mean, abs=1e-6)
