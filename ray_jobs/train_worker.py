@@ -68,8 +68,10 @@ def train_worker(arguments: dict[str, Settings]) -> None:
 
 def _train(settings: Settings) -> None:
     # Not before: the driver and Ray's controller import this module too, and what trains takes a while.
+    from rpg.training.expandable_segments import use_expandable_segments
     from rpg.training.fit import fit, new_trainer
 
+    use_expandable_segments()
     config = settings.config
     context: Any = ray.get_runtime_context()
     reserved = context.get_assigned_resources().get("CPU", 1)
