@@ -8,8 +8,10 @@ sampling steps, and shorter trainings of each with a schedule of their own. Ever
 twenty held-out tasks and the test images; no setting is chosen here.
 
 What is finished is kept below `--runs`, and a later call with the same presets goes on from there.
-`--seconds` ends a call before the next piece once so many have passed. The last call writes `results.json`
-and figures below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it runs, and measures
+`--seconds` ends a call before the next piece once so many have passed. A generator that was trained too
+little may make values that no network can have, which are refused: it has no accuracy. The last call writes
+`results.json` and figures below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it
+runs, and measures
 nothing.
 """
 
@@ -32,6 +34,7 @@ from timed_generation import timed_generation
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, to_plain
+from rpg.errors import RPGError
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
 from rpg.files import read_json, remove_directory, write_json
 from rpg.generator.generator import Generator
@@ -105,10 +108,15 @@ class Session:
 def run_preset(session: Session, kind: str) -> dict[str, Any]:
     """The whole pipeline, whose finished stages are kept; its report in a few numbers."""
     command = [sys.executable, "-m", "ray_jobs.pipeline", str(session.preset(kind)), *session.overrides(kind)]
-    if subprocess.run(command, cwd=ROOT).returncode:
+    failed = subprocess.run(command, cwd=ROOT).returncode
+    generator = session.runs / kind / "generator"
+    if failed and not (generator.exists() and _makes_no_networks(session, kind)):
         sys.exit(f"{kind}: the pipeline failed; call again to go on with it")
+    history = read_json(generator / "history.json", "a training history")
+    trained = {"training_steps": history[-1]["step"], "training_seconds": history[-1]["seconds"]}
+    if failed:
+        return trained
     report = read_json(session.runs / kind / "report.json", "a report")
-    history = read_json(session.runs / kind / "generator" / "history.json", "a training history")
     accuracy = report["accuracy"]
     return {
         "originals": accuracy["originals"]["mean"],
@@ -118,18 +126,29 @@ def run_preset(session: Session, kind: str) -> dict[str, Any]:
         "similarity": report["similarity"]["unseen"],
         "distance": report["distance"],
         "timing_seconds": report["timing_seconds"],
-        "training_steps": history[-1]["step"],
-        "training_seconds": history[-1]["seconds"],
+        **trained,
     }
 
 
-def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, float]:
-    """Mean accuracy of networks generated for the held-out tasks, and the seconds until all were written."""
+def _makes_no_networks(session: Session, kind: str) -> bool:
+    """Whether what the preset's generator makes is refused."""
+    generator = Generator.from_pretrained(session.runs / kind / "generator").to(session.device())
+    return accuracy_of(session, kind, generator)["accuracy"] is None
+
+
+def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, Any]:
+    """Mean accuracy of networks generated for the held-out tasks (None if they are none), and the seconds
+    until all were written."""
     config = session.config(kind)
     conditions = [class_bits(task) for task in HELD_OUT_TASKS]
     number, seed, sampling = config.generate.models_per_task, config.seed, generator.config.sampling
     directory = session.runs / f"generated-{kind}"
-    files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
+    try:
+        files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
+    except RPGError as error:
+        print(f"{kind}: {error}", file=sys.stderr)
+        remove_directory(directory)
+        return {"accuracy": None, "networks": 0, "generation_seconds": 0.0}
     models = [read_checkpoint(file) for file in files]
     family = task_family(config.collect.family, config.collect.images, session.device())
     asked = [condition for condition in conditions for _ in range(number)]
@@ -174,8 +193,9 @@ def curve_figure(results: dict[str, Any]) -> Figure:
                 (left, "training_seconds", results["training"][kind]),
                 (right, "sampling_steps", results["sampling"][kind]),
             ):
-                points = sorted((row[key], row["accuracy"]) for row in rows)
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, label=kind)
+                points = sorted((row[key], row["accuracy"]) for row in rows if row["accuracy"] is not None)
+                x, y = [point[0] for point in points], [point[1] for point in points]
+                axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=kind)
         for axes, label in ((left, "training, seconds"), (right, "sampling steps")):
             axes.axhline(originals, color=LIGHT.ink, linewidth=1.2, label="originals")
             axes.axhline(
@@ -220,10 +240,15 @@ def table(results: dict[str, Any]) -> str:
             for row in results["sampling"][kind]
         ]
         for row, steps in [*trained, *sampled]:
+            found_there = "no networks | – | –"
+            if row["accuracy"] is not None:
+                found_there = (
+                    f"{row['accuracy']:.4f} | {row['accuracy'] / originals:.4f} | "
+                    f"{row['generation_seconds']:.2f}, {row['networks']}"
+                )
             lines.append(
                 f"| {kind} | {row['training_steps']:,} | {row['training_seconds']:.1f} | {steps} | "
-                f"{row['accuracy']:.4f} | {row['accuracy'] / originals:.4f} | "
-                f"{row['generation_seconds']:.2f}, {row['networks']} |"
+                f"{found_there} |"
             )
     return "\n".join(lines)
 
