@@ -7,7 +7,6 @@ the last one, and so does a job that was stopped and started again with the same
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_jobs.board import Board
 from ray_jobs.fitting import check_fit, fit_generator
 from ray_jobs.needs import training_need
+from ray_jobs.opened_checkpoint import opened
 from ray_jobs.progress import StageProgress, stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
@@ -51,19 +51,19 @@ def run(config: Config) -> None:
     with replacing_directory(paths.generator) as target:
         if encoder is not None:
             copy_encoder(encoder, target / ENCODER_DIRECTORY)
-        copy_generator(checkpoint, target)
+        copy_generator(checkpoint, paths.train, target)
     for other in paths.train.iterdir():
         # Checkpoints of other configs could only be resumed from by going back to them.
         if other.name not in (name, TENSORBOARD_DIRECTORY):
             remove_directory(other)
 
 
-def copy_generator(checkpoint: ray.train.Checkpoint, target: AnyPath) -> None:
-    """Bring the generator that a run ended with, and its history, into the directory `target`."""
-    with checkpoint.as_directory() as directory:
-        copy_file(Path(directory) / HISTORY_FILE, target / HISTORY_FILE)
+def copy_generator(checkpoint: ray.train.Checkpoint, storage: AnyPath, target: AnyPath) -> None:
+    """Bring the generator that a run in `storage` ended with, and its history, into a directory."""
+    with opened(checkpoint, storage) as directory:
+        copy_file(directory / HISTORY_FILE, target / HISTORY_FILE)
         # The weights last: they make a generator of a directory that cannot be renamed into place.
-        files = (Path(directory) / GENERATOR_DIRECTORY).iterdir()
+        files = (directory / GENERATOR_DIRECTORY).iterdir()
         for file in sorted(files, key=lambda file: file.name == WEIGHTS_FILE):
             copy_file(file, target / file.name)
 

@@ -16,6 +16,7 @@ import ray.train.torch
 import torch
 
 from ray_jobs.node_copies import open_shards
+from ray_jobs.opened_checkpoint import opened
 from ray_jobs.tracking import log_everywhere, trackers
 from ray_jobs.validation import ValidationTasks
 from rpg.collection.retokenised import AnyShards, Retokenised
@@ -135,8 +136,8 @@ class _Checkpoints:
             self._scratch.mkdir()
         checkpoint = ray.train.get_checkpoint()
         if checkpoint:
-            with checkpoint.as_directory() as directory:
-                self._resume(Path(directory))
+            with opened(checkpoint, settings.storage) as directory:
+                self._resume(directory)
 
     def save(self, trainer: "Trainer", progress: Progress) -> None:
         """Report a step, with a checkpoint if it is time for one or the generator is the best so far."""
@@ -157,13 +158,15 @@ class _Checkpoints:
             generator.save_pretrained(self._scratch / GENERATOR_DIRECTORY)
         directory = self._new_directory()
         trainer.save(directory)
-        shutil.copytree(self._scratch / GENERATOR_DIRECTORY, directory / GENERATOR_DIRECTORY)
+        # Nothing writes into a generator's files: the next takes the place of the directory as a whole.
+        shutil.copytree(
+            self._scratch / GENERATOR_DIRECTORY, directory / GENERATOR_DIRECTORY, copy_function=_linked
+        )
         write_json(directory / HISTORY_FILE, self.history)
         ray.train.report(
             _row(progress),
             ray.train.Checkpoint.from_directory(directory),
             checkpoint_upload_mode=_ASYNC,
-            delete_local_checkpoint_after_upload=True,
             checkpoint_upload_fn=self._upload,
         )
 
@@ -173,7 +176,9 @@ class _Checkpoints:
         accuracies = [row["validation_accuracy"] for row in self.history if "validation_accuracy" in row]
         self._best = max(accuracies, default=None)
         if self._first:
-            shutil.copytree(directory / GENERATOR_DIRECTORY, self._scratch / GENERATOR_DIRECTORY)
+            shutil.copytree(
+                directory / GENERATOR_DIRECTORY, self._scratch / GENERATOR_DIRECTORY, copy_function=_linked
+            )
 
     def _new_directory(self) -> Path:
         """A directory for the next checkpoint, once the one before is uploaded: two at most take up disk."""
@@ -187,12 +192,36 @@ class _Checkpoints:
         ray.get(self._settings.board.latest.remote())
         try:
             storage: Any = ray.train.get_context().get_storage()
+            if isinstance(self._settings.storage, Path):
+                # On one disk it need not be copied; where this fails Ray finds out why.
+                place = storage.build_checkpoint_path_from_name(name)
+                with suppress(OSError):
+                    _sync(Path(checkpoint.path))
+                    Path(checkpoint.path).rename(place)
+                    return ray.train.Checkpoint(place, storage.storage_filesystem)
             persisted: ray.train.Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
+            shutil.rmtree(checkpoint.path)
             return persisted
         except PermissionError as error:
             reason = f"{self._settings.storage}: cannot be written: {error.strerror or error}"
             ray.get(self._settings.board.refuse.remote(reason))
             raise
+
+
+def _linked(source: str, target: str) -> None:
+    """Like `shutil.copy`, of a file that nobody writes into."""
+    try:
+        os.link(source, target)
+    except OSError:
+        # Not every file system has links.
+        shutil.copy(source, target)
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 _ASYNC = ray.train.CheckpointUploadMode.ASYNC

@@ -45,10 +45,11 @@ _PREVIOUS = ".previous"
 
 
 @contextmanager
-def replacing_file(path: AnyPath) -> Iterator[Path]:
+def replacing_file(path: AnyPath, synced: bool = True) -> Iterator[Path]:
     """Yield a local temporary path; on success its file takes the place of `path`.
 
-    For a local `path` it lies beside it, is synced to disk and renamed. For a URI it is uploaded.
+    For a local `path` it lies beside it, is synced to disk and renamed; without `synced` the machine may die
+    before it is on the disk. For a URI it is uploaded.
 
     Raises:
         RPGError: naming `path`, if the file system or the storage refuses (full disk, file size limit,
@@ -63,8 +64,9 @@ def replacing_file(path: AnyPath) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if synced:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error

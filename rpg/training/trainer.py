@@ -114,7 +114,8 @@ class Trainer:
         }
         if self.workers.rank:
             return
-        with replacing_file(directory / STATE_FILE) as temporary:
+        # Four times the generator, at every save: training would wait for the disk. The caller may sync.
+        with replacing_file(directory / STATE_FILE, synced=False) as temporary:
             try:
                 torch.save(state, temporary)
             except RuntimeError as error:

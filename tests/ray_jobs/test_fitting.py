@@ -73,7 +73,7 @@ def fitted(root: Path, name: str, *overrides: str) -> tuple[Generator, list[dict
     result = fit_generator(config(root, *overrides), root / "shards", root / "train", name, board)
     assert result.checkpoint is not None
     target = root / "generators" / name
-    copy_generator(result.checkpoint, target)
+    copy_generator(result.checkpoint, root / "train", target)
     return Generator.from_pretrained(target), json.loads((target / "history.json").read_text())
 
 
