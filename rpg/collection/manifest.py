@@ -76,7 +76,8 @@ def write_manifest(
 
     Raises:
         RPGError: naming the shard or checkpoint, if a shard has another layout or dtype, a checkpoint has no
-            entry or is there twice, or conditions differ in width; naming the file that cannot be written.
+            entry or is there twice, conditions differ in width, or only some have a permutation state; naming
+            the file that cannot be written.
     """
     if not shards:
         raise RPGError(f"{directory / MANIFEST_FILE}: expected at least one shard")
@@ -181,9 +182,12 @@ def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dic
         "split": pa.array([entries[name].split for name in names], pa.string()),
         "condition": pa.array(conditions, pa.null() if width is None else pa.list_(pa.float32(), width)),
     }
-    states = [entries[name].state for name in names]
-    if any(state is not None for state in states):
-        columns["state"] = pa.array(states, pa.int32())
+    states = {name: entries[name].state for name in names}
+    if without := [name for name, state in states.items() if state is None]:
+        if len(without) < len(names):
+            raise RPGError(f"'{without[0]}': expected a permutation state, as other checkpoints have")
+    else:
+        columns["state"] = pa.array(list(states.values()), pa.int32())
     return pa.table(columns)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,8 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused("'models/0002.pt' is in the shards but not", written(layout, [shard], entries[:2]))
     refused("'models/0000.pt' is in the shards twice", written(layout, [shard, shard], entries))
     refused("'models/0002.pt': expected a condition of width 2", written(layout, [shard], wider))
+    some = [*entries[:2], replace(entries[2], state=1)]
+    refused("'models/0000.pt': expected a permutation state", written(layout, [shard], some))
     assert not (tmp_path / MANIFEST_FILE).exists()
 
 
