@@ -34,9 +34,9 @@ from timed_generation import timed_generation
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, to_plain
-from rpg.errors import RPGError
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
 from rpg.files import read_json, remove_directory, write_json
+from rpg.generation.model_file import NotFiniteError
 from rpg.generator.generator import Generator
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.families import task_family
@@ -145,10 +145,9 @@ def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, 
     directory = session.runs / f"generated-{kind}"
     try:
         files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
-    except RPGError as error:
-        print(f"{kind}: {error}", file=sys.stderr)
+    except NotFiniteError as error:
         remove_directory(directory)
-        return {"accuracy": None, "networks": 0, "generation_seconds": 0.0}
+        return {"accuracy": None, "networks": 0, "generation_seconds": 0.0, "reason": str(error)}
     models = [read_checkpoint(file) for file in files]
     family = task_family(config.collect.family, config.collect.images, session.device())
     asked = [condition for condition in conditions for _ in range(number)]

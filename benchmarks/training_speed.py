@@ -10,6 +10,7 @@ graph and compiler. The first `WARM_UP` steps are left out, and the median of th
 
 import argparse
 import gc
+import os
 import platform
 import statistics
 import sys
@@ -33,7 +34,7 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.captured import CapturedGradients
-from rpg.training.expandable_segments import use_expandable_segments
+from rpg.training.expandable_segments import allocator_settings
 from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import Progress
 
@@ -114,7 +115,7 @@ def main() -> None:
     tiny = parser.parse_args().tiny
     if not tiny and not torch.cuda.is_available():
         parser.error("needs a GPU; --tiny runs on a CPU")
-    use_expandable_segments()
+    os.environ.update(allocator_settings())
     torch.set_num_threads(1 if tiny else 8)
     with tempfile.TemporaryDirectory() as directory:
         write_collection(Path(directory), TINY if tiny else replace(FULL, checkpoints=16))

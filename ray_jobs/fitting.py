@@ -22,6 +22,7 @@ from rpg.collection.collection import Collection
 from rpg.config import Config, RayConfig
 from rpg.errors import RPGError
 from rpg.files import AnyPath
+from rpg.training.expandable_segments import allocator_settings
 
 RESIZE_SECONDS = 60.0
 """How often an elastic run looks whether it may grow."""
@@ -86,6 +87,8 @@ def fit_generator(
             failure_config=ray.train.FailureConfig(max_failures=_RETRIES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=callbacks,  # type: ignore[arg-type]
+            # Before Ray Train chooses the GPU: PyTorch reads it then.
+            worker_runtime_env={"env_vars": allocator_settings()} if config.ray.use_gpu else None,
         ),
     )
     with own_cluster_named():

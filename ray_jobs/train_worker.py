@@ -69,10 +69,8 @@ def train_worker(arguments: dict[str, Settings]) -> None:
 
 def _train(settings: Settings) -> None:
     # Not before: the driver and Ray's controller import this module too, and what trains takes a while.
-    from rpg.training.expandable_segments import use_expandable_segments
     from rpg.training.fit import fit, new_trainer
 
-    use_expandable_segments()
     config = settings.config
     context: Any = ray.get_runtime_context()
     reserved = context.get_assigned_resources().get("CPU", 1)
@@ -185,6 +183,8 @@ class _Checkpoints:
         while self._uploading and self._uploading.exists():
             time.sleep(0.01)
         self._uploading = Path(tempfile.mkdtemp(dir=self._scratch))
+        # It may be renamed into the run's storage, for others to read as well.
+        self._uploading.chmod(0o755)
         return self._uploading
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
@@ -193,12 +193,12 @@ class _Checkpoints:
         try:
             storage: Any = ray.train.get_context().get_storage()
             if isinstance(self._settings.storage, Path):
-                # On one disk it need not be copied; where this fails Ray finds out why.
-                place = storage.build_checkpoint_path_from_name(name)
-                with suppress(OSError):
+                place = Path(storage.build_checkpoint_path_from_name(name))
+                # On one disk it need not be copied. Where there is no such directory, Ray says so.
+                if place.parent.is_dir() and place.parent.stat().st_dev == self._scratch.stat().st_dev:
                     _sync(Path(checkpoint.path))
                     Path(checkpoint.path).rename(place)
-                    return ray.train.Checkpoint(place, storage.storage_filesystem)
+                    return ray.train.Checkpoint(str(place), storage.storage_filesystem)
             persisted: ray.train.Checkpoint = storage.persist_current_checkpoint(checkpoint, name)
             shutil.rmtree(checkpoint.path)
             return persisted

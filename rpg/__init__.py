@@ -1,3 +1,3 @@
 """RPG: generates the weights of neural networks from collections of trained checkpoints."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

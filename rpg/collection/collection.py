@@ -20,7 +20,8 @@ COLLECTION_FILE = "collection.json"
 VERSION = 1
 FAMILY = "family"
 """Key of the architecture that names the task family of a collection's networks (`rpg.tasks.families`)."""
-MOST_STATES = 2**20
+LARGEST_STATE = 2**31 - 1
+"""Seeds are taken as they are."""
 SPLITS = tuple(split.value for split in Split)
 """Generators learn from `train` alone; `validation` chooses settings; `heldout` is for the report."""
 
@@ -40,7 +41,7 @@ class Entry:
     """The text whose embedding the condition is."""
     state: int | None = None
     """The permutation state: checkpoints that share what is chance in training (order of the data) have one
-    number, from 0."""
+    number, any."""
 
 
 _OPTIONAL = ("description", "state")
@@ -271,8 +272,8 @@ def _check_entry(entry: Entry, where: str) -> None:
         )
     if not isinstance(entry.metrics, dict) or not all(map(is_number, entry.metrics.values())):
         raise RPGError(f"{where}: metrics: expected finite numbers by name, got {entry.metrics!r}")
-    if entry.state is not None and not (type(entry.state) is int and 0 <= entry.state < MOST_STATES):
-        raise RPGError(f"{where}: state: expected 0 <= state < {MOST_STATES}, got {entry.state!r:.80}")
+    if entry.state is not None and not (type(entry.state) is int and 0 <= entry.state <= LARGEST_STATE):
+        raise RPGError(f"{where}: state: expected 0 <= state <= {LARGEST_STATE}, got {entry.state!r:.80}")
     if entry.split not in SPLITS:
         raise RPGError(f"{where}: split: expected one of {', '.join(SPLITS)}, got {entry.split!r}")
 

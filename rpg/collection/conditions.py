@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES
+from rpg.collection.collection import LARGEST_STATE
 from rpg.collection.json_numbers import is_float32
 from rpg.collection.tables import Pairs, by_file, csv_table, json_table, read_table
 from rpg.errors import RPGError
@@ -189,9 +190,9 @@ def _is_condition(kind: str) -> bool:
 
 
 def _state(text: str, where: str) -> int:
-    # No more digits than a state has: very long numbers take Python long to read.
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise RPGError(f"{where}: expected a whole number, got '{text:.80}'")
+    # Very long numbers take Python long to read.
+    if not re.fullmatch("[0-9]{1,20}", text) or int(text) > LARGEST_STATE:
+        raise RPGError(f"{where}: expected a whole number up to {LARGEST_STATE}, got '{text:.80}'")
     return int(text)
 
 

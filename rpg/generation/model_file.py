@@ -25,6 +25,10 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 
 
+class NotFiniteError(RPGError):
+    """What a generator made is no network."""
+
+
 _FIRST_READ = 2**16
 _LARGEST_HEADER = 100_000_000
 """As in the reference implementation of the format."""
@@ -92,13 +96,13 @@ class ModelFile:
         """Write the token `index` of the layout, given its normalised `values` [token_size].
 
         Raises:
-            RPGError: naming file and tensor, if the weights are not finite.
+            NotFiniteError: naming file and tensor, if the weights are not finite.
         """
         spec, start, weights = self.layout.decode_token(index, values)
         # What is too large for the file's type becomes infinite here.
         weights = weights.to(self._dtypes[spec.name])
         if not _finite(weights):
-            raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
+            raise NotFiniteError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
         self._write(spec.name, start, weights)
 
     def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
@@ -110,7 +114,7 @@ class ModelFile:
             finite: bool [k], whether a token's weights are.
 
         Raises:
-            RPGError: naming file and tensor, if weights are not finite.
+            NotFiniteError: naming file and tensor, if weights are not finite.
         """
         row = 0
         while row < len(weights):
@@ -122,7 +126,9 @@ class ModelFile:
             written = values.to(spec.dtype).to(self._dtypes[spec.name])
             # Narrow types make infinite what is too large for them.
             if not (finite[row : row + rows].all() and (written.dtype == values.dtype or _finite(written))):
-                raise RPGError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
+                raise NotFiniteError(
+                    f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated"
+                )
             self._write(spec.name, start, written)
             row += rows
 

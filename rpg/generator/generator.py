@@ -294,13 +294,11 @@ def _states_found(asked: int, states: Tensor | None) -> int:
     if asked == 0:
         return 0
     if states is None:
-        raise RPGError("generator.condition.states: the collection's checkpoints have none, expected 0")
-    found, last = len(states.unique()), int(states.max())
-    if last >= found:
         raise RPGError(
-            f"generator.condition.states: expected training checkpoints of every state from 0 to {last}, "
-            f"the collection has those of {found}"
+            "generator.condition.states: the collection's checkpoints have none; expected 0, or a collection "
+            "that is registered with them"
         )
+    found = len(states.unique())
     if asked not in (-1, found):
         raise RPGError(f"generator.condition.states: the collection has {found}, got {asked}")
     return found

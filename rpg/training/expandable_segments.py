@@ -5,12 +5,13 @@ import os
 _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def use_expandable_segments() -> None:
-    """Have PyTorch extend its blocks of GPU memory, instead of leaving small ones behind for larger ones.
+def allocator_settings() -> dict[str, str]:
+    """Environment for processes that train: their blocks of GPU memory grow.
 
-    A step of the published generator at ResNet-18's size then takes 30.4 GB of the card, not 35.8
-    (benchmarks/training_speed.md). Call it before the process first uses its GPU; the user's own settings of
-    PyTorch's allocator stay as they are.
+    Otherwise PyTorch leaves small blocks behind when it needs larger ones. A step of the published generator
+    at ResNet-18's size then takes 35.8 GB of the card, not 30.4 (benchmarks/training_speed.md). Where the
+    user has settings of PyTorch's allocator, these stay. They are read when a process first uses its GPU.
     """
-    if not any(variable in os.environ for variable in _VARIABLES):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if any(variable in os.environ for variable in _VARIABLES):
+        return {}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}

@@ -160,5 +160,7 @@ def condition_inputs(shards: AnyShards, config: ConditionConfig) -> Tensor:
     if config.kind == ConditionKind.none or shards.conditions is None:
         return torch.zeros(len(shards), 0)
     if config.states and shards.states is not None:
-        return torch.cat([shards.conditions, shards.states[:, None]], 1)
+        # Any numbers will do, seeds for example: the generator's are counted from 0.
+        counted = shards.states.unique(return_inverse=True)[1]
+        return torch.cat([shards.conditions, counted[:, None]], 1)
     return shards.conditions

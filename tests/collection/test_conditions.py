@@ -138,7 +138,7 @@ class TestPattern:
             (r"(?P<x__value>.*)\.pt", "nan.pt", "finite"),
             (r"(?P<x__digits>.*)\.pt", "1x.pt", "expected digits"),
             (r"(?P<x__digits>1)?\.pt", ".pt", "found no 'x'"),
-            (r"(?P<x__state>.*)\.pt", "-1.pt", "expected a whole number, got '-1'"),
+            (r"(?P<x__state>.*)\.pt", "-1.pt", "expected a whole number up to 2147483647, got '-1'"),
             ("{x:state}", "9" * 5000, "expected a whole number"),
         ],
     )

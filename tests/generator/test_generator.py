@@ -176,9 +176,9 @@ def test_states_are_those_of_the_collection(make_layout: MakeLayout) -> None:
     assert made(0, [1, 0, 1]).digest() != made(2, [1, 0, 1]).digest()
     assert made(0, [1, 0, 1]).state_dict().keys() == made(0, None).state_dict().keys()
     for asked, states, words in (
-        (-1, None, "the collection's checkpoints have none, expected 0"),
+        (-1, None, "the collection's checkpoints have none; expected 0"),
         (3, [1, 0, 1], "the collection has 2, got 3"),
-        (-1, [3, 0, 3], "expected training checkpoints of every state from 0 to 3"),
+        (1, [3, 0, 3], "the collection has 2, got 1"),
     ):
         with pytest.raises(RPGError, match=words):
             made(asked, states)

@@ -7,17 +7,16 @@ import sys
 import pytest
 import torch
 
-from rpg.training.expandable_segments import use_expandable_segments
+from rpg.training.expandable_segments import allocator_settings
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(other, raising=False)
+    assert allocator_settings()
     monkeypatch.setenv(variable, "max_split_size_mb:512")
-    use_expandable_segments()
-    found = {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}
-    assert found == {variable: "max_split_size_mb:512"}
+    assert allocator_settings() == {}
 
 
 @pytest.mark.gpu
@@ -26,12 +25,13 @@ def test_segments_grow() -> None:
     """A block that was freed becomes part of a larger one: no more is reserved than the largest has."""
     program = """
 import torch
-from rpg.training.expandable_segments import use_expandable_segments
-use_expandable_segments()
 for size in (1, 2, 3):
     block = torch.empty(size * 2**28, dtype=torch.uint8, device="cuda")
     del block
 print(torch.cuda.memory_reserved())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    environment = os.environ | allocator_settings()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
     assert int(done.stdout) < 4 * 2**28

@@ -134,6 +134,9 @@ def test_condition_inputs(
     with_states = condition_inputs(stated, replace(vector, states=3))
     assert torch.equal(with_states[:, :3], stated.conditions)
     assert with_states[:, 3].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    # Seeds need not be consecutive.
+    stated.states = torch.tensor([7, 42, 1000])[torch.arange(10) % 3]
+    assert torch.equal(condition_inputs(stated, replace(vector, states=3)), with_states)
 
 
 def test_what_checkpoints_of_a_state_share_is_learned(

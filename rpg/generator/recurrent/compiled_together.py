@@ -21,6 +21,8 @@ from rpg.errors import one_line
 
 _log = logging.getLogger("rpg.generator")
 
+_MOST_THREADS = 16
+"""There are hardly more kernels than that, and other workers of the machine compile at the same time."""
 _alone = threading.RLock()
 """Held by a rehearsal: functions may share kernels, whose `run` it replaces for as long as it takes."""
 
@@ -80,7 +82,7 @@ class CompiledTogether:
             return
         arguments = tuple(map(_leaf, arguments))
         options = {name: _leaf(value) for name, value in options.items()}
-        threads = ThreadPoolExecutor(os.cpu_count(), "compile")
+        threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "compile")
         with (
             threads,
             AsyncCompileMode(threads),

@@ -22,6 +22,9 @@ def defer_init(name: str) -> None:
 
     def from_init(attribute: str) -> Any:
         nonlocal executed
+        if attribute.startswith("__") and attribute not in ("__version__", "__all__"):
+            # Whoever looks through all modules asks for such names.
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}", name=attribute)
         with lock:
             if not executed:
                 executed = True
