@@ -40,10 +40,13 @@ class CompiledTogether:
             or hashable.
         kernels: what it may launch, `triton.jit` with or without `triton.autotune` and
             `triton.heuristics`. What is no kernel, or one of Triton's interpreter, is passed over.
+
+    Attributes:
+        function: to call without rehearsal.
     """
 
     def __init__(self, function: Callable[..., Any], kernels: Iterable[Any]) -> None:
-        self._function = function
+        self.function = function
         layers = {id(layer): layer for kernel in kernels for layer in _layers(kernel)}
         self._kernels = list(layers.values())
         self._rehearsed: set[object] = set()
@@ -52,7 +55,7 @@ class CompiledTogether:
         """What `function` returns."""
         if self._kernels and not torch.compiler.is_compiling() and not _is_capturing():
             self._prepare(arguments, options)
-        return self._function(*arguments, **options)
+        return self.function(*arguments, **options)
 
     def _prepare(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         kind = _kind(arguments, options)
@@ -92,7 +95,7 @@ class CompiledTogether:
             saved_tensors_hooks(Tensor.detach, _unchanged),
             self._idle(),
         ):
-            results = self._function(*arguments, **options)
+            results = self.function(*arguments, **options)
             results = results if isinstance(results, tuple) else (results,)
             outputs = [each for each in results if isinstance(each, Tensor) and each.requires_grad]
             if outputs:

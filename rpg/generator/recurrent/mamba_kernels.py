@@ -10,7 +10,6 @@ Importing mamba_ssm takes 9.4 s, since it imports transformers; the kernels alon
 
 import importlib
 import sys
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -51,7 +50,7 @@ _CHOSEN: dict[str, dict[str, tuple[dict[str, int], int, int]]] = {
 
 
 @cache
-def fused_kernel() -> Callable[..., Any] | None:
+def fused_kernel() -> CompiledTogether | None:
     """mamba_ssm's fused layer, or None where it or causal_conv1d is not installed."""
     try:
         import causal_conv1d  # noqa: F401  (the kernel calls it, but imports without it)
