@@ -42,6 +42,13 @@ InProcess = Callable[..., Any]
 Expected = Callable[..., list[bytes]]
 
 
+@pytest.fixture
+def often_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatcher saves and looks after its jobs every tenth of a second."""
+    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
+
+
 async def gone(config: ServeConfig, id: str) -> None:
     """Wait until a job has left no file."""
     async with asyncio.timeout(30):
@@ -515,17 +522,15 @@ def test_too_much_at_once_is_told_to_come_back(config: ServeConfig, in_process: 
 
 
 @pytest.mark.parametrize(("days", "gigabytes", "kept"), [(0, 100, 0), (7, 5e-6, 1), (7, 100, 2)])
+@pytest.mark.usefixtures("often_saving")
 def test_ended_jobs_are_kept_for_a_time_and_a_size(
     config: ServeConfig,
     in_process: InProcess,
-    monkeypatch: pytest.MonkeyPatch,
     days: float,
     gigabytes: float,
     kept: int,
 ) -> None:
     """Two models are about 3,400 bytes."""
-    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
-    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
     config.retention.days, config.retention.gigabytes = days, gigabytes
 
     async def run() -> None:
@@ -675,15 +680,13 @@ def test_an_object_store_that_refuses_keeps_the_job(
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("often_saving")
 def test_what_retention_cannot_remove_is_tried_again(
     config: ServeConfig,
     in_process: InProcess,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
-    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
-
     async def run() -> None:
         async with in_process(config) as service:
             with monkeypatch.context() as patch:
@@ -699,11 +702,10 @@ def test_what_retention_cannot_remove_is_tried_again(
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("often_saving")
 def test_files_that_outlive_their_job_are_removed_later(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
-    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
     delete, failures = job_store._delete, 2
 
     def failing(path: Path) -> None:
@@ -727,12 +729,10 @@ def test_files_that_outlive_their_job_are_removed_later(
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("often_saving")
 def test_a_clock_that_jumps_ahead_removes_nothing(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
-    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
-
     async def run() -> None:
         async with in_process(config) as service:
             id = (await submit(service)).json()["id"]
