@@ -18,6 +18,7 @@ nothing.
 import argparse
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, to_plain
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
-from rpg.files import read_json, remove_directory, write_json
+from rpg.files import read_json, write_json
 from rpg.generation.model_file import NotFiniteError
 from rpg.generator.generator import Generator
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
@@ -142,17 +143,16 @@ def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, 
     config = session.config(kind)
     conditions = [class_bits(task) for task in HELD_OUT_TASKS]
     number, seed, sampling = config.generate.models_per_task, config.seed, generator.config.sampling
-    directory = session.runs / f"generated-{kind}"
-    try:
-        files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
-    except NotFiniteError as error:
-        remove_directory(directory)
-        return {"accuracy": None, "networks": 0, "generation_seconds": 0.0, "reason": str(error)}
-    models = [read_checkpoint(file) for file in files]
-    family = task_family(config.collect.family, config.collect.images, session.device())
-    asked = [condition for condition in conditions for _ in range(number)]
-    accuracy = (family.predict(models, "test") == family.labels(asked, "test")).float().mean()
-    remove_directory(directory)
+    with tempfile.TemporaryDirectory(dir=session.runs, prefix="generated-") as room:
+        directory = Path(room) / "networks"
+        try:
+            files, seconds = timed_generation(generator, conditions, number, seed, directory, sampling)
+        except NotFiniteError as error:
+            return {"accuracy": None, "networks": 0, "generation_seconds": 0.0, "reason": str(error)}
+        models = [read_checkpoint(file) for file in files]
+        family = task_family(config.collect.family, config.collect.images, session.device())
+        asked = [condition for condition in conditions for _ in range(number)]
+        accuracy = (family.predict(models, "test") == family.labels(asked, "test")).float().mean()
     return {"accuracy": float(accuracy), "networks": len(models), "generation_seconds": seconds}
 
 

@@ -34,6 +34,7 @@ from rpg.config import (
     Prediction,
     RecurrentConfig,
     SamplingConfig,
+    SamplingPrecision,
     Solver,
 )
 from rpg.generation.job import GenerationJob, run_job
@@ -132,7 +133,7 @@ def whole_models(
     name: str, template: dict[str, Tensor], token_size: int, rows: int, peak: float, device: torch.device,
     tiny: bool,
 ) -> None:  # fmt: skip
-    """One line: a whole network of the `fast` generator."""
+    """A line for each precision: a whole network of the `fast` generator."""
     began = time.perf_counter()
     layout = layout_of(template, token_size)
     config = GeneratorConfig(
@@ -146,9 +147,23 @@ def whole_models(
             denoiser=DenoiserConfig(width=32, depth=1),
             condition=ConditionConfig(width=16, size=CONDITION_WIDTH),
         )
-    sampling = SamplingConfig(token_batch=rows)
     generator = random_generator(config, layout, device)
-    prepared = time.perf_counter() - began
+    print(f"{name}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    size = sum(tensor.numel() for tensor in template.values()) / 1e6
+    for precision in (SamplingPrecision.bfloat16, SamplingPrecision.float8):
+        columns = _whole_model(
+            generator, SamplingConfig(token_batch=rows, precision=precision), peak, device, tiny
+        )
+        print(
+            f"| {name}, {size:.1f} M | {layout.tokens:,} x {token_size} | {rows:,} | {precision} | {columns}",
+            flush=True,
+        )
+
+
+def _whole_model(
+    generator: Generator, sampling: SamplingConfig, peak: float, device: torch.device, tiny: bool
+) -> str:
+    """The columns of one precision."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -166,7 +181,7 @@ def whole_models(
     batch = next(sampler.batches([ModelRequest(i, torch.rand(CONDITION_WIDTH)) for i in range(40)]))
     loop = seconds(lambda: sampler.denoise(batch), device, 2 if tiny else 20)
     steps = solver_steps(generator.diffusion.alpha_bar, sampling)
-    rate = denoiser_flops(generator, rows) * len(steps) / loop
+    rate = denoiser_flops(generator, sampling.token_batch) * len(steps) / loop
     plain = PlainLoop(generator, steps, 1.0, 1.0)
 
     def eager() -> Tensor:
@@ -180,7 +195,7 @@ def whole_models(
         error = (sampler.denoise(batch)[:64] - exact).norm() / exact.norm()
         half = (eager()[:64] - exact).norm() / exact.norm()
     files = 0.0
-    if layout.tokens < 5000:
+    if generator.layout.tokens < 5000:
         few_models, many = (2, 4) if tiny else (10, 110)
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as out:
             spent = []
@@ -191,15 +206,11 @@ def whole_models(
                 spent.append(time.perf_counter() - start)
             # What every job begins with, once, is no part of a model.
             files = (many - few_models) / (spent[1] - spent[0])
-    values = sum(tensor.numel() for tensor in template.values())
-    print(
-        f"| {name}, {values / 1e6:.1f} M | {layout.tokens:,} x {token_size} | {rows:,} | {first:.1f} s | "
-        f"{whole * 1e3:.1f} ms | {memory:.1f} GB | {loop / len(steps) * 1e3:.2f} ms | "
+    return (
+        f"{first:.1f} s | {whole * 1e3:.1f} ms | {memory:.1f} GB | {loop / len(steps) * 1e3:.2f} ms | "
         f"{eagerly / len(steps) * 1e3:.2f} ms | {rate / 1e12:.0f} TFLOP/s, {rate / peak:.0%} | "
-        f"{error:.1e} ({half:.1e}) | {f'{files:.0f}' if files else '–'} |",
-        flush=True,
+        f"{error:.1e} ({half:.1e}) | {f'{files:.0f}' if files else '–'} |"
     )
-    print(f"{name}: layout and generator made in {prepared:.0f} s", file=sys.stderr, flush=True)
 
 
 def unet(rows: int, token_size: int, device: torch.device, tiny: bool) -> None:
@@ -262,10 +273,11 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: |")
     unet(8 if tiny else 512, 128 if tiny else 8192, device, tiny)
     print(
-        "\n| `fast`, network | tokens | rows a batch | first model | whole model | peak memory | a step here "
-        "| a step, eager bfloat16 | products in the loop | error here (eager bfloat16) | models/s to files |"
+        "\n| `fast`, network | tokens | rows a batch | products | first model | whole model | peak memory | "
+        "a step here | a step, eager bfloat16 | products in the loop | "
+        "error here (eager bfloat16) | models/s to files |"
     )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     small = {"weight": torch.zeros(50, 90), "norm.running_var": torch.ones(90)}
     if tiny:
         whole_models("small", small, 128, 32, peak, device, tiny)

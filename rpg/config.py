@@ -95,11 +95,20 @@ class Split(StrEnum):
 
 
 class Precision(StrEnum):
-    """Arithmetic of matrix products: `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """Arithmetic of matrix products in training: `auto` is float32 on a CPU and bfloat16 on a GPU."""
 
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class SamplingPrecision(StrEnum):
+    """Arithmetic of matrix products in sampling, where there is a GPU; a CPU samples in float32."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float8 = "float8"
 
 
 class Optimiser(StrEnum):
@@ -228,8 +237,9 @@ class SamplingConfig:
     """Standard deviation of the noise that sampling starts from."""
     token_batch: int = 256
     """Tokens denoised together; peak memory depends on this alone."""
-    precision: Precision = Precision.auto
-    """`auto` and `bfloat16`: on a GPU bfloat16 products, on a CPU float32; `float32`: everywhere."""
+    precision: SamplingPrecision = SamplingPrecision.auto
+    """On a GPU: `auto` and `bfloat16` are bfloat16; `float8` makes the AdaLN MLP's products in 8-bit floats
+    with a scale for every row, where the GPU has them, and else in bfloat16. On a CPU: float32."""
 
 
 @dataclass
@@ -587,6 +597,10 @@ def validate_sampling(sampling: SamplingConfig, generator: GeneratorConfig, pref
         )
     if not 0 <= sampling.eta <= 1:
         raise RPGError(f"{prefix}eta: expected 0 <= value <= 1, got {sampling.eta}")
+    if sampling.precision == SamplingPrecision.float8 and generator.denoiser.kind != DenoiserKind.adaln_mlp:
+        raise RPGError(
+            f"{prefix}precision: float8 needs denoiser.kind adaln_mlp, got {generator.denoiser.kind}"
+        )
     if sampling.guidance != 1 and generator.condition.dropout == 0:
         raise RPGError(
             f"{prefix}guidance: needs a generator trained with condition.dropout > 0, got {sampling.guidance}"

@@ -22,7 +22,7 @@ from rpg.collection.token_decoder import TokenDecoder
 from rpg.config import SamplingConfig, validate_sampling
 from rpg.errors import RPGError
 from rpg.generation.noise import seed_word
-from rpg.generation.placement import samples_on_gpu
+from rpg.generation.placement import samples_in_eight_bits, samples_on_gpu
 from rpg.generation.plain_loop import PlainLoop
 from rpg.generation.prototypes import Prototypes, sampling_threads
 from rpg.generation.rows import Rows
@@ -102,7 +102,10 @@ class BatchSampler:
         if samples_on_gpu(generator, sampling):
             from rpg.generation.gpu_loop import GPULoop
 
-            return GPULoop(generator, steps, sampling.guidance, sampling.temperature, self.size)
+            eight_bits = samples_in_eight_bits(self.device, sampling)
+            return GPULoop(
+                generator, steps, sampling.guidance, sampling.temperature, self.size, eight_bits=eight_bits
+            )
         return PlainLoop(generator, steps, sampling.guidance, sampling.temperature)
 
 

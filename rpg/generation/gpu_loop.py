@@ -34,6 +34,7 @@ class GPULoop:
         temperature: float,
         size: int,
         dtype: torch.dtype = torch.bfloat16,
+        eight_bits: bool = False,
         graph: bool = True,
     ) -> None:
         """Sample batches of `size` rows from `generator`, on its GPU.
@@ -44,8 +45,12 @@ class GPULoop:
             guidance: scale of classifier-free guidance; 1 is none.
             temperature: scale of the first noise.
             size: rows of every batch.
-            dtype: of the matrix products.
+            dtype: of the matrix products, or of their results where these are of 8 bits.
+            eight_bits: whether an AdaLN MLP multiplies 8-bit floats.
             graph: whether to record the loop; without, it runs step by step.
+
+        Raises:
+            RPGError: with `eight_bits`, for sizes that 8-bit products do not have.
         """
         device = generator.positions.device
         token_size = generator.layout.token_size
@@ -54,7 +59,7 @@ class GPULoop:
         self._guidance, self._temperature = guidance, temperature
         self._denoiser: AdaLNMLPOnGPU | UNetOnGPU
         if isinstance(generator.denoiser, AdaLNMLP):
-            self._denoiser = AdaLNMLPOnGPU(generator.denoiser, timesteps, dtype)
+            self._denoiser = AdaLNMLPOnGPU(generator.denoiser, timesteps, dtype, eight_bits)
         else:
             self._denoiser = UNetOnGPU(generator.denoiser, timesteps, dtype)
         width = generator.config.recurrent.width

@@ -1,13 +1,17 @@
 """Which sampling loop suits a generator's device and sizes."""
 
-from rpg.config import Precision, SamplingConfig
+import torch
+
+from rpg.config import SamplingConfig, SamplingPrecision
 from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 
+_EIGHT_BIT_CAPABILITY = (8, 9)
+
 
 def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
-    """Whether `rpg.generation.gpu_loop` samples, in bfloat16; if not, `rpg.generation.plain_loop` does."""
-    if generator.positions.device.type != "cuda" or sampling.precision == Precision.float32:
+    """Whether `rpg.generation.gpu_loop` samples; if not, `rpg.generation.plain_loop` does."""
+    if generator.positions.device.type != "cuda" or sampling.precision == SamplingPrecision.float32:
         return False
     try:
         import triton  # noqa: F401
@@ -18,3 +22,11 @@ def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
 
         return UNetOnGPU.serves(generator.denoiser, generator.layout.token_size)
     return True
+
+
+def samples_in_eight_bits(device: torch.device, sampling: SamplingConfig) -> bool:
+    """Whether the GPU's loop is to multiply 8-bit floats."""
+    return (
+        sampling.precision == SamplingPrecision.float8
+        and torch.cuda.get_device_capability(device) >= _EIGHT_BIT_CAPABILITY
+    )

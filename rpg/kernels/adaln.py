@@ -8,38 +8,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rpg.kernels.eight_bits import store_row
 
-def normalise_modulate(x: Tensor, modulation: Tensor, by_time: Tensor, shift: int, out: Tensor) -> None:
+
+def normalise_modulate(
+    x: Tensor, modulation: Tensor, by_time: Tensor, shift: int, out: Tensor, scales: Tensor | None = None
+) -> None:
     """out = LayerNorm(x) · (1 + scale) + shift, with shift at `shift` and scale right behind it.
 
-    `x` and `out` are [N, width]; statistics are float32.
+    `x` and `out` are [N, width]; statistics are float32. With `scales`, float32 [N, 1], the result is
+    out · scales, in 8 bits (see `rpg.kernels.eight_bits`).
     """
-    _launch(x, x, modulation, by_time, 0, shift, out, gated=False)
+    _launch(x, x, modulation, by_time, 0, shift, out, scales, gated=False)
 
 
 def add_gated_normalise_modulate(
-    x: Tensor, branch: Tensor, modulation: Tensor, by_time: Tensor, gate: int, shift: int, out: Tensor
-) -> None:
+    x: Tensor, branch: Tensor, modulation: Tensor, by_time: Tensor, gate: int, shift: int, out: Tensor,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
     """x += gate · branch in place, then as `normalise_modulate`; `gate` is where the gate starts."""
-    _launch(x, branch, modulation, by_time, gate, shift, out, gated=True)
+    _launch(x, branch, modulation, by_time, gate, shift, out, scales, gated=True)
 
 
 def _launch(
     x: Tensor, branch: Tensor, modulation: Tensor, by_time: Tensor, gate: int, shift: int, out: Tensor,
-    gated: bool,
+    scales: Tensor | None, gated: bool,
 ) -> None:  # fmt: skip
     count, width = x.shape
     block = triton.next_power_of_2(width)
     _modulate[(count,)](
-        x, branch, modulation, by_time, out, modulation.shape[1], width, gate, shift, 1e-5,
-        GATED=gated, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+        x, branch, modulation, by_time, out, out if scales is None else scales,
+        modulation.shape[1], width, gate, shift, 1e-5,
+        GATED=gated, EIGHT_BITS=scales is not None, BLOCK=block, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
 
 
 @triton.jit
 def _modulate(
-    x, branch, modulation, by_time, out, modulations, width, gate, shift, epsilon,
-    GATED: tl.constexpr, BLOCK: tl.constexpr,
+    x, branch, modulation, by_time, out, row_scales, modulations, width, gate, shift, epsilon,
+    GATED: tl.constexpr, EIGHT_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -61,4 +68,7 @@ def _modulate(
     centred = tl.where(inside, values - mean, 0.0)
     normal = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + epsilon)
     result = normal * (1.0 + scales) + shifts
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+    if EIGHT_BITS:
+        store_row(tl.where(inside, result, 0.0), out + place, row_scales + row, inside)
+    else:
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
