@@ -235,6 +235,9 @@ class SamplingConfig:
     """Classifier-free guidance scale; 1 is off and needs one evaluation a step instead of two."""
     temperature: float = 1.0
     """Standard deviation of the noise that sampling starts from."""
+    clip: float = 0.0
+    """Largest magnitude of the estimate x̂ (normalised values) that a step may go by; 0: any. Where noise or v
+    is predicted, an error is multiplied by up to 1/signal in it."""
     token_batch: int = 256
     """Tokens denoised together; peak memory depends on this alone."""
     precision: SamplingPrecision = SamplingPrecision.auto
@@ -589,7 +592,8 @@ def validate_sampling(sampling: SamplingConfig, generator: GeneratorConfig, pref
     """Check sampling settings against the generator that they are for."""
     _at_least(1, {f"{prefix}steps": sampling.steps, f"{prefix}token_batch": sampling.token_batch})
     _at_most(MAX_TOKEN_BATCH, {f"{prefix}token_batch": sampling.token_batch})
-    _at_least(0, {f"{prefix}temperature": sampling.temperature, f"{prefix}guidance": sampling.guidance})
+    for key in ("temperature", "guidance", "clip"):
+        _at_least(0, {f"{prefix}{key}": getattr(sampling, key)})
     if sampling.steps > generator.diffusion.timesteps:
         raise RPGError(
             f"{prefix}steps: expected at most diffusion.timesteps = {generator.diffusion.timesteps}, "

@@ -104,9 +104,10 @@ class BatchSampler:
 
             eight_bits = samples_in_eight_bits(self.device, sampling)
             return GPULoop(
-                generator, steps, sampling.guidance, sampling.temperature, self.size, eight_bits=eight_bits
-            )
-        return PlainLoop(generator, steps, sampling.guidance, sampling.temperature)
+                generator, steps, sampling.guidance, sampling.temperature, self.size, sampling.clip,
+                eight_bits=eight_bits,
+            )  # fmt: skip
+        return PlainLoop(generator, steps, sampling.guidance, sampling.temperature, sampling.clip)
 
 
 def check_seed(seed: int) -> None:

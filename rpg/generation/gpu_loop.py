@@ -33,6 +33,7 @@ class GPULoop:
         guidance: float,
         temperature: float,
         size: int,
+        clip: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
         eight_bits: bool = False,
         graph: bool = True,
@@ -45,6 +46,7 @@ class GPULoop:
             guidance: scale of classifier-free guidance; 1 is none.
             temperature: scale of the first noise.
             size: rows of every batch.
+            clip: largest magnitude of an estimate; 0 is any.
             dtype: of the matrix products, or of their results where these are of 8 bits.
             eight_bits: whether an AdaLN MLP multiplies 8-bit floats.
             graph: whether to record the loop; without, it runs step by step.
@@ -55,7 +57,7 @@ class GPULoop:
         device = generator.positions.device
         token_size = generator.layout.token_size
         timesteps = [step.t for step in steps]
-        self._updates = [Update.of(steps, i, generator.diffusion) for i in range(len(steps))]
+        self._updates = [Update.of(steps, i, generator.diffusion, clip) for i in range(len(steps))]
         self._guidance, self._temperature = guidance, temperature
         self._denoiser: AdaLNMLPOnGPU | UNetOnGPU
         if isinstance(generator.denoiser, AdaLNMLP):
@@ -67,7 +69,7 @@ class GPULoop:
         self._prototypes, self._without = torch.zeros(2, size, width, device=device)
         self._x = torch.empty(size, token_size, device=device)
         # What is predicted may be x̂ itself: then the step before's answer is kept, and nothing copied.
-        self._answers_x0 = generator.diffusion.prediction == Prediction.x0 and guidance == 1
+        self._answers_x0 = generator.diffusion.prediction == Prediction.x0 and guidance == 1 and not clip
         self._estimate = None if self._answers_x0 else torch.empty_like(self._x)
         self._rounded = torch.empty(size, token_size, device=device, dtype=dtype)
         self._graph = self._recorded() if graph else None

@@ -15,12 +15,18 @@ class PlainLoop:
     """Denoises batches; see `rpg.generator.solvers` for the update."""
 
     def __init__(
-        self, generator: Generator, steps: Sequence[SolverStep], guidance: float, temperature: float
+        self,
+        generator: Generator,
+        steps: Sequence[SolverStep],
+        guidance: float,
+        temperature: float,
+        clip: float = 0.0,
     ) -> None:
         self._generator = generator
         self._steps = steps
         self._guidance = guidance
         self._temperature = temperature
+        self._clip = clip
 
     def __call__(self, rows: Rows) -> Tensor:
         """Sample the tokens of `rows`: normalised values, float32 [N, token_size]."""
@@ -39,6 +45,8 @@ class PlainLoop:
                 unconditional = denoiser.denoise(x, t, null)
                 prediction = unconditional + guidance * (prediction - unconditional)
             estimate = self._generator.diffusion.to_x0(prediction, x, step.t)
+            if self._clip:
+                estimate = estimate.clamp(-self._clip, self._clip)
             x = step.current * x + step.estimate * estimate
             if step.previous_estimate:
                 x = x + step.previous_estimate * previous

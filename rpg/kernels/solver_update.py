@@ -28,9 +28,11 @@ class Update(NamedTuple):
     draw: int
     remembered: bool
     """Whether the next step needs this one's x̂."""
+    clip: float
+    """Largest magnitude of x̂; 0 is any."""
 
     @staticmethod
-    def of(steps: Sequence[SolverStep], index: int, diffusion: Diffusion) -> "Update":
+    def of(steps: Sequence[SolverStep], index: int, diffusion: Diffusion, clip: float = 0.0) -> "Update":
         """Of row `index` of a solver's table."""
         step = steps[index]
         signal, noise = float(diffusion.signal[step.t]), float(diffusion.noise[step.t])
@@ -42,7 +44,7 @@ class Update(NamedTuple):
         remembered = index + 1 < len(steps) and steps[index + 1].previous_estimate != 0
         return Update(
             from_x, from_prediction, step.current, step.estimate, step.previous_estimate, step.noise,
-            index + 1, remembered,
+            index + 1, remembered, clip,
         )  # fmt: skip
 
 
@@ -77,18 +79,18 @@ def apply_update(
     _update[grid](
         seeds, models, tokens, prediction,
         prediction if unconditional is None else unconditional,
-        x, estimate, rounded, guidance, size, *update[:6], update.draw,
+        x, estimate, rounded, guidance, size, *update[:6], update.clip, update.draw,
         GUIDED=unconditional is not None, REMEMBERS=update.previous != 0, NOISE=update.noise != 0,
-        KEEPS=keeps and update.remembered, BLOCKS=_BLOCKS,
+        CLIPS=update.clip != 0, KEEPS=keeps and update.remembered, BLOCKS=_BLOCKS,
     )  # fmt: skip
 
 
 @triton.jit
 def _update(
     seeds, models, tokens, prediction, unconditional, x, estimate, rounded, guidance, size,
-    from_x, from_prediction, current_rate, estimate_rate, previous_rate, noise_rate, draw,
-    GUIDED: tl.constexpr, REMEMBERS: tl.constexpr, NOISE: tl.constexpr, KEEPS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    from_x, from_prediction, current_rate, estimate_rate, previous_rate, noise_rate, clip, draw,
+    GUIDED: tl.constexpr, REMEMBERS: tl.constexpr, NOISE: tl.constexpr, CLIPS: tl.constexpr,
+    KEEPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_block = tl.program_id(1) * BLOCKS
@@ -101,6 +103,8 @@ def _update(
         without = tl.load(unconditional + place, mask=inside, other=0.0).to(tl.float32)
         answer = without + guidance * (answer - without)
     clean = from_x * now + from_prediction * answer
+    if CLIPS:
+        clean = tl.minimum(tl.maximum(clean, -clip), clip)
     after = current_rate * now + estimate_rate * clean
     if REMEMBERS:
         before = tl.load(estimate + place, mask=inside, other=0.0)

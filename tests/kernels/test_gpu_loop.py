@@ -59,14 +59,16 @@ UNET = DenoiserConfig(kind=DenoiserKind.unet, channels=[1, 16, 32, 64, 32, 16, 1
 
 @pytest.mark.parametrize("denoiser", [MLP, UNET], ids=["mlp", "unet"])
 @pytest.mark.parametrize(
-    ("solver", "prediction", "guidance"),
+    ("solver", "prediction", "guidance", "clip"),
     [
-        (Solver.dpmpp_2m, Prediction.x0, 1.0),
-        (Solver.ddim, Prediction.v, 2.0),
-        (Solver.ddpm, Prediction.noise, 1.0),
+        (Solver.dpmpp_2m, Prediction.x0, 1.0, 0.0),
+        (Solver.dpmpp_2m, Prediction.x0, 1.0, 0.3),
+        (Solver.ddim, Prediction.v, 2.0, 0.0),
+        (Solver.ddpm, Prediction.noise, 1.0, 0.0),
+        (Solver.ddim, Prediction.noise, 1.0, 0.5),
     ],
 )
-def test_same_tokens_as_the_plain_loop(device, denoiser, solver, prediction, guidance):
+def test_same_tokens_as_the_plain_loop(device, denoiser, solver, prediction, guidance, clip):
     from rpg.generation.gpu_loop import GPULoop
 
     generator = generator_of(denoiser, prediction)
@@ -74,10 +76,13 @@ def test_same_tokens_as_the_plain_loop(device, denoiser, solver, prediction, gui
     steps = solver_steps(generator.diffusion.alpha_bar, sampling)
     rows = rows_of(6)
     with torch.inference_mode():
-        expected = PlainLoop(generator, steps, guidance, 0.8)(rows)
+        expected = PlainLoop(generator, steps, guidance, 0.8, clip)(rows)
         generator.to(device)
-        loop = GPULoop(generator, steps, guidance, 0.8, 6, dtype=torch.float32, graph=device.type == "cuda")
+        graph = device.type == "cuda"
+        loop = GPULoop(generator, steps, guidance, 0.8, 6, clip, dtype=torch.float32, graph=graph)
         found = loop(rows)
+    if clip:
+        assert expected.abs().max() == pytest.approx(clip), "the last step's estimate is the result"
     scale = expected.square().mean().sqrt()
     tolerance = 1e-4 if device.type == "cpu" else 2e-2
     assert (found.cpu() - expected).square().mean().sqrt() < tolerance * scale

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rpg.errors import RPGError
 from rpg.generator.recurrent.chosen import chosen
 from rpg.generator.recurrent.mamba_kernels import fused_kernel
+from rpg.generator.recurrent.rounded_weight import linear
 
 
 class Mamba2State(NamedTuple):
@@ -110,7 +111,7 @@ class Mamba2(nn.Module):
             [B, L or K, d_model] in u's dtype (autocast's under autocast), and the state after the last
             element, or None without `keep_state`.
         """
-        projected = self.in_proj(u)
+        projected = linear(self.in_proj, u)
         a = -self.A_log.to(_accurate(projected)).exp()
         kernel = fused_kernel() if self._kernel_serves(projected, state) else None
         if kernel is not None:
@@ -131,7 +132,7 @@ class Mamba2(nn.Module):
             keep_state,
         )
         y = y + x * self.D.repeat_interleave(self.headdim).to(x.dtype)
-        out = self.out_proj(self.norm(chosen(y, at), chosen(gate, at)).to(gate.dtype))
+        out = linear(self.out_proj, self.norm(chosen(y, at), chosen(gate, at)).to(gate.dtype))
         return out, None if ssm_state is None else Mamba2State(conv_state, ssm_state)
 
     def _convolve(self, inputs: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -175,7 +176,7 @@ class Mamba2(nn.Module):
         )
         out, ssm_state = result if keep_state else (result, None)
         if at is not None:
-            out = self.out_proj(chosen(out, at))
+            out = linear(self.out_proj, chosen(out, at))
         if ssm_state is None:
             return out, None
         inputs = projected[..., self.d_inner : self.d_inner + self.conv_channels]
