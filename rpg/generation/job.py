@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from threading import Lock
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,18 +15,22 @@ from torch import Tensor
 
 from rpg.config import ConditionKind, SamplingConfig, TokenDtype
 from rpg.errors import RPGError
-from rpg.generation.in_background import InBackground
+from rpg.generation.lanes import Lanes
 from rpg.generation.model_file import ModelFile, remote_metadata
 from rpg.generation.noise import permutation_state
 from rpg.generation.rows import Rows
-from rpg.generation.sampled import Sampled
 from rpg.generation.sampler import ModelRequest, PackedSampler, check_condition
+from rpg.generation.unfinished_files import UnfinishedFiles
 from rpg.generator.generator import Generator
 from rpg.storage import AnyPath, is_remote
 from rpg.storage_errors import naming
 
-_WAITING_BATCHES = 2
+_WAITING_BATCHES = 4
 """Batches sampled and not written yet."""
+_WRITING_THREADS = 4
+"""A GPU samples a network of ResNet-18's size in half of the time that one thread takes to write it."""
+_SMALL_VALUES = 2**20
+"""Networks of fewer values are written by one thread: what they take is Python's time."""
 
 
 @dataclass(frozen=True)
@@ -166,49 +170,45 @@ def run_job(
     plan = JobPlan(generator, job)
     layout, report = generator.layout, progress or (lambda finished, asked: None)
     finished = 0
+    counting = Lock()
 
     def count() -> None:
         nonlocal finished
-        finished += 1
-        report(finished, len(indices))
-
-    file: ModelFile | None = None
-
-    def write(rows: Rows, sampled: Sampled) -> None:
-        nonlocal file
-        for start, end in _runs(rows.models):
-            token = int(rows.tokens[start])
-            if token == 0:
-                file = stack.enter_context(plan.file(int(rows.models[start]), out))
-            assert file is not None
-            sampled.write(slice(start, end), file, token)
-            if token + end - start == layout.tokens:
-                stack.close()
-                count()
+        with counting:
+            finished += 1
+            report(finished, len(indices))
 
     def missing() -> Iterator[ModelRequest]:
         for index in indices:
             if _metadata(out / job.file_name(index)) == plan.metadata(index):
-                writing.do(count)
+                count()
             elif layout.tokens == 0:
                 with plan.file(index, out):
-                    writing.do(count)
+                    pass
+                count()
             else:
                 yield plan.request(index)
 
     report(finished, len(indices))
     sampler = PackedSampler(generator, job.sampling, job.seed)
-    # Writing ends before the files are closed.
-    with ExitStack() as stack, InBackground(_WAITING_BATCHES) as writing:
+    small = layout.tokens * layout.token_size < _SMALL_VALUES
+    # Writing ends before the files are cleared away.
+    with (
+        UnfinishedFiles(lambda index: plan.file(index, out), count) as files,
+        Lanes(1 if small else _WRITING_THREADS, _WAITING_BATCHES) as lanes,
+    ):
         for rows, sampled in sampler.sample_to_write(missing()):
-            writing.do(partial(write, rows, sampled))
+            lanes.do(
+                (model, partial(files.write, model, token, run, sampled)) for model, token, run in _runs(rows)
+            )
     return [out / job.file_name(index) for index in indices]
 
 
-def _runs(models: Tensor) -> Iterator[tuple[int, int]]:
-    """Where each model's rows begin and end in a batch."""
-    changes = torch.nonzero(models[1:] != models[:-1]).flatten() + 1
-    yield from pairwise([0, *changes.tolist(), len(models)])
+def _runs(rows: Rows) -> Iterator[tuple[int, int, slice]]:
+    """The models of a batch, the first token of each in it, and where its rows are."""
+    changes = torch.nonzero(rows.models[1:] != rows.models[:-1]).flatten() + 1
+    for start, end in pairwise([0, *changes.tolist(), len(rows.models)]):
+        yield int(rows.models[start]), int(rows.tokens[start]), slice(start, end)
 
 
 def _metadata(path: AnyPath) -> dict[str, str] | None:

@@ -5,7 +5,6 @@ values), so finished tokens are written where they belong and no model is ever h
 """
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -84,8 +83,8 @@ class ModelFile:
     def __enter__(self) -> "ModelFile":
         with ExitStack() as stack:
             self._temporary = stack.enter_context(replacing_file(self.path))
-            self._file = stack.enter_context(self._temporary.open("wb", buffering=0))
-            self._write_at(0, self._header)
+            self._file = stack.enter_context(self._temporary.open("wb"))
+            self._file.write(self._header)
             self._file.truncate(self.size)
             for name, value in self.layout.constants.items():
                 self._write(name, 0, value.flatten().to(self._dtypes[name]))
@@ -107,7 +106,7 @@ class ModelFile:
         self._write(spec.name, start, weights)
 
     def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
-        """Write the tokens from `first` on, decoded already. Threads may write different tokens at a time.
+        """Write the tokens from `first` on, decoded already.
 
         Args:
             first: index of the first token.
@@ -135,6 +134,7 @@ class ModelFile:
 
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the file, once all its tokens are written and before the block ends."""
+        self._file.flush()
         return sha256(self._temporary)
 
     def __exit__(
@@ -145,13 +145,8 @@ class ModelFile:
     def _write(self, name: str, start: int, values: Tensor) -> None:
         data = values.contiguous().view(torch.uint8).numpy().data
         for each in self._names.get(name, ()):
-            self._write_at(len(self._header) + self._offsets[each] + start * values.element_size(), data)
-
-    def _write_at(self, place: int, data: bytes | memoryview) -> None:
-        written = 0
-        # A disk that becomes full takes a part first, and refuses the rest.
-        while written < len(data):
-            written += os.pwrite(self._file.fileno(), data[written:], place + written)
+            self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
+            self._file.write(data)
 
 
 def _finite(values: Tensor) -> bool:

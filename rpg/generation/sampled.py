@@ -1,18 +1,11 @@
 """A sampled batch on its way to the host."""
 
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from rpg.generation.model_file import ModelFile
-
-_PART_BYTES = 8 * 2**20
-"""A file is written in parts of about so much by several threads: copying into the page cache is what takes
-time, and one thread copies more slowly than a GPU samples."""
-_WRITING_THREADS = 4
 
 
 @dataclass
@@ -56,27 +49,10 @@ class ArrivingBatch:
     def write(self, rows: slice, file: ModelFile, first_token: int) -> None:
         """As `SampledBatch.write`."""
         self.wait()
-        weights, finite = self.weights[rows], self.finite[rows]
-        size = max(1, _PART_BYTES // (weights.shape[1] * weights.element_size()))
-        if len(weights) <= size:
-            file.write_weights(first_token, weights, finite)
-            return
-        parts = zip(range(0, len(weights), size), weights.split(size), finite.split(size), strict=True)
-        futures = [
-            _writers().submit(file.write_weights, first_token + start, *part) for start, *part in parts
-        ]
-        # The file may be closed after a failure, so none must be left at work.
-        wait(futures)
-        for future in futures:
-            future.result()
+        file.write_weights(first_token, self.weights[rows], self.finite[rows])
 
 
 Sampled = SampledBatch | ArrivingBatch
-
-
-@cache
-def _writers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_WRITING_THREADS, thread_name_prefix="write")
 
 
 class HostCopies:

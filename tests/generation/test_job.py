@@ -1,10 +1,13 @@
 """Jobs: what is written, provenance, going on after an interruption, refusals."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,20 +150,26 @@ def test_another_generator_makes_all_anew(tmp_path: Path, generator: Generator) 
     assert changed(before, paths) == [0, 1, 2, 3]
 
 
-def test_shares_of_a_job_make_the_files_of_the_whole(tmp_path: Path, generator: Generator) -> None:
+def test_shares_of_a_job_make_the_files_of_the_whole(
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = GenerationJob(CONDITIONS, 4, 1, SAMPLING)
     assert len(job) == 8
     assert [job.condition_of(i) for i in (0, 3, 4, 7)] == [CONDITIONS[0]] * 2 + [CONDITIONS[1]] * 2
     whole = run_job(generator, job, range(8), tmp_path / "whole")
+    # Others are written by several threads.
+    monkeypatch.setattr(job_module, "_SMALL_VALUES", 0)
     for share in ([0], [1, 2, 6], [3, 4, 5, 7]):
         for path in run_job(generator, job, share, tmp_path / "shares"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     assert len(whole) == len(list((tmp_path / "shares").iterdir())) == 8
 
 
+@pytest.mark.parametrize("small", [0, 2**20], ids=["several threads", "one thread"])
 def test_an_interrupted_job_leaves_whole_files_only(
-    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
+    monkeypatch.setattr(job_module, "_SMALL_VALUES", small)
     expected = generate_models(generator, CONDITIONS, 3, 5, tmp_path / "whole", SAMPLING)
     written = 0
 
@@ -177,11 +186,39 @@ def test_an_interrupted_job_leaves_whole_files_only(
         generate_models(generator, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
     monkeypatch.undo()
     left = sorted((tmp_path / "out").iterdir())
-    assert [path.name for path in left] == [path.name for path in expected[:3]]
+    assert len(left) < len(expected)
+    for path in left:
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     before = stamps(left)
     paths = generate_models(generator, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
     assert changed(before, left) == []
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in expected]
+
+
+def test_a_full_disk_is_told_of_the_file_that_met_it(
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "_SMALL_VALUES", 0)
+    others = threading.Event()
+
+    class Full(ModelFile):
+        def write_token(self, index: int, values: Tensor) -> None:
+            if self.path.name == "model_000001.safetensors":
+                # While others are being written.
+                others.wait(20)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().write_token(index, values)
+            if index == 1:
+                others.set()
+                time.sleep(0.1)
+
+    monkeypatch.setattr(job_module, "ModelFile", Full)
+    with pytest.raises(
+        RPGError, match=r"model_000001\.safetensors: cannot be written: No space left on device"
+    ):
+        generate_models(generator, CONDITIONS, 3, 5, tmp_path, SAMPLING)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not (tmp_path / "model_000001.safetensors").exists()
 
 
 def test_a_layout_of_constants_alone(tmp_path: Path, make_generator: MakeGenerator) -> None:
