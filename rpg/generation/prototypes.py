@@ -22,8 +22,9 @@ GPU_PROTOTYPE_PIECE = 2048
 _GPU_CHUNK = 256
 """Of Mamba-2's scan: with few sequences, starting kernels takes longer than their work."""
 
-_REMEMBERED = 16
-"""Conditions whose prototypes are kept: of a small network, one piece at most."""
+_REMEMBERED_BYTES = 2**28
+"""Of prototypes, of small networks, one piece each, whose conditions may come again: jobs take turns, and if
+fewer were kept than there are jobs, all of them would be computed anew for every model."""
 
 
 class Prototypes:
@@ -40,6 +41,9 @@ class Prototypes:
         self._piece = GPU_PROTOTYPE_PIECE if self._device.type == "cuda" else PROTOTYPE_PIECE
         self._recurrent = _half_products(generator.recurrent) if self._half else generator.recurrent
         self._latest: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        width = generator.config.recurrent.width
+        each = len(generator.positions) * width * torch.float32.itemsize * (2 if self._guided else 1)
+        self._remembered = _REMEMBERED_BYTES // max(1, each)
 
     def pieces(self, condition: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The model's prototypes and, for guidance, those without condition: [n, width] each, in order."""
@@ -61,10 +65,11 @@ class Prototypes:
                 unconditional = prototypes
                 if self._guided:
                     unconditional, null_state = self._recurrent(piece[None] + null[:, None], null_state)
-            result = prototypes[0].float(), unconditional[0].float()
+            known = prototypes[0].float()
+            result = known, unconditional[0].float() if self._guided else known
             if len(positions) <= self._piece:
                 self._latest[key] = result
-                if len(self._latest) > _REMEMBERED:
+                if len(self._latest) > self._remembered:
                     self._latest.popitem(last=False)
             yield result
 

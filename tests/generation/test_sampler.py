@@ -21,6 +21,7 @@ from rpg.config import (
     Solver,
 )
 from rpg.errors import RPGError
+from rpg.generation import prototypes
 from rpg.generation.noise import gaussian
 from rpg.generation.sampler import PROTOTYPE_PIECE, ModelRequest, PackedSampler, check_condition
 from rpg.generator.generator import Generator
@@ -176,6 +177,24 @@ def test_prototypes_are_the_generators(
 
 
 @torch.no_grad()
+def test_jobs_that_take_turns_do_not_compute_prototypes_anew(
+    make_generator: MakeGenerator, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = make_generator(make_layout())
+    conditions = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    requests = [ModelRequest(index, conditions[index % 40]) for index in range(120)]
+    computed: list[int] = []
+    generator.recurrent.register_forward_hook(lambda *call: computed.append(1))
+    sampling = SamplingConfig(steps=1, token_batch=96)
+    expected = sample(generator, sampling, requests)
+    assert len(computed) == 40
+    # With room for none they are as before.
+    monkeypatch.setattr(prototypes, "_REMEMBERED_BYTES", 0)
+    found = sample(generator, sampling, requests)
+    assert len(computed) == 40 + 120
+    assert all(torch.equal(found[index], expected[index]) for index in expected)
+
+
 def plainly(generator: Generator, sampling: SamplingConfig, request: ModelRequest, seed: int = 11) -> Tensor:
     """One model, all of its tokens at once, from the definitions."""
     layout, row = generator.layout, request.condition[None]
@@ -253,6 +272,7 @@ def test_nothing_asked_for_is_nothing_sampled(make_generator: MakeGenerator, mak
         (SamplingConfig(steps=1001), 0, "steps: expected at most diffusion.timesteps = 1000, got 1001"),
         (SamplingConfig(token_batch=0), 0, "token_batch: expected .* at least 1, got 0"),
         (SamplingConfig(temperature=float("nan")), 0, "temperature: expected a finite value"),
+        (SamplingConfig(clip=-1), 0, "clip: expected a finite value of at least 0"),
         (SamplingConfig(), -1, r"seed: expected 0 <= seed < 2\*\*64, got -1"),
         (SamplingConfig(), 2**64, r"seed: expected 0 <= seed < 2\*\*64"),
     ],
