@@ -1,4 +1,7 @@
-"""Writing finished tokens beside sampling: one thread takes them in order, others finish the files."""
+"""Writing finished tokens beside sampling: one thread takes them in order, others finish the files.
+
+Large models have several threads to write them, each model one: a file system lets one at a file at a time.
+"""
 
 import logging
 import queue
@@ -6,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 
 from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
@@ -14,6 +18,9 @@ from serve.work import Segment, Work
 
 _WAITING_BATCHES = 8
 """Batches sampled and not written yet: more would fill the memory where a disk is slower than the sampler."""
+_WRITING_THREADS = 4
+_WRITING_SEGMENTS = 8
+"""Of large models, handed to their threads and not written yet."""
 _FINISHING_FILES = 64
 _FINISHING_THREADS = 4
 """Syncing to disk and uploading wait rather than work."""
@@ -30,6 +37,8 @@ class ModelWriter:
         )
         self._pool = ThreadPoolExecutor(_FINISHING_THREADS, thread_name_prefix="finish")
         self._room = threading.BoundedSemaphore(_FINISHING_FILES)
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix="write") for _ in range(_WRITING_THREADS)]
+        self._segments = threading.BoundedSemaphore(_WRITING_SEGMENTS)
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
         self._thread.start()
 
@@ -45,7 +54,8 @@ class ModelWriter:
         """Write what was handed over, and end."""
         self._queue.put(None)
         self._thread.join()
-        self._pool.shutdown()
+        for pool in (*self._lanes, self._pool):
+            pool.shutdown()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -62,15 +72,33 @@ class ModelWriter:
         row = 0
         for segment in segments:
             count = len(segment.rows.tokens)
+            rows = slice(row, row + count)
             if segment.work.dropped:
                 self._clear(segment.work)
+            elif segment.work.plan.is_large:
+                self._segments.acquire()
+                lane = self._lanes[segment.model % _WRITING_THREADS]
+                future = lane.submit(self._write_large, segment, sampled, rows)
+                segment.work.finishing.add(future)
+                future.add_done_callback(partial(self._done, segment.work, self._segments))
             else:
                 try:
-                    self._write_segment(segment, sampled, slice(row, row + count))
+                    self._write_segment(segment, sampled, rows)
                 except Exception as error:
                     segment.work.fail(error)
                     self._clear(segment.work)
             row += count
+
+    def _write_large(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
+        work = segment.work
+        if work.dropped:
+            # More of this model may never come, and then nobody else would clear it away.
+            _discard(work.files.pop(segment.model, None))
+            return
+        try:
+            self._write_segment(segment, sampled, rows)
+        except Exception as error:
+            work.fail(error)
 
     def _write_segment(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
         work, index = segment.work, segment.model
@@ -92,11 +120,12 @@ class ModelWriter:
         self._room.acquire()
         future = self._pool.submit(self._finish, work, index, file)
         work.finishing.add(future)
-        future.add_done_callback(lambda done: self._finished(work, done))
+        future.add_done_callback(partial(self._done, work, self._room))
 
-    def _finished(self, work: Work, future: "Future[None]") -> None:
+    @staticmethod
+    def _done(work: Work, room: threading.BoundedSemaphore, future: "Future[None]") -> None:
         work.finishing.discard(future)
-        self._room.release()
+        room.release()
 
     def _finish(self, work: Work, index: int, file: ModelFile) -> None:
         try:
@@ -110,12 +139,19 @@ class ModelWriter:
 
     def _clear(self, work: Work) -> None:
         """Close its files without putting them in place, and wait for those that are on their way there."""
-        dropped = RPGError("dropped")
-        for file in work.files.values():
-            try:
-                file.__exit__(RPGError, dropped, None)
-            except Exception as error:
-                if error is not dropped:
-                    _log.warning("%s", error)
-        work.files.clear()
-        wait(list(work.finishing))
+        # What is being written may be finished next.
+        while pending := list(work.finishing):
+            wait(pending)
+        while work.files:
+            _discard(work.files.popitem()[1])
+
+
+def _discard(file: ModelFile | None) -> None:
+    if file is None:
+        return
+    dropped = RPGError("dropped")
+    try:
+        file.__exit__(RPGError, dropped, None)
+    except Exception as error:
+        if error is not dropped:
+            _log.warning("%s", error)

@@ -29,7 +29,7 @@ _WAITING_BATCHES = 4
 """Batches sampled and not written yet."""
 _WRITING_THREADS = 4
 """A GPU samples a network of ResNet-18's size in half of the time that one thread takes to write it."""
-_SMALL_VALUES = 2**20
+_LARGE_VALUES = 2**20
 """Networks of fewer values are written by one thread: what they take is Python's time."""
 
 
@@ -115,6 +115,12 @@ class JobPlan:
         path = out / self.job.file_name(index)
         return ModelFile(path, self._generator.layout, self.metadata(index), self._dtype)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether several threads write the models faster than one."""
+        layout = self._generator.layout
+        return layout.tokens * layout.token_size >= _LARGE_VALUES
+
     def _condition_row(self, index: int) -> Tensor:
         config = self._generator.config.condition
         if config.kind == ConditionKind.permutation:
@@ -191,11 +197,10 @@ def run_job(
 
     report(finished, len(indices))
     sampler = PackedSampler(generator, job.sampling, job.seed)
-    small = layout.tokens * layout.token_size < _SMALL_VALUES
     # Writing ends before the files are cleared away.
     with (
         UnfinishedFiles(lambda index: plan.file(index, out), count) as files,
-        Lanes(1 if small else _WRITING_THREADS, _WAITING_BATCHES) as lanes,
+        Lanes(_WRITING_THREADS if plan.is_large else 1, _WAITING_BATCHES) as lanes,
     ):
         for rows, sampled in sampler.sample_to_write(missing()):
             lanes.do(

@@ -158,18 +158,18 @@ def test_shares_of_a_job_make_the_files_of_the_whole(
     assert [job.condition_of(i) for i in (0, 3, 4, 7)] == [CONDITIONS[0]] * 2 + [CONDITIONS[1]] * 2
     whole = run_job(generator, job, range(8), tmp_path / "whole")
     # Others are written by several threads.
-    monkeypatch.setattr(job_module, "_SMALL_VALUES", 0)
+    monkeypatch.setattr(job_module, "_LARGE_VALUES", 0)
     for share in ([0], [1, 2, 6], [3, 4, 5, 7]):
         for path in run_job(generator, job, share, tmp_path / "shares"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     assert len(whole) == len(list((tmp_path / "shares").iterdir())) == 8
 
 
-@pytest.mark.parametrize("small", [0, 2**20], ids=["several threads", "one thread"])
+@pytest.mark.parametrize("large", [0, 2**20], ids=["several threads", "one thread"])
 def test_an_interrupted_job_leaves_whole_files_only(
-    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, small: int
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, large: int
 ) -> None:
-    monkeypatch.setattr(job_module, "_SMALL_VALUES", small)
+    monkeypatch.setattr(job_module, "_LARGE_VALUES", large)
     expected = generate_models(generator, CONDITIONS, 3, 5, tmp_path / "whole", SAMPLING)
     written = 0
 
@@ -198,7 +198,7 @@ def test_an_interrupted_job_leaves_whole_files_only(
 def test_a_full_disk_is_told_of_the_file_that_met_it(
     tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_module, "_SMALL_VALUES", 0)
+    monkeypatch.setattr(job_module, "_LARGE_VALUES", 0)
     others = threading.Event()
 
     class Full(ModelFile):

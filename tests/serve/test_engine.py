@@ -1,16 +1,21 @@
 """The engine without anything around it: batches, writers, works that are dropped or handed out twice."""
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation, SamplingConfig
 from rpg.errors import RPGError
+from rpg.generation import job as job_module
 from rpg.generation.job import GenerationJob, JobPlan
+from rpg.generation.model_file import ModelFile
 from rpg.generator.generator import Generator
 from serve.engine import Engine
 from serve.fair_queue import FairQueue
@@ -18,8 +23,12 @@ from serve.records import Made
 from serve.work import Work
 
 
-@pytest.fixture
-def engine(generator: Generator) -> Iterator[Engine]:
+@pytest.fixture(params=[0, 2**20], ids=["large", "small"])
+def engine(
+    generator: Generator, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Engine]:
+    """Its models are written as large ones are, and as small ones."""
+    monkeypatch.setattr(job_module, "_LARGE_VALUES", request.param)
     engine = Engine(generator)
     yield engine
     engine.close()
@@ -97,6 +106,28 @@ def test_a_dropped_work_leaves_no_half_files(engine: Engine, tmp_path: Path) -> 
     engine.submit(work(engine.generator, tmp_path / "other", others, range(4), job="b"))
     others.wait(4)
     assert len(events) < 1000
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_full_disk_fails_the_work_and_leaves_no_half_files(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_token = ModelFile.write_token
+
+    def full(file: ModelFile, index: int, values: Tensor) -> None:
+        if file.path == tmp_path / "model_000002.safetensors" and index == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_token(file, index, values)
+
+    monkeypatch.setattr(ModelFile, "write_token", full)
+    events, others = Events(), Events()
+    engine.submit(work(engine.generator, tmp_path, events, range(50), steps=50))
+    engine.submit(work(engine.generator, tmp_path / "other", others, range(50), job="b", steps=50))
+    others.wait(50)
+    assert all(isinstance(event, Made) for event in others)
+    reason = str(events[-1])
+    assert reason == f"{tmp_path}/model_000002.safetensors: cannot be written: No space left on device"
+    engine.close()
     assert not list(tmp_path.glob(".*.partial"))
 
 
