@@ -17,7 +17,8 @@ from upath import UPath
 from rpg import __version__
 from rpg.arguments import condition_text, condition_values, count, seed
 from rpg.command_line import run_command
-from rpg.config import Solver, load_config, validate_sampling
+from rpg.config import SamplingPrecision, Solver, load_config, validate_sampling
+from rpg.errors import RPGError
 from rpg.jobs_command import add_jobs_command
 
 # Commands import what they need themselves: `rpg --help` does not wait for PyTorch.
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=count, metavar="N", help="evaluations of the denoiser")
     generate.add_argument("--temperature", type=float, metavar="T", help="scale of the starting noise")
     generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance; 1 is off")
+    generate.add_argument(
+        "--precision",
+        choices=[precision.value for precision in SamplingPrecision],
+        help="of products on a GPU; a CPU uses float32",
+    )
+    generate.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
     generate.set_defaults(run=_generate)
 
     config = commands.add_parser("config", help="print a preset with overrides applied, checked and resolved")
@@ -166,15 +173,22 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    import torch
+
     from rpg.generation.job import generate_models
     from rpg.generator.generator import Generator
 
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise RPGError("--device: cuda, but PyTorch finds no GPU")
     generator = Generator.from_pretrained(_location(options.generator))
     given = {key: getattr(options, key) for key in ("steps", "temperature", "guidance")}
     given = {key: value for key, value in given.items() if value is not None}
     sampling = replace(generator.config.sampling, **given)
     if options.solver is not None:
         sampling = replace(sampling, solver=Solver(options.solver))
+    if options.precision is not None:
+        sampling = replace(sampling, precision=SamplingPrecision(options.precision))
     validate_sampling(sampling, generator.config, prefix="--")
     conditions = None
     if options.condition is not None:
@@ -182,6 +196,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.description is not None:
         encoder = generator.text_encoder()
         conditions = [encoder.encode(text) for text in options.description]
+    generator.to(options.device or ("cuda" if has_gpu else "cpu"))
     with _progress("generating") as progress:
         paths = generate_models(
             generator, conditions, options.number, options.seed, _location(options.out), sampling, progress

@@ -17,7 +17,7 @@ import torch
 import rpg
 from rpg.cli import main
 from rpg.command_line import run_command
-from rpg.config import GeneratorConfig, SamplingConfig, Solver, load_config
+from rpg.config import GeneratorConfig, SamplingConfig, SamplingPrecision, Solver, load_config
 from rpg.errors import RPGError
 
 Capture = pytest.CaptureFixture[str]
@@ -114,7 +114,14 @@ class TestGenerate:
         return GeneratorConfig()
 
     @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch, config: GeneratorConfig) -> list[tuple[Any, ...]]:
+    def places(self) -> list[str]:
+        """Devices that the generator of `calls` was moved to."""
+        return []
+
+    @pytest.fixture
+    def calls(
+        self, monkeypatch: pytest.MonkeyPatch, config: GeneratorConfig, places: list[str]
+    ) -> list[tuple[Any, ...]]:
         """Calls of a `generate_models` that makes nothing, for a generator that is only a configuration."""
         calls: list[tuple[Any, ...]] = []
 
@@ -134,7 +141,8 @@ class TestGenerate:
 
         config.sampling.token_batch = 77
         config.condition.size = 4
-        generator = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(config=config))
+        loaded = SimpleNamespace(config=config, to=lambda device: places.append(device))
+        generator = SimpleNamespace(from_pretrained=lambda path: loaded)
         job: Any = SimpleNamespace(generate_models=generate_models)
         monkeypatch.setitem(sys.modules, "rpg.generation.job", job)
         module: Any = SimpleNamespace(Generator=generator)
@@ -143,10 +151,15 @@ class TestGenerate:
 
     def test_arguments(self, calls: list[tuple[Any, ...]], tmp_path: Path, capsys: Capture) -> None:
         conditions = ("--condition", "0101", "--condition=-1.5,2,0,0")
-        sampler = ("--solver", "dpmpp_2m", "--steps", 7, "--temperature", 0.5)
+        sampler = ("--solver", "dpmpp_2m", "--steps", 7, "--temperature", 0.5, "--precision", "float8")
         assert run("generate", "g", *conditions, "--number", 5, "--seed", 3, "--out", tmp_path, *sampler) == 0
         expected = dataclasses.replace(
-            SamplingConfig(), solver=Solver.dpmpp_2m, steps=7, temperature=0.5, token_batch=77
+            SamplingConfig(),
+            solver=Solver.dpmpp_2m,
+            steps=7,
+            temperature=0.5,
+            token_batch=77,
+            precision=SamplingPrecision.float8,
         )
         assert calls == [([[0, 1, 0, 1], [-1.5, 2, 0, 0]], 5, 3, tmp_path, expected)]
         captured = capsys.readouterr()
@@ -182,6 +195,32 @@ class TestGenerate:
         config.condition.size = size
         assert run("generate", "g", "--out", tmp_path, *arguments) == 0
         assert calls[0][0] == [expected]
+
+    @pytest.mark.parametrize(
+        ("has_gpu", "arguments", "device"),
+        [(True, [], "cuda"), (True, ["--device", "cpu"], "cpu"), (False, [], "cpu")],
+    )
+    def test_a_gpu_is_used_where_there_is_one(
+        self,
+        calls: list[tuple[Any, ...]],
+        places: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        has_gpu: bool,
+        arguments: list[str],
+        device: str,
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        assert run("generate", "g", "--out", tmp_path, *arguments) == 0
+        assert places == [device]
+
+    def test_a_gpu_that_is_not_there(
+        self, calls: list[tuple[Any, ...]], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        said = refused(capsys, "generate", "g", "--out", tmp_path, "--device", "cuda")
+        assert said == "rpg: error: --device: cuda, but PyTorch finds no GPU\n"
+        assert calls == []
 
     def test_defaults_are_the_generators(self, calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
         assert run("generate", "g", "--out", tmp_path) == 0
