@@ -47,7 +47,7 @@ class Seconds:
 def measure(how: str) -> Seconds:
     """Take the first calls of this process."""
     torch.zeros(1, device="cuda")
-    # Every optimiser imports it at its first step, and einops here before that: it compares versions as strings.
+    # Every optimiser imports it at its first step, and einops before that: it compares versions as strings.
     importlib.import_module("torch._dynamo")
     began = time.perf_counter()
     kernel = fused_kernel()

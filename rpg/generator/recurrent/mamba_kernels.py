@@ -2,7 +2,7 @@
 
 Each of their 14 Triton kernels compiles and times 6 to 11 configurations for every new shape: 40 s for the
 forward pass and 72 s for the backward on an H100. Here each keeps the configuration that won there, with 8
-sequences of 1,510 elements of width 8192, and they are compiled side by side: 8.2 s where Triton has nothing
+sequences of 1,510 elements of width 8192, and they are compiled side by side: 9.4 s where Triton has nothing
 in its cache, 17 s one after the other. A step took 60.9 ms, and 61.4 ms with all of them to choose from.
 
 Importing mamba_ssm takes 9.4 s, since it imports transformers; the kernels alone take 0.3 s.
