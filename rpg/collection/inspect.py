@@ -178,6 +178,8 @@ def _collection(path: AnyPath, token_size: int | None, verify: bool, progress: P
         "architecture": collection.architecture,
         "layout_of": collection.entries[0].file,
     }
+    if states := {entry.state for entry in collection.entries if entry.state is not None}:
+        facts["permutation_states"] = len(states)
     if collection.encoder:
         facts["text_encoder"] = collection.encoder
     if verify:
@@ -198,6 +200,8 @@ def _shards(path: AnyPath, verify: bool) -> Inspection:
         "normalisation": shards.layout.normalisation.value,
         "digest": shards.layout.digest(),
     }
+    if shards.states is not None:
+        facts["permutation_states"] = len(shards.states.unique())
     if verify:
         facts["verified"] = True
     return Inspection("shards", str(path), shards.layout.token_size, _layout_rows(shards.layout), facts)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,11 @@ def collection(tmp_path: Path) -> Collection:
 
 @pytest.fixture
 def shards(tmp_path: Path, collection: Collection) -> Path:
-    directory = tmp_path / "shards"
+    return cut(collection, tmp_path / "shards")
+
+
+def cut(collection: Collection, directory: Path) -> Path:
+    """Shards of it in `directory`."""
     directory.mkdir()
     statistics = LayoutStatistics(state_dict(0))
     checkpoints = [(entry.file, state_dict(i)) for i, entry in enumerate(collection.entries)]
@@ -126,6 +131,15 @@ def test_a_collection(collection: Collection) -> None:
     assert report.facts["condition_width"] == 2
     assert report.tensors == inspect(collection.root / "0.safetensors", token_size=16).tensors
     assert inspect(collection.root / "collection.json", token_size=16).tensors == report.tensors
+
+
+def test_permutation_states_are_counted(collection: Collection, tmp_path: Path) -> None:
+    assert "permutation_states" not in inspect(collection.root).facts
+    assert "permutation_states" not in inspect(cut(collection, tmp_path / "without")).facts
+    collection.entries = [replace(entry, state=5 * (i % 2)) for i, entry in enumerate(collection.entries)]
+    collection.save()
+    assert inspect(collection.root).facts["permutation_states"] == 2
+    assert "permutation states: 2" in text_of(inspect(cut(collection, tmp_path / "with")))
 
 
 def test_a_collection_is_verified(collection: Collection) -> None:
