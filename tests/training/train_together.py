@@ -68,6 +68,7 @@ TRANSFORMER = GeneratorConfig(
 # Wide enough for 8-bit moments, also of each worker's half.
 WIDE = replace(FAST, denoiser=DenoiserConfig(width=128, depth=1), condition=ConditionConfig(width=8))
 SHARDED = replace(TRAIN, sharding=Sharding.fsdp)
+HALF = replace(TRAIN, precision=Precision.bfloat16)
 EIGHT_BITS = replace(SHARDED, optimiser=Optimiser.adamw8bit)
 SCENARIOS = {
     "fast": (FAST, TRAIN),
@@ -76,6 +77,8 @@ SCENARIOS = {
     "fast_sharded": (FAST, SHARDED),
     "unet_sharded": (UNET, SHARDED),
     "transformer_sharded": (TRANSFORMER, SHARDED),
+    "half": (FAST, HALF),
+    "half_sharded": (FAST, replace(HALF, sharding=Sharding.fsdp)),
     "wide": (WIDE, TRAIN),
     "eight_bits": (WIDE, EIGHT_BITS),
 }
