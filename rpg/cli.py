@@ -53,10 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="CSV (header file,description) or JSON ({file: text}); their embeddings are the conditions",
     )
-    source.add_argument(
+    register.add_argument(
         "--pattern",
         help="template such as '{index}_acc{acc}_class{class:bits10}_{rest}', or a regular expression with "
-        "named groups; kinds: bitsN, digits, value, state, metric (default: the published model's naming)",
+        "named groups; kinds: bitsN, digits, value, state, metric (default: the published model's naming); "
+        "beside --conditions or --descriptions one without a condition, such as '{rest}_seed{seed:state}'",
     )
     register.add_argument(
         "--encoder",

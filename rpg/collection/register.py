@@ -63,14 +63,16 @@ def register(
     Every checkpoint is read and compared with the first good one in names, shapes and dtypes. Conditions come
     from the `conditions` file (`read_conditions`), or are embeddings of the `descriptions`
     (`read_descriptions`), else come from `pattern` over the file names (`NamePattern`), else from the
-    published model's naming where all names follow it. Splits, and whatever is not given anew, are kept from
-    an earlier `collection.json`, so that held-out checkpoints stay held out.
+    published model's naming where all names follow it. Permutation states and metrics come from the names.
+    Splits, and whatever is not given anew, are kept from an earlier `collection.json`, so that held-out
+    checkpoints stay held out.
 
     Args:
         directory: folder or URI of `.safetensors`, `.pt`/`.pth` and PEFT adapter directories; others are
             ignored.
         conditions: CSV or JSON file.
-        pattern: template or regular expression; not together with `conditions` or `descriptions`.
+        pattern: template or regular expression; without a condition where `conditions` or `descriptions` are
+            given.
         skip_bad: leave bad checkpoints out.
         progress: called with the numbers of checkpoints done and of all.
         descriptions: CSV or JSON file; not together with `conditions`.
@@ -85,8 +87,10 @@ def register(
         RPGError: if fewer than two checkpoints are left, conditions or descriptions are wrong, or the text
             encoder cannot be used.
     """
-    if sum(source is not None for source in (conditions, pattern, descriptions)) > 1:
-        raise RPGError("conditions: expected either a file, a pattern or descriptions, got several")
+    if conditions is not None and descriptions is not None:
+        raise RPGError("conditions: expected either a file of them or descriptions, got both")
+    if pattern is not None and (file := conditions or descriptions) and NamePattern(pattern).has_condition:
+        raise RPGError(f"pattern '{pattern}': has a condition, and so has {file}; expected one of them")
     if encoder is not None and descriptions is None:
         raise RPGError(f"{encoder}: an encoder needs descriptions to read; got none")
     paths = _candidates(directory)

@@ -153,10 +153,14 @@ def test_wrong_arguments(folder: Path, text_encoder: Path) -> None:
         register(folder, descriptions=texts)
     with pytest.raises(RPGError, match="words: an encoder needs descriptions"):
         register(folder, encoder=text_encoder)
-    with pytest.raises(RPGError, match="expected either a file, a pattern or descriptions, got several"):
+    with pytest.raises(RPGError, match="expected either a file of them or descriptions, got both"):
         register(folder, texts, descriptions=texts, encoder=text_encoder)
     with pytest.raises(RPGError, match=r"folder/config\.json: not found"):
         register(folder, descriptions=texts, encoder=folder)
+    with pytest.raises(
+        RPGError, match=r"pattern '\{c:digits\}\{rest\}': has a condition, and so has .*texts\.json"
+    ):
+        register(folder, pattern="{c:digits}{rest}", descriptions=texts, encoder=text_encoder)
     register(folder, descriptions=texts, encoder=text_encoder)
     (folder / "encoder" / "tokenizer.json").write_text("{}")
     with pytest.raises(RPGError, match="folder/encoder: not the text encoder that the conditions came from"):

@@ -61,6 +61,13 @@ class TestGoodFolders:
             assert entry.split == "train"
             assert set(loaded.read(entry)) == set(state_dict())
 
+    def test_states_from_the_names_beside_conditions_from_a_file(self, tmp_path: Path) -> None:
+        folder = fill(tmp_path / "folder", "cat_seed0.pt", "cat_seed1.pt", "dog_seed1.pt")
+        (tmp_path / "c.csv").write_text("file,x\ncat_seed0.pt,1\ncat_seed1.pt,2\ndog_seed1.pt,3\n")
+        collection, _ = register(folder, conditions=tmp_path / "c.csv", pattern="{what}_seed{seed:state}")
+        found = [(entry.condition, entry.state) for entry in collection.entries]
+        assert found == [([1.0], 0), ([2.0], 1), ([3.0], 1)]
+
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
     def test_links_are_followed_and_fifos_ignored(self, tmp_path: Path) -> None:
         fill(tmp_path / "store", "x.pt", "y.pt")
@@ -238,8 +245,8 @@ class TestBadFolders:
             register(tmp_path, conditions=tmp_path / "c.csv")
         with pytest.raises(RPGError, match=r"a\.pt: name does not match pattern '\{n\}_x'"):
             register(tmp_path, pattern="{n}_x")
-        with pytest.raises(RPGError, match="a file, a pattern or descriptions"):
-            register(tmp_path, conditions=tmp_path / "c.csv", pattern="{n}")
+        with pytest.raises(RPGError, match=r"pattern '\{n:value\}': has a condition, and so has .*c\.csv"):
+            register(tmp_path, conditions=tmp_path / "c.csv", pattern="{n:value}")
         assert not (tmp_path / "collection.json").exists()
 
     def test_conditions_of_differing_width(self, tmp_path: Path) -> None:
