@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, metavar="T", help="scale of the starting noise")
     generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance; 1 is off")
     generate.add_argument(
+        "--clip", type=float, metavar="C", help="largest normalised value that a step may estimate; 0: any"
+    )
+    generate.add_argument(
         "--precision",
         choices=[precision.value for precision in SamplingPrecision],
         help="of products on a GPU; a CPU uses float32",
@@ -183,7 +186,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not has_gpu:
         raise RPGError("--device: cuda, but PyTorch finds no GPU")
     generator = Generator.from_pretrained(_location(options.generator))
-    given = {key: getattr(options, key) for key in ("steps", "temperature", "guidance")}
+    given = {key: getattr(options, key) for key in ("steps", "temperature", "guidance", "clip")}
     given = {key: value for key, value in given.items() if value is not None}
     sampling = replace(generator.config.sampling, **given)
     if options.solver is not None:

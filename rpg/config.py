@@ -236,13 +236,14 @@ class SamplingConfig:
     temperature: float = 1.0
     """Standard deviation of the noise that sampling starts from."""
     clip: float = 0.0
-    """Largest magnitude of the estimate x̂ (normalised values) that a step may go by; 0: any. Where noise or v
-    is predicted, an error is multiplied by up to 1/signal in it."""
+    """Largest magnitude of the estimate x̂ (normalised values) that a step may go by; 0: any. Where noise is
+    predicted, an error is multiplied by up to 1/signal in it."""
     token_batch: int = 256
     """Tokens denoised together; peak memory depends on this alone."""
     precision: SamplingPrecision = SamplingPrecision.auto
     """On a GPU: `auto` and `bfloat16` are bfloat16; `float8` makes the AdaLN MLP's products in 8-bit floats
-    with a scale for every row, where the GPU has them, and else in bfloat16. On a CPU: float32."""
+    with a scale for every row, where the GPU has them and token size and width are multiples of 16, and is
+    `auto` elsewhere; `float32`. Without a GPU, or without Triton: float32."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from serve.model_writer import ModelWriter
 from serve.work import Segment, Work
 
 _KEPT_SAMPLERS = 4
-"""Settings whose sampler is kept: on a GPU each holds the denoiser's weights once more, in bfloat16."""
+"""Settings whose sampler is kept: on a GPU each holds the denoiser's weights once more, in 16 or 8 bits."""
 
 
 @dataclass

@@ -16,10 +16,10 @@ from rpg.generation.model_file import ModelFile
 from rpg.generation.sampled import Sampled
 from serve.work import Segment, Work
 
-_WAITING_BATCHES = 8
+_WAITING_BATCHES = 4
 """Batches sampled and not written yet: more would fill the memory where a disk is slower than the sampler."""
 _WRITING_THREADS = 4
-_WRITING_SEGMENTS = 8
+_WRITING_SEGMENTS = 4
 """Of large models, handed to their threads and not written yet."""
 _FINISHING_FILES = 64
 _FINISHING_THREADS = 4
@@ -77,7 +77,8 @@ class ModelWriter:
                 self._clear(segment.work)
             elif segment.work.plan.is_large:
                 self._segments.acquire()
-                lane = self._lanes[segment.model % _WRITING_THREADS]
+                # The same for a model that is handed out anew: its earlier file is finished first.
+                lane = self._lanes[hash((segment.work.job, segment.model)) % _WRITING_THREADS]
                 future = lane.submit(self._write_large, segment, sampled, rows)
                 segment.work.finishing.add(future)
                 future.add_done_callback(partial(self._done, segment.work, self._segments))
@@ -126,6 +127,9 @@ class ModelWriter:
     def _done(work: Work, room: threading.BoundedSemaphore, future: "Future[None]") -> None:
         work.finishing.discard(future)
         room.release()
+        if (error := future.exception()) is not None:
+            # One that nobody foresaw: the others have been told to the work.
+            _log.error("while writing models", exc_info=error)
 
     def _finish(self, work: Work, index: int, file: ModelFile) -> None:
         try:

@@ -9,6 +9,7 @@ from serve.records import State
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 SolverName = Literal["ddpm", "ddim", "dpmpp_2m"]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float8"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Description = Annotated[str, Field(min_length=1, max_length=LONGEST_DESCRIPTION)]
 
@@ -72,7 +73,9 @@ class Sampling(BaseModel):
     eta: float
     guidance: float
     temperature: float
+    clip: float
     token_batch: int
+    precision: PrecisionName
 
 
 class JobView(BaseModel):

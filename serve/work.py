@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from rpg.collection.checkpoint import read_checkpoint
@@ -50,6 +51,7 @@ class Work:
     dropped: bool = False
     files: dict[int, ModelFile] = field(default_factory=dict)
     finishing: set["Future[None]"] = field(default_factory=set)
+    _failing: Lock = field(default_factory=Lock)
     _waiting: deque[int] = field(init=False)
     _pieces: Iterator[Rows] | None = None
     _rest: Rows | None = None
@@ -95,6 +97,7 @@ class Work:
 
     def fail(self, error: Exception) -> None:
         """Give up, and say why; once."""
-        if not self.dropped:
-            self.dropped = True
+        with self._failing:
+            first, self.dropped = not self.dropped, True
+        if first:
             self.report(error)

@@ -78,6 +78,11 @@ def _layout(checkpoints: Sequence[StateDict], token_size: int, normalisation: No
     return statistics.layout(token_size, normalisation)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in Triton's interpreter comes last: its process cannot compile kernels afterwards."""
+    items.sort(key=lambda item: "kernels" in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tensors are small here: threads would only wait for each other."""

@@ -231,6 +231,7 @@ class TestGenerate:
         [
             (["--steps", "5000"], "--steps: expected at most diffusion.timesteps = 1000"),
             (["--temperature", "nan"], "--temperature"),
+            (["--clip", "-1"], "--clip: expected a finite value of at least 0"),
             (["--guidance", "2"], "--guidance: needs a generator trained with"),
         ],
     )

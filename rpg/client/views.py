@@ -43,7 +43,7 @@ class Job(_View):
     priority: int
     seed: int
     sampling: Mapping[str, Any]
-    """Solver, steps, eta, guidance, temperature, token_batch."""
+    """Solver, steps, eta, guidance, temperature, clip, token_batch, precision."""
     dtype: str | None
     """Of the networks' floating-point tensors; None: the collection's own."""
     evaluate: bool

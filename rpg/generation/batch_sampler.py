@@ -102,7 +102,7 @@ class BatchSampler:
         if samples_on_gpu(generator, sampling):
             from rpg.generation.gpu_loop import GPULoop
 
-            eight_bits = samples_in_eight_bits(self.device, sampling)
+            eight_bits = samples_in_eight_bits(generator, sampling)
             return GPULoop(
                 generator, steps, sampling.guidance, sampling.temperature, self.size, sampling.clip,
                 eight_bits=eight_bits,

@@ -48,11 +48,8 @@ class GPULoop:
             size: rows of every batch.
             clip: largest magnitude of an estimate; 0 is any.
             dtype: of the matrix products, or of their results where these are of 8 bits.
-            eight_bits: whether an AdaLN MLP multiplies 8-bit floats.
+            eight_bits: whether an AdaLN MLP multiplies 8-bit floats (`placement.samples_in_eight_bits`).
             graph: whether to record the loop; without, it runs step by step.
-
-        Raises:
-            RPGError: with `eight_bits`, for sizes that 8-bit products do not have.
         """
         device = generator.positions.device
         token_size = generator.layout.token_size

@@ -25,8 +25,9 @@ from rpg.generator.generator import Generator
 from rpg.storage import AnyPath, is_remote
 from rpg.storage_errors import naming
 
-_WAITING_BATCHES = 4
-"""Batches sampled and not written yet."""
+_WAITING_BYTES = 2**28
+_LEAST_WAITING = 2
+"""Batches sampled and not written yet: so many, or as many as have so many bytes."""
 _WRITING_THREADS = 4
 """A GPU samples a network of ResNet-18's size in half of the time that one thread takes to write it."""
 _LARGE_VALUES = 2**20
@@ -68,7 +69,12 @@ class GenerationJob:
 
 
 class JobPlan:
-    """How `generator` makes the models of `job`: checked as a whole, then asked model by model."""
+    """How `generator` makes the models of `job`: checked as a whole, then asked model by model.
+
+    Attributes:
+        job: what is asked for.
+        is_large: whether several threads write the models faster than one.
+    """
 
     def __init__(self, generator: Generator, job: GenerationJob, digest: str | None = None) -> None:
         """`digest` is the generator's, where it is known already.
@@ -80,6 +86,8 @@ class JobPlan:
         if generator.config.condition.kind == ConditionKind.vector and job.conditions is None:
             raise RPGError(f"condition: this generator needs one of {needed} values")
         self.job = job
+        values = sum(spec.numel for spec in generator.layout.specs if spec.tokens)
+        self.is_large = values >= _LARGE_VALUES
         self._generator = generator
         self._conditions = [check_condition(generator, condition) for condition in job.conditions or []]
         digest = digest or generator.digest()
@@ -114,12 +122,6 @@ class JobPlan:
         """The file of model `index` in the directory `out`, to be written."""
         path = out / self.job.file_name(index)
         return ModelFile(path, self._generator.layout, self.metadata(index), self._dtype)
-
-    @property
-    def is_large(self) -> bool:
-        """Whether several threads write the models faster than one."""
-        layout = self._generator.layout
-        return layout.tokens * layout.token_size >= _LARGE_VALUES
 
     def _condition_row(self, index: int) -> Tensor:
         config = self._generator.config.condition
@@ -197,10 +199,12 @@ def run_job(
 
     report(finished, len(indices))
     sampler = PackedSampler(generator, job.sampling, job.seed)
+    batch_bytes = job.sampling.token_batch * layout.token_size * torch.float32.itemsize
+    waiting = max(_LEAST_WAITING, _WAITING_BYTES // batch_bytes) if plan.is_large else _LEAST_WAITING
     # Writing ends before the files are cleared away.
     with (
         UnfinishedFiles(lambda index: plan.file(index, out), count) as files,
-        Lanes(_WRITING_THREADS if plan.is_large else 1, _WAITING_BATCHES) as lanes,
+        Lanes(_WRITING_THREADS if plan.is_large else 1, waiting) as lanes,
     ):
         for rows, sampled in sampler.sample_to_write(missing()):
             lanes.do(

@@ -34,18 +34,28 @@ class Lanes:
         while self._groups and (
             len(self._groups) > self._waiting or all(future.done() for future in self._groups[0])
         ):
-            self._finish(self._groups.popleft())
+            self._finish(self._groups[0])
+            self._groups.popleft()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for lane in self._lanes:
-            lane.shutdown(wait=False, cancel_futures=kind is not None)
-        for lane in self._lanes:
-            lane.shutdown(wait=True)
+        try:
+            self._end(cancel=kind is not None)
+        except BaseException:
+            # Interrupted while it waited: no lane may be left at work.
+            self._failed = True
+            self._end(cancel=True)
+            raise
         if kind is None:
             for group in self._groups:
                 self._finish(group)
+
+    def _end(self, cancel: bool) -> None:
+        for lane in self._lanes:
+            lane.shutdown(wait=False, cancel_futures=cancel)
+        # Not for the threads: where that is interrupted, Python takes them for ended (bpo-45274).
+        wait([future for group in self._groups for future in group if not future.cancelled()])
 
     @staticmethod
     def _finish(group: list[Future[None]]) -> None:

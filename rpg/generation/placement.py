@@ -1,6 +1,7 @@
 """Which sampling loop suits a generator's device and sizes."""
 
 import torch
+from torch.nn import functional as F
 
 from rpg.config import SamplingConfig, SamplingPrecision
 from rpg.generator.denoiser.unet import ConditionalUNet
@@ -24,9 +25,15 @@ def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
     return True
 
 
-def samples_in_eight_bits(device: torch.device, sampling: SamplingConfig) -> bool:
-    """Whether the GPU's loop is to multiply 8-bit floats."""
+def samples_in_eight_bits(generator: Generator, sampling: SamplingConfig) -> bool:
+    """Whether the GPU's loop is to multiply 8-bit floats: asked for, and possible with this GPU, this PyTorch
+    (from 2.10 on) and these sizes."""
+    from rpg.generator.denoiser.products import MULTIPLE
+
+    sizes = generator.layout.token_size, generator.config.denoiser.width
     return (
         sampling.precision == SamplingPrecision.float8
-        and torch.cuda.get_device_capability(device) >= _EIGHT_BIT_CAPABILITY
+        and hasattr(F, "scaled_mm")
+        and torch.cuda.get_device_capability(generator.positions.device) >= _EIGHT_BIT_CAPABILITY
+        and not any(size % MULTIPLE for size in sizes)
     )

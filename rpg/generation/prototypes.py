@@ -22,9 +22,11 @@ GPU_PROTOTYPE_PIECE = 2048
 _GPU_CHUNK = 256
 """Of Mamba-2's scan: with few sequences, starting kernels takes longer than their work."""
 
-_REMEMBERED_BYTES = 2**28
+_REMEMBERED_BYTES = 2**26
 """Of prototypes, of small networks, one piece each, whose conditions may come again: jobs take turns, and if
 fewer were kept than there are jobs, all of them would be computed anew for every model."""
+_ENTRY_BYTES = 2048
+"""What Python and PyTorch need for one, besides its values and its condition."""
 
 
 class Prototypes:
@@ -42,8 +44,9 @@ class Prototypes:
         self._recurrent = _half_products(generator.recurrent) if self._half else generator.recurrent
         self._latest: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         width = generator.config.recurrent.width
-        each = len(generator.positions) * width * torch.float32.itemsize * (2 if self._guided else 1)
-        self._remembered = _REMEMBERED_BYTES // max(1, each)
+        values = len(generator.positions) * width * (2 if self._guided else 1)
+        each = (values + generator.config.condition.size) * torch.float32.itemsize + _ENTRY_BYTES
+        self._remembered = _REMEMBERED_BYTES // each
 
     def pieces(self, condition: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The model's prototypes and, for guidance, those without condition: [n, width] each, in order."""

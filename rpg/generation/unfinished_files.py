@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import TracebackType
 
+from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generation.sampled import Sampled
 
@@ -43,9 +44,11 @@ class UnfinishedFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in self._files.values():
+        while self._files:
+            _, file = self._files.popitem()
             # Not with what ended the block: that has happened to another file, and would be told of this one.
-            with suppress(_UnfinishedError):
+            # Nor is it told of what closing meets, such as the same full disk.
+            with suppress(_UnfinishedError, RPGError):
                 file.__exit__(_UnfinishedError, _UnfinishedError(), None)
 
 

@@ -104,7 +104,9 @@ def _update(
         answer = without + guidance * (answer - without)
     clean = from_x * now + from_prediction * answer
     if CLIPS:
-        clean = tl.minimum(tl.maximum(clean, -clip), clip)
+        # Unlike a minimum and a maximum, these leave NaN as it is, to be refused.
+        clean = tl.where(clean > clip, clip, clean)
+        clean = tl.where(clean < -clip, -clip, clean)
     after = current_rate * now + estimate_rate * clean
     if REMEMBERS:
         before = tl.load(estimate + place, mask=inside, other=0.0)

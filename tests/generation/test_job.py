@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,7 +187,9 @@ def test_an_interrupted_job_leaves_whole_files_only(
         generate_models(generator, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
     monkeypatch.undo()
     left = sorted((tmp_path / "out").iterdir())
-    assert len(left) < len(expected)
+    # Several threads may have finished others than the first three, and fewer.
+    assert 0 < len(left) < len(expected)
+    assert large == 0 or [path.name for path in left] == [path.name for path in expected[:3]]
     for path in left:
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     before = stamps(left)
@@ -211,6 +214,14 @@ def test_a_full_disk_is_told_of_the_file_that_met_it(
             if index == 1:
                 others.set()
                 time.sleep(0.1)
+
+        def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+            try:
+                super().__exit__(kind, error, traceback)
+            finally:
+                if kind is not None and self.path.name != "model_000001.safetensors":
+                    # What waits to be written meets the same disk when the file is closed.
+                    raise RPGError(f"{self.path}: cannot be written: No space left on device")
 
     monkeypatch.setattr(job_module, "ModelFile", Full)
     with pytest.raises(

@@ -1,5 +1,6 @@
 """Threads that do things in order in each lane, and side by side in different ones."""
 
+import signal
 import threading
 import time
 from functools import partial
@@ -84,4 +85,21 @@ def test_an_error_in_the_block_is_what_is_raised() -> None:
         began.wait(20)
         threading.Timer(0.2, go.set).start()
         raise KeyError
+    assert done == ["what had begun"]
+
+
+def test_an_interrupt_at_the_end_leaves_no_lane_at_work() -> None:
+    go = threading.Event()
+    done: list[str] = []
+
+    def slow() -> None:
+        go.wait(20)
+        done.append("what had begun")
+
+    with pytest.raises(KeyboardInterrupt), Lanes(2, waiting=10) as lanes:
+        lanes.do([(0, slow), (0, lambda: done.append("the next"))])
+        # To this thread: another's signal does not end its waiting.
+        here = threading.get_ident()
+        threading.Timer(0.3, signal.pthread_kill, [here, signal.SIGINT]).start()
+        threading.Timer(0.6, go.set).start()
     assert done == ["what had begun"]

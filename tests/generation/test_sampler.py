@@ -176,7 +176,6 @@ def test_prototypes_are_the_generators(
     torch.testing.assert_close(torch.cat(seen)[: len(expected)], expected, rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
 def test_jobs_that_take_turns_do_not_compute_prototypes_anew(
     make_generator: MakeGenerator, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +194,7 @@ def test_jobs_that_take_turns_do_not_compute_prototypes_anew(
     assert all(torch.equal(found[index], expected[index]) for index in expected)
 
 
+@torch.no_grad()
 def plainly(generator: Generator, sampling: SamplingConfig, request: ModelRequest, seed: int = 11) -> Tensor:
     """One model, all of its tokens at once, from the definitions."""
     layout, row = generator.layout, request.condition[None]
@@ -212,6 +212,8 @@ def plainly(generator: Generator, sampling: SamplingConfig, request: ModelReques
         asked, unasked = generator.denoiser(x, t, conditional), generator.denoiser(x, t, without)
         answer = (1 - sampling.guidance) * unasked + sampling.guidance * asked
         estimate = generator.diffusion.to_x0(answer, x, step.t)
+        if sampling.clip:
+            estimate = torch.minimum(estimate.abs(), torch.tensor(sampling.clip)) * estimate.sign()
         x = step.current * x + step.estimate * estimate
         x = x + step.previous_estimate * previous + step.noise * noise(i + 1)
         previous = estimate
@@ -226,8 +228,9 @@ def plainly(generator: Generator, sampling: SamplingConfig, request: ModelReques
         SamplingConfig(solver=Solver.ddim, steps=5, eta=0.3, guidance=2.0, temperature=0.8, token_batch=32),
         SamplingConfig(solver=Solver.ddpm, steps=5, guidance=0.0, token_batch=64),
         SamplingConfig(solver=Solver.dpmpp_2m, steps=5, token_batch=7),
+        SamplingConfig(solver=Solver.dpmpp_2m, steps=5, guidance=2.0, clip=0.4, token_batch=32),
     ],
-    ids=["ddim", "ddpm", "dpmpp"],
+    ids=["ddim", "ddpm", "dpmpp", "clipped"],
 )
 def test_packed_equals_plain(
     make_generator: MakeGenerator,

@@ -1,62 +1,71 @@
 """The layer that rounds its weight twice, against PyTorch's own under autocast."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
 from rpg.generator.recurrent.rounded_weight import linear
 
+Kept = list[tuple[tuple[int, ...], torch.dtype]]
 
-def passes(apply, autocast, input_gradient=True):
+
+def plain(layer: nn.Linear, x: Tensor) -> Tensor:
+    out: Tensor = layer(x)
+    return out
+
+
+def passes(
+    apply: Callable[[nn.Linear, Tensor], Tensor],
+    autocast: bool = True,
+    input_gradient: bool = True,
+    shape: tuple[int, ...] = (2, 5),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[Tensor], Kept]:
     """Output and gradients, and the shapes and types that autograd kept."""
     torch.manual_seed(0)
-    layer = nn.Linear(24, 40, bias=False)
-    x = torch.randn(2, 5, 24, requires_grad=input_gradient)
-    kept = []
+    layer = nn.Linear(24, 40, bias=False, dtype=dtype)
+    x = torch.randn(*shape, 24, dtype=dtype, requires_grad=input_gradient)
+    kept: Kept = []
 
-    def pack(tensor):
+    def pack(tensor: Tensor) -> Tensor:
         kept.append((tuple(tensor.shape), tensor.dtype))
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, autocast):
+    with (
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         out = apply(layer, x)
-    out.float().square().sum().backward()
-    return [out.detach(), layer.weight.grad, *([x.grad] if input_gradient else [])], kept
+    torch.autograd.backward(out.float().square().sum())
+    gradients = [layer.weight.grad, x.grad]
+    return [out.detach(), *(each for each in gradients if each is not None)], kept
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (7,), ()])
 @pytest.mark.parametrize("input_gradient", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_same_output_and_gradients(autocast, input_gradient):
-    found, _ = passes(linear, autocast, input_gradient)
-    expected, _ = passes(lambda layer, x: layer(x), autocast, input_gradient)
+def test_same_output_and_gradients(autocast: bool, input_gradient: bool, shape: tuple[int, ...]) -> None:
+    found, _ = passes(linear, autocast, input_gradient, shape)
+    expected, _ = passes(plain, autocast, input_gradient, shape)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_the_rounded_weight_is_not_kept():
-    def rounded(kept):
+def test_double_precision_stays() -> None:
+    found, expected = (passes(apply, dtype=torch.float64)[0] for apply in (linear, plain))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert found[0].dtype == torch.float64
+
+
+def test_the_rounded_weight_is_not_kept() -> None:
+    def rounded(kept: Kept) -> Kept:
         return [each for each in kept if each[1] == torch.bfloat16 and set(each[0]) == {24, 40}]
 
-    assert rounded(passes(lambda layer, x: layer(x), True)[1]), "autograd keeps it otherwise"
-    assert not rounded(passes(linear, True)[1])
-
-
-def test_gradients_against_differences():
-    torch.manual_seed(0)
-    layer = nn.Linear(3, 4, bias=False)
-    x = torch.randn(2, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear(layer, x)
-    out.sum().backward()
-    # d sum(x Wᵀ) / dW has the rounded inputs' sums in every row.
-    expected = x.bfloat16().float().sum(0).expand(4, 3)
-    torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-2, atol=1e-2)
-
-
-def test_without_gradients_nothing_changes():
-    layer, x = nn.Linear(24, 40, bias=False), torch.randn(5, 24)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(linear(layer, x), F.linear(x, layer.weight), rtol=0, atol=0)
+    assert rounded(passes(plain)[1]), "autograd keeps it otherwise"
+    assert not rounded(passes(linear)[1])

@@ -1,11 +1,14 @@
 """Rows in 8-bit floats against PyTorch's own conversion, and products of them against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from rpg.config import DenoiserConfig, DenoiserKind, GeneratorConfig, SamplingConfig, validate_sampling
 from rpg.errors import RPGError
+from rpg.generation.placement import samples_in_eight_bits
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -131,14 +134,44 @@ def test_product(shape):
     assert float((found - expected).norm() / expected.norm()) < 5e-3
 
 
-def test_sizes_that_8_bit_products_do_not_have(device):
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch has 8-bit products with row scales on GPUs"
+)
+def test_a_row_does_not_depend_on_its_place():
     from rpg.generator.denoiser.adaln_mlp_gpu import AdaLNMLPOnGPU
 
-    denoiser = AdaLNMLP(token_size=64, width=40, depth=1, prototype_width=16).to(device)
-    with pytest.raises(
-        RPGError, match=r"sampling.precision: float8 needs .* multiples of 16, got .* 40 values"
-    ):
-        AdaLNMLPOnGPU(denoiser, [10], torch.bfloat16, eight_bits=True)
+    torch.manual_seed(0)
+    denoiser = AdaLNMLP(token_size=768, width=1024, depth=2, prototype_width=64).cuda()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    fast = AdaLNMLPOnGPU(denoiser, [500], torch.bfloat16, eight_bits=True)
+    x, prototypes = torch.randn(2048, 768, device="cuda").bfloat16(), torch.randn(2048, 64, device="cuda")
+    order = torch.randperm(2048, device="cuda")
+    with torch.inference_mode():
+        found = fast.denoise(x, 0, fast.prepare(prototypes))
+        moved = fast.denoise(x[order], 0, fast.prepare(prototypes[order]))
+    assert torch.equal(moved, found[order])
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "token_size", "width", "expected"),
+    [
+        ("float8", (9, 0), 64, 128, True),
+        ("float8", (8, 9), 64, 128, True),
+        ("float8", (8, 0), 64, 128, False),
+        ("float8", (9, 0), 72, 128, False),
+        ("float8", (9, 0), 64, 136, False),
+        ("auto", (9, 0), 64, 128, False),
+    ],
+)
+def test_where_products_have_8_bits(monkeypatch, precision, capability, token_size, width, expected):
+    generator = SimpleNamespace(
+        layout=SimpleNamespace(token_size=token_size),
+        config=GeneratorConfig(denoiser=DenoiserConfig(width=width)),
+        positions=torch.empty(0),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert samples_in_eight_bits(generator, SamplingConfig(precision=precision)) == expected
 
 
 def test_the_unet_has_none():

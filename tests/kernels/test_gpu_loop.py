@@ -66,6 +66,7 @@ UNET = DenoiserConfig(kind=DenoiserKind.unet, channels=[1, 16, 32, 64, 32, 16, 1
         (Solver.ddim, Prediction.v, 2.0, 0.0),
         (Solver.ddpm, Prediction.noise, 1.0, 0.0),
         (Solver.ddim, Prediction.noise, 1.0, 0.5),
+        (Solver.dpmpp_2m, Prediction.v, 2.0, 0.5),
     ],
 )
 def test_same_tokens_as_the_plain_loop(device, denoiser, solver, prediction, guidance, clip):
@@ -86,3 +87,16 @@ def test_same_tokens_as_the_plain_loop(device, denoiser, solver, prediction, gui
     scale = expected.square().mean().sqrt()
     tolerance = 1e-4 if device.type == "cpu" else 2e-2
     assert (found.cpu() - expected).square().mean().sqrt() < tolerance * scale
+
+
+def test_clipping_leaves_what_is_not_a_number(device):
+    """A network of it is refused; Triton's interpreter leaves it in any case, a GPU's minimum does not."""
+    from rpg.kernels.solver_update import Update, apply_update
+
+    update = Update(0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1, remembered=False, clip=2.0)
+    prediction = torch.tensor([[1.0, -5.0, 7.0, torch.nan, torch.inf, -torch.inf]], device=device)
+    x, estimate, rounded = torch.zeros(3, 1, 6, device=device)
+    whose = torch.zeros(1, dtype=torch.int64, device=device)
+    apply_update(update, 1.0, whose, whose, whose, prediction, None, x, estimate, rounded, keeps=False)
+    expected = torch.tensor([[1.0, -2.0, 2.0, torch.nan, 2.0, -2.0]])
+    torch.testing.assert_close(x.cpu(), expected, rtol=0, atol=0, equal_nan=True)

@@ -28,8 +28,7 @@ class AdaLNMLPOnGPU:
     ) -> None:
         """Sample with `denoiser`, on a GPU, at `timesteps`, one a step.
 
-        Raises:
-            RPGError: with `eight_bits`, for sizes that 8-bit products do not have.
+        With `eight_bits` its width and the token size are multiples of `products.MULTIPLE`.
         """
         self.dtype = dtype
         self.width = denoiser.width

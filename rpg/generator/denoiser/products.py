@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.errors import RPGError
 from rpg.kernels.eight_bits import DTYPE, LARGEST
 
 MULTIPLE = 16
@@ -20,10 +19,8 @@ class Product:
         Args:
             layer: a linear layer.
             dtype: of weights and factors; with `eight_bits` of bias and results alone.
-            eight_bits: whether weights, with a scale for each of their rows, and factors have 8 bits.
-
-        Raises:
-            RPGError: for sizes that 8-bit products do not have.
+            eight_bits: whether weights, with a scale for each of their rows, and factors have 8 bits; sizes
+                are multiples of `MULTIPLE` then.
         """
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach()
@@ -33,11 +30,6 @@ class Product:
         if not eight_bits:
             self.weight = weight.to(dtype)
             return
-        if any(size % MULTIPLE for size in weight.shape):
-            raise RPGError(
-                "sampling.precision: float8 needs a token size and a denoiser.width that are multiples of "
-                f"{MULTIPLE}, got a layer from {layer.in_features} to {layer.out_features} values"
-            )
         scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST
         self.weight = (weight.float() / scales).to(DTYPE)
         self._scales = scales.T.contiguous()

@@ -148,7 +148,7 @@ class Mamba2(nn.Module):
         return out.squeeze(2).transpose(1, 2), extended[:, inputs.shape[1] :].clone()
 
     def _kernel_serves(self, projected: Tensor, state: Mamba2State | None) -> bool:
-        # For training alone: a fresh process compiles the kernels for eight seconds, more than the prototypes
+        # For training alone: a fresh process compiles the kernels for nine seconds, more than the prototypes
         # of a generation job take without them. Older causal_conv1d kernels refuse rows that are not a
         # multiple of eight values.
         fits = projected.dtype != torch.float64 and projected.shape[-1] % 8 == 0

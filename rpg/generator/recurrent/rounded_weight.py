@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)` for a layer without bias; what it is rounded to is as autocast has it."""
+    """`layer(x)`, for a layer without bias and hooks; what it is rounded to is as autocast has it."""
+    assert layer.bias is None
     kind = x.device.type
-    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
+    rounds = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    if not (rounds and torch.is_grad_enabled()):
         return F.linear(x, layer.weight)
     out: Tensor = _RoundedWeight.apply(  # type: ignore[no-untyped-call]
         x, layer.weight, torch.get_autocast_dtype(kind)
@@ -37,5 +39,6 @@ class _RoundedWeight(torch.autograd.Function):
         by_x = (gradient @ weight.to(gradient.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         by_weight = None
         if ctx.needs_input_grad[1]:
-            by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            by_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
         return by_x, by_weight, None
