@@ -25,9 +25,8 @@ from rpg.generator.generator import Generator
 from rpg.storage import AnyPath, is_remote
 from rpg.storage_errors import naming
 
-_WAITING_BYTES = 2**28
-_LEAST_WAITING = 2
-"""Batches sampled and not written yet: so many, or as many as have so many bytes."""
+_WAITING_BATCHES = 4
+"""Batches sampled and not written yet."""
 _WRITING_THREADS = 4
 """A GPU samples a network of ResNet-18's size in half of the time that one thread takes to write it."""
 _LARGE_VALUES = 2**20
@@ -199,12 +198,10 @@ def run_job(
 
     report(finished, len(indices))
     sampler = PackedSampler(generator, job.sampling, job.seed)
-    batch_bytes = job.sampling.token_batch * layout.token_size * torch.float32.itemsize
-    waiting = max(_LEAST_WAITING, _WAITING_BYTES // batch_bytes) if plan.is_large else _LEAST_WAITING
     # Writing ends before the files are cleared away.
     with (
         UnfinishedFiles(lambda index: plan.file(index, out), count) as files,
-        Lanes(_WRITING_THREADS if plan.is_large else 1, waiting) as lanes,
+        Lanes(_WRITING_THREADS if plan.is_large else 1, _WAITING_BATCHES) as lanes,
     ):
         for rows, sampled in sampler.sample_to_write(missing()):
             lanes.do(
