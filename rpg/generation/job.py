@@ -18,6 +18,7 @@ from rpg.errors import RPGError
 from rpg.generation.lanes import Lanes
 from rpg.generation.model_file import ModelFile, remote_metadata
 from rpg.generation.noise import permutation_state
+from rpg.generation.placement import used_precision
 from rpg.generation.rows import Rows
 from rpg.generation.sampler import ModelRequest, PackedSampler, check_condition
 from rpg.generation.unfinished_files import UnfinishedFiles
@@ -99,6 +100,8 @@ class JobPlan:
             "rpg.generator": digest,
             "rpg.job": hashlib.sha256(asked.encode()).hexdigest(),
             "rpg.sampling": sampling,
+            # What was asked for comes out otherwise on another device.
+            "rpg.precision": used_precision(generator, job.sampling),
         }
         if job.dtype is not None:
             self._identity["rpg.dtype"] = job.dtype

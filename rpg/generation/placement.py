@@ -25,6 +25,15 @@ def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
     return True
 
 
+def used_precision(generator: Generator, sampling: SamplingConfig) -> SamplingPrecision:
+    """The arithmetic of the denoiser's products, where the generator lies now: never `auto`."""
+    if not samples_on_gpu(generator, sampling):
+        return SamplingPrecision.float32
+    if samples_in_eight_bits(generator, sampling):
+        return SamplingPrecision.float8
+    return SamplingPrecision.bfloat16
+
+
 def samples_in_eight_bits(generator: Generator, sampling: SamplingConfig) -> bool:
     """Whether the GPU's loop is to multiply 8-bit floats: asked for, and possible with this GPU, this PyTorch
     (from 2.10 on) and these sizes."""

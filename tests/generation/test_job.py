@@ -28,6 +28,7 @@ from rpg.config import (
     Normalisation,
     RecurrentConfig,
     SamplingConfig,
+    SamplingPrecision,
     Solver,
 )
 from rpg.errors import RPGError
@@ -88,6 +89,8 @@ def test_provenance(tmp_path: Path, generator: Generator) -> None:
     sampling = json.loads(metadata["rpg.sampling"])
     assert sampling["solver"] == "ddim"
     assert SamplingConfig(**{**sampling, "solver": Solver(sampling["solver"])}) == SAMPLING
+    # Not what was asked for, but what a CPU makes of it.
+    assert (sampling["precision"], metadata["rpg.precision"]) == ("auto", "float32")
     # What Hugging Face's loaders ask for.
     assert metadata["format"] == "pt"
 
@@ -149,6 +152,20 @@ def test_another_generator_makes_all_anew(tmp_path: Path, generator: Generator) 
         generator.denoiser.get_parameter("output.bias")[0] += 1
     generate_models(generator, CONDITIONS, 2, 5, tmp_path, SAMPLING)
     assert changed(before, paths) == [0, 1, 2, 3]
+
+
+def test_models_of_another_arithmetic_are_made_anew(
+    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that began on a CPU goes on on a GPU: it shall not be a mixture."""
+    paths = generate_models(generator, CONDITIONS, 2, 5, tmp_path, SAMPLING)
+    before = stamps(paths)
+    monkeypatch.setattr(job_module, "used_precision", lambda *given: SamplingPrecision.bfloat16)
+    generate_models(generator, CONDITIONS, 2, 5, tmp_path, SAMPLING)
+    assert changed(before, paths) == [0, 1, 2, 3]
+    before = stamps(paths)
+    generate_models(generator, CONDITIONS, 2, 5, tmp_path, SAMPLING)
+    assert changed(before, paths) == []
 
 
 def test_shares_of_a_job_make_the_files_of_the_whole(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rpg.config import DenoiserConfig, DenoiserKind, GeneratorConfig, SamplingConfig, validate_sampling
 from rpg.errors import RPGError
-from rpg.generation.placement import samples_in_eight_bits
+from rpg.generation.placement import samples_in_eight_bits, used_precision
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -171,7 +171,10 @@ def test_where_products_have_8_bits(monkeypatch, precision, capability, token_si
         positions=torch.empty(0),
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert samples_in_eight_bits(generator, SamplingConfig(precision=precision)) == expected
+    sampling = SamplingConfig(precision=precision)
+    assert samples_in_eight_bits(generator, sampling) == expected
+    # On this device, which is none of those.
+    assert used_precision(generator, sampling) == "float32"
 
 
 def test_the_unet_has_none():
