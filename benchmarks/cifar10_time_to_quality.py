@@ -11,8 +11,7 @@ What is finished is kept below `--runs`, and a later call with the same presets 
 `--seconds` ends a call before the next piece once so many have passed. A generator that was trained too
 little may make values that no network can have, which are refused: it has no accuracy. The last call writes
 `results.json` and figures below `--output`, and prints a Markdown table. `--tiny` shows on a CPU that it
-runs, and measures
-nothing.
+runs, and measures nothing.
 """
 
 import argparse

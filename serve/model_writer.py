@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 
-from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generation.sampled import Sampled
 from serve.work import Segment, Work
@@ -94,7 +93,8 @@ class ModelWriter:
         work = segment.work
         if work.dropped:
             # More of this model may never come, and then nobody else would clear it away.
-            _discard(work.files.pop(segment.model, None))
+            if (error := work.files.discard(segment.model)) is not None:
+                _log.warning("%s", error)
             return
         try:
             self._write_segment(segment, sampled, rows)
@@ -103,18 +103,7 @@ class ModelWriter:
 
     def _write_segment(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
         work, index = segment.work, segment.model
-        with ExitStack() as stack:
-            if segment.first_token == 0:
-                file = stack.enter_context(work.plan.file(index, work.out))
-            else:
-                file = work.files.pop(index)
-                stack.push(file)
-            sampled.write(rows, file, segment.first_token)
-            # All went well so far: it stays open.
-            stack.pop_all()
-        if segment.first_token + rows.stop - rows.start < file.layout.tokens:
-            work.files[index] = file
-        else:
+        if (file := work.files.write(index, segment.first_token, rows, sampled)) is not None:
             self._finish_soon(work, index, file)
 
     def _finish_soon(self, work: Work, index: int, file: ModelFile) -> None:
@@ -146,16 +135,5 @@ class ModelWriter:
         # What is being written may be finished next.
         while pending := list(work.finishing):
             wait(pending)
-        while work.files:
-            _discard(work.files.popitem()[1])
-
-
-def _discard(file: ModelFile | None) -> None:
-    if file is None:
-        return
-    dropped = RPGError("dropped")
-    try:
-        file.__exit__(RPGError, dropped, None)
-    except Exception as error:
-        if error is not dropped:
+        for error in work.files.clear():
             _log.warning("%s", error)

@@ -12,6 +12,7 @@ from rpg.generation.batch_sampler import BatchSampler
 from rpg.generation.job import JobPlan
 from rpg.generation.model_file import ModelFile
 from rpg.generation.rows import Rows
+from rpg.generation.unfinished_files import UnfinishedFiles
 from rpg.storage import AnyPath
 from serve.records import Made
 
@@ -49,7 +50,7 @@ class Work:
     report: Callable[[Made | Exception], None]
     judge: "Judge | None" = None
     dropped: bool = False
-    files: dict[int, ModelFile] = field(default_factory=dict)
+    files: UnfinishedFiles = field(init=False)
     finishing: set["Future[None]"] = field(default_factory=set)
     _failing: Lock = field(default_factory=Lock)
     _waiting: deque[int] = field(init=False)
@@ -60,6 +61,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self._waiting = deque(self.indices)
+        self.files = UnfinishedFiles(lambda index: self.plan.file(index, self.out))
 
     @property
     def is_sampled(self) -> bool:

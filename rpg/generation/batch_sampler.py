@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from rpg.collection.token_decoder import TokenDecoder
-from rpg.config import SamplingConfig, validate_sampling
+from rpg.config import SamplingConfig, SamplingPrecision, validate_sampling
 from rpg.errors import RPGError
 from rpg.generation.noise import seed_word
-from rpg.generation.placement import samples_in_eight_bits, samples_on_gpu
+from rpg.generation.placement import used_precision
 from rpg.generation.plain_loop import PlainLoop
 from rpg.generation.prototypes import Prototypes, sampling_threads
 from rpg.generation.rows import Rows
@@ -99,13 +99,13 @@ class BatchSampler:
     def _build_loop(self) -> "PlainLoop | GPULoop":
         sampling, generator = self.sampling, self.generator
         steps = solver_steps(generator.diffusion.alpha_bar, sampling)
-        if samples_on_gpu(generator, sampling):
+        precision = used_precision(generator, sampling)
+        if precision != SamplingPrecision.float32:
             from rpg.generation.gpu_loop import GPULoop
 
-            eight_bits = samples_in_eight_bits(generator, sampling)
             return GPULoop(
                 generator, steps, sampling.guidance, sampling.temperature, self.size, sampling.clip,
-                eight_bits=eight_bits,
+                eight_bits=precision == SamplingPrecision.float8,
             )  # fmt: skip
         return PlainLoop(generator, steps, sampling.guidance, sampling.temperature, sampling.clip)
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,6 +21,7 @@ from rpg.generation.model_file import ModelFile, remote_metadata
 from rpg.generation.noise import permutation_state
 from rpg.generation.placement import used_precision
 from rpg.generation.rows import Rows
+from rpg.generation.sampled import Sampled
 from rpg.generation.sampler import ModelRequest, PackedSampler, check_condition
 from rpg.generation.unfinished_files import UnfinishedFiles
 from rpg.generator.generator import Generator
@@ -199,17 +201,21 @@ def run_job(
             else:
                 yield plan.request(index)
 
+    files = UnfinishedFiles(lambda index: plan.file(index, out))
+
+    def write(index: int, token: int, run: slice, sampled: Sampled) -> None:
+        if (file := files.write(index, token, run, sampled)) is not None:
+            file.__exit__(None, None, None)
+            count()
+
     report(finished, len(indices))
     sampler = PackedSampler(generator, job.sampling, job.seed)
-    # Writing ends before the files are cleared away.
-    with (
-        UnfinishedFiles(lambda index: plan.file(index, out), count) as files,
-        Lanes(_WRITING_THREADS if plan.is_large else 1, _WAITING_BATCHES) as lanes,
-    ):
+    with ExitStack() as stack:
+        # Writing ends before.
+        stack.callback(files.clear)
+        lanes = stack.enter_context(Lanes(_WRITING_THREADS if plan.is_large else 1, _WAITING_BATCHES))
         for rows, sampled in sampler.sample_to_write(missing()):
-            lanes.do(
-                (model, partial(files.write, model, token, run, sampled)) for model, token, run in _runs(rows)
-            )
+            lanes.do((index, partial(write, index, token, run, sampled)) for index, token, run in _runs(rows))
     return [out / job.file_name(index) for index in indices]
 
 

@@ -8,6 +8,8 @@ from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 
 _EIGHT_BIT_CAPABILITY = (8, 9)
+_EIGHT_BIT_MULTIPLE = 16
+"""Rows of factors have a multiple of so many values."""
 
 
 def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
@@ -37,12 +39,10 @@ def used_precision(generator: Generator, sampling: SamplingConfig) -> SamplingPr
 def samples_in_eight_bits(generator: Generator, sampling: SamplingConfig) -> bool:
     """Whether the GPU's loop is to multiply 8-bit floats: asked for, and possible with this GPU, this PyTorch
     (from 2.10 on) and these sizes."""
-    from rpg.generator.denoiser.products import MULTIPLE
-
     sizes = generator.layout.token_size, generator.config.denoiser.width
     return (
         sampling.precision == SamplingPrecision.float8
         and hasattr(F, "scaled_mm")
         and torch.cuda.get_device_capability(generator.positions.device) >= _EIGHT_BIT_CAPABILITY
-        and not any(size % MULTIPLE for size in sizes)
+        and not any(size % _EIGHT_BIT_MULTIPLE for size in sizes)
     )

@@ -1,28 +1,25 @@
 """Files of models that are being written, each by one thread at a time."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from types import TracebackType
+from contextlib import ExitStack
 
-from rpg.errors import RPGError
 from rpg.generation.model_file import ModelFile
 from rpg.generation.sampled import Sampled
 
 
 class UnfinishedFiles:
-    """A context manager: what is not finished where the block ends is cleared away."""
+    """Files between their first token and their last."""
 
-    def __init__(self, open_file: Callable[[int], ModelFile], finished: Callable[[], None]) -> None:
-        """`open_file` gives the file of a model; `finished` is called for every one that is in its place."""
+    def __init__(self, open_file: Callable[[int], ModelFile]) -> None:
+        """`open_file` gives the file of a model."""
         self._open_file = open_file
-        self._finished = finished
         self._files: dict[int, ModelFile] = {}
 
-    def __enter__(self) -> "UnfinishedFiles":
-        return self
-
-    def write(self, model: int, first_token: int, rows: slice, sampled: Sampled) -> None:
+    def write(self, model: int, first_token: int, rows: slice, sampled: Sampled) -> ModelFile | None:
         """Write `rows` of a batch, the tokens of `model` from `first_token` on, after those before them.
+
+        Returns:
+            The file, still open and no longer one of these, if all its tokens are written.
 
         Raises:
             RPGError: naming the file, which is cleared away then.
@@ -34,22 +31,36 @@ class UnfinishedFiles:
                 file = self._files.pop(model)
                 stack.push(file)
             sampled.write(rows, file, first_token)
-            if first_token + rows.stop - rows.start < file.layout.tokens:
-                self._files[model] = file
-                # All went well so far: it stays open.
-                stack.pop_all()
-                return
-        self._finished()
+            # All went well so far: it stays open.
+            stack.pop_all()
+        if first_token + rows.stop - rows.start == file.layout.tokens:
+            return file
+        self._files[model] = file
+        return None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def discard(self, model: int) -> Exception | None:
+        """Clear away the file of `model`, if there is one; what closing it met, such as a full disk."""
+        file = self._files.pop(model, None)
+        return None if file is None else _discarded(file)
+
+    def clear(self) -> list[Exception]:
+        """As `discard`, for all."""
+        met = []
         while self._files:
             _, file = self._files.popitem()
-            # Not with what ended the block: that has happened to another file, and would be told of this one.
-            # Nor is it told of what closing meets, such as the same full disk.
-            with suppress(_UnfinishedError, RPGError):
-                file.__exit__(_UnfinishedError, _UnfinishedError(), None)
+            if (error := _discarded(file)) is not None:
+                met.append(error)
+        return met
+
+
+def _discarded(file: ModelFile) -> Exception | None:
+    # Not with what made it useless: that may have happened to another file, and would be told of this one.
+    unfinished = _UnfinishedError()
+    try:
+        file.__exit__(_UnfinishedError, unfinished, None)
+    except Exception as error:
+        return None if error is unfinished else error
+    return None
 
 
 class _UnfinishedError(Exception):

@@ -28,7 +28,7 @@ class AdaLNMLPOnGPU:
     ) -> None:
         """Sample with `denoiser`, on a GPU, at `timesteps`, one a step.
 
-        With `eight_bits` its width and the token size are multiples of `products.MULTIPLE`.
+        `eight_bits`: see `rpg.generation.placement.samples_in_eight_bits`.
         """
         self.dtype = dtype
         self.width = denoiser.width

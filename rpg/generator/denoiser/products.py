@@ -6,9 +6,6 @@ from torch.nn import functional as F
 
 from rpg.kernels.eight_bits import DTYPE, LARGEST
 
-MULTIPLE = 16
-"""8-bit products have rows of a multiple of so many values."""
-
 
 class Product:
     """A linear layer in another precision."""
@@ -20,7 +17,7 @@ class Product:
             layer: a linear layer.
             dtype: of weights and factors; with `eight_bits` of bias and results alone.
             eight_bits: whether weights, with a scale for each of their rows, and factors have 8 bits; sizes
-                are multiples of `MULTIPLE` then.
+                are as `rpg.generation.placement.samples_in_eight_bits` asks then.
         """
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach()
