@@ -1,5 +1,6 @@
 """Where metrics go, read back from there; a resumed run goes on in the same place."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     log(TrackingConfig(tensorboard=False, wandb="rpg"), tmp_path, 0, [5, 10], well=True)
     (file,) = (tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb")
+    # It is written by a process of its own, which may be behind on a busy machine.
+    ends = time.monotonic() + 30
+    while b"digits" not in file.read_bytes() and time.monotonic() < ends:
+        time.sleep(0.1)
     assert b"digits" in file.read_bytes()
 
 
