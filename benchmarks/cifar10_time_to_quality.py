@@ -35,9 +35,9 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, to_plain
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
-from rpg.files import read_json, write_json
-from rpg.generation.model_file import NotFiniteError
 from rpg.generator.generator import Generator
+from rpg.sampling.model_writer import NotFiniteError
+from rpg.storage.files import read_json, write_json
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.families import task_family
 from rpg.training.fit import fit, new_trainer

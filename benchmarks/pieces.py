@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpg.files import read_json, write_json
+from rpg.storage.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python benchmarks/sampling_speed.py                 # all of it on a GPU, a few minutes; prints tables
     python benchmarks/sampling_speed.py --tiny          # on a CPU: shows that it runs, measures nothing
 
-The eager side is `rpg.generation.plain_loop` under bfloat16 autocast; the other is what `rpg generate` runs.
+The eager side is `rpg.sampling.plain_loop` under bfloat16 autocast; the other is what `rpg generate` runs.
 Weights are random and none is zero, since products of zeros run faster. Times are medians after warm-up. A
 whole model is prototypes, every denoising step, decoding, and all weights in the host's memory.
 """
@@ -37,12 +37,12 @@ from rpg.config import (
     SamplingPrecision,
     Solver,
 )
-from rpg.generation.job import GenerationJob, run_job
-from rpg.generation.plain_loop import PlainLoop
-from rpg.generation.rows import Rows
-from rpg.generation.sampler import ModelRequest, PackedSampler
 from rpg.generator.generator import Generator
-from rpg.generator.solvers import solver_steps
+from rpg.sampling.job import GenerationJob, run_job
+from rpg.sampling.plain_loop import PlainLoop
+from rpg.sampling.rows import Rows
+from rpg.sampling.sampler import ModelRequest, PackedSampler
+from rpg.sampling.solvers import solver_steps
 
 CONDITION_WIDTH = 16
 
@@ -242,7 +242,7 @@ def unet(rows: int, token_size: int, device: torch.device, tiny: bool) -> None:
     eagerly = seconds(eager, device, 2 if tiny else 10)
     error = half = float("nan")
     if device.type == "cuda":
-        from rpg.generator.denoiser.unet_gpu import UNetOnGPU
+        from rpg.sampling.gpu.unet import UNetOnGPU
 
         fast = UNetOnGPU(denoiser, [500], torch.bfloat16)  # type: ignore[arg-type]
         with torch.inference_mode():

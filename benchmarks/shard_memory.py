@@ -21,12 +21,12 @@ import torch
 import torchvision
 
 from ray_jobs import shard
-from ray_jobs.unfinished import PENDING, PLAN_FILE
+from ray_jobs.sharding.resume import PENDING, PLAN_FILE
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.shards import ShardedCollection
 from rpg.config import CollectConfig, Config, ShardConfig
-from rpg.files import sha256
+from rpg.storage.files import sha256
 
 GIB = 1 << 30
 KINDS = {"Pss_Anon": "anonymous", "Pss_Shmem": "object store", "Pss_File": "mapped files"}

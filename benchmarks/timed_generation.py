@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 
 from rpg.config import SamplingConfig
-from rpg.files import AnyPath, remove_directory
-from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
+from rpg.sampling.job import generate_models
+from rpg.storage.files import remove_directory
+from rpg.storage.locations import AnyPath
 
 
 def timed_generation(

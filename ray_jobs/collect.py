@@ -11,17 +11,17 @@ import ray
 import torch
 from torch import Tensor
 
-from ray_jobs.needs import Need
 from ray_jobs.progress import stage_progress
+from ray_jobs.resources import Need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
 from rpg.config import CollectConfig, Config
 from rpg.errors import RPGError
-from rpg.files import AnyPath, replacing_directory, replacing_file, sha256
-from rpg.storage import exists
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.files import replacing_directory, replacing_file, sha256
+from rpg.storage.locations import AnyPath, exists
 from rpg.tasks.class_subsets import class_bits, task_splits
 from rpg.tasks.families import TaskFamily, family_of, task_family
 

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 
 from ray_jobs.collect import family_name
-from ray_jobs.fitting import cpus_per_worker
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
-from ray_jobs.needs import Need
 from ray_jobs.node_copies import load_generator, open_shards
 from ray_jobs.progress import stage_progress
+from ray_jobs.resources import Need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main, stage_seconds, with_stages_before
-from ray_jobs.train_worker import HISTORY_FILE
+from ray_jobs.training.fitting import cpus_per_worker
+from ray_jobs.training.worker import HISTORY_FILE
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.collection.shards import ShardedCollection
@@ -28,8 +28,8 @@ from rpg.config import Split as CollectionSplit
 from rpg.errors import RPGError
 from rpg.evaluation.measure import Condition, Measured, Network, TrainingSet, measure
 from rpg.evaluation.results import Results, Split
-from rpg.files import read_json, write_text
 from rpg.generator.generator import CARD_FILE
+from rpg.storage.files import read_json, write_text
 from rpg.tasks.class_subsets import task_name
 from rpg.tasks.families import family_of, task_family
 from rpg.versions import versions

@@ -11,10 +11,10 @@ from functools import cached_property
 import ray.data
 import torch
 
-from ray_jobs.dataset import Row, map_rows, returns_errors
-from ray_jobs.needs import generation_need
 from ray_jobs.node_copies import load_generator
 from ray_jobs.progress import stage_progress
+from ray_jobs.ray_data import Row, map_rows, returns_errors
+from ray_jobs.resources import generation_need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from ray_jobs.train import TRAIN
@@ -29,10 +29,10 @@ from rpg.config import (
     validate_sampling,
 )
 from rpg.errors import RPGError
-from rpg.files import AnyPath, replacing_directory, write_json
-from rpg.generation.job import GenerationJob, run_job
 from rpg.generator.generator import CONFIG_FILE, Generator
-from rpg.storage import fetched
+from rpg.sampling.job import GenerationJob, run_job
+from rpg.storage.files import replacing_directory, write_json
+from rpg.storage.locations import AnyPath, fetched
 
 JOB_FILE = "job.json"
 

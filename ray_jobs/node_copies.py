@@ -6,7 +6,8 @@ from rpg.collection.shards import ShardedCollection
 from rpg.config import RayConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.storage import AnyPath, local_copy
+from rpg.storage.locations import AnyPath
+from rpg.storage.node_cache import local_copy
 
 
 def open_shards(directory: AnyPath, config: RayConfig) -> ShardedCollection:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rpg.errors import RPGError
-from rpg.files import AnyPath, write_text
-from rpg.storage import is_remote
+from rpg.storage.files import write_text
+from rpg.storage.locations import AnyPath, is_remote
 
 LOCK_FILE = ".lock"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rpg.config import Config
-from rpg.storage import AnyPath, location
+from rpg.storage.locations import AnyPath, location
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.collect import COLLECT
-from ray_jobs.layout_pass import compute_layout
 from ray_jobs.progress import console, stage_progress
 from ray_jobs.run_paths import RunPaths
+from ray_jobs.sharding.layout_pass import compute_layout
+from ray_jobs.sharding.resume import Unfinished, plan_digest
+from ray_jobs.sharding.token_pass import Group, checkpoints_per_shard, cut_into_groups, write_shards
 from ray_jobs.stage import Stage, stage_main
-from ray_jobs.token_pass import Group, checkpoints_per_shard, cut_into_groups, write_shards
-from ray_jobs.unfinished import Unfinished, plan_digest
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.collection.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
@@ -26,8 +26,8 @@ from rpg.collection.shard_file import ShardInfo
 from rpg.collection.verified import damage, remember
 from rpg.config import Config, ShardConfig
 from rpg.errors import RPGError
-from rpg.files import AnyPath
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.locations import AnyPath
 
 
 def run(config: Config, refit: bool = False) -> None:

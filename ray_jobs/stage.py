@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ray_jobs.cluster import ray_cluster
-from ray_jobs.needs import Need, require
 from ray_jobs.only_job import only_job
 from ray_jobs.progress import console
+from ray_jobs.resources import Need, require
 from ray_jobs.run_paths import RunPaths
 from rpg import __version__
-from rpg.command_line import run_command
+from rpg.commands.exit_status import run_command
 from rpg.config import Config, load_config, to_plain
 from rpg.errors import RPGError
-from rpg.files import AnyPath, read_json, sha256, write_json, write_text
-from rpg.storage import exists, identity, is_remote
-from rpg.storage_errors import StorageError, naming
+from rpg.storage.errors import StorageError, naming
+from rpg.storage.files import read_json, sha256, write_json, write_text
+from rpg.storage.locations import AnyPath, exists, identity, is_remote
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,22 @@ import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_jobs.board import Board
-from ray_jobs.fitting import check_fit, fit_generator
-from ray_jobs.needs import training_need
-from ray_jobs.opened_checkpoint import opened
 from ray_jobs.progress import StageProgress, stage_progress
+from ray_jobs.resources import training_need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, fingerprint, stage_main
-from ray_jobs.tracking import TENSORBOARD_DIRECTORY
-from ray_jobs.train_worker import GENERATOR_DIRECTORY, HISTORY_FILE
+from ray_jobs.training.checkpoints import opened
+from ray_jobs.training.fitting import check_fit, fit_generator
+from ray_jobs.training.mailbox import Board
+from ray_jobs.training.tracking import TENSORBOARD_DIRECTORY
+from ray_jobs.training.worker import GENERATOR_DIRECTORY, HISTORY_FILE
 from rpg.collection.manifest import read_manifest
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
-from rpg.files import AnyPath, copy_file, remove_directory, replacing_directory
 from rpg.generator.generator import WEIGHTS_FILE
+from rpg.storage.files import copy_file, remove_directory, replacing_directory
+from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY, check_encoder, copy_encoder
 from rpg.training.progress import Progress
 

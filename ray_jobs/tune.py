@@ -27,12 +27,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from ray_jobs.board import Board
-from ray_jobs.fitting import fit_generator, storage_filesystem
 from ray_jobs.node_copies import open_shards
 from ray_jobs.progress import StageProgress, console, stage_progress
 from ray_jobs.run_paths import RunPaths
-from ray_jobs.search_results import (
+from ray_jobs.search.results import (
     BEST_FILE,
     TABLE_FILE,
     TrialResult,
@@ -41,16 +39,18 @@ from ray_jobs.search_results import (
     results_table,
     write_results,
 )
-from ray_jobs.search_space import draw_points, search_space
+from ray_jobs.search.space import draw_points, search_space
+from ray_jobs.search.trial import Trial, best_config, make_trial
 from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, fingerprint, is_done, job_main, run_stage, with_stages_before
-from ray_jobs.trial import Trial, best_config, make_trial
+from ray_jobs.training.fitting import fit_generator, storage_filesystem
+from ray_jobs.training.mailbox import Board
 from ray_jobs.validation import ValidationTasks
 from rpg.collection.collection import Collection
 from rpg.config import Config, with_values
 from rpg.errors import RPGError
-from rpg.files import AnyPath, read_json, remove_directory, write_json
-from rpg.storage import exists
+from rpg.storage.files import read_json, remove_directory, write_json
+from rpg.storage.locations import AnyPath, exists
 
 _TRIAL, _ROUND, _ACCURACY = "trial", "round", "accuracy"
 _EXPERIMENT = "search"

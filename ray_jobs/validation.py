@@ -9,8 +9,8 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
-from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
+from rpg.sampling.job import generate_models
 from rpg.tasks.families import family_of, task_family
 
 

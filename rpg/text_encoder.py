@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from rpg.errors import RPGError, one_line
-from rpg.files import AnyPath, copy_file, sha256
-from rpg.storage import fetched
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.files import copy_file, sha256
+from rpg.storage.locations import AnyPath, fetched
 from rpg.threads import one_thread
 
 ENCODER_DIRECTORY = "encoder"

@@ -14,18 +14,18 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from rpg.errors import RPGError
-from rpg.storage import location
+from rpg.storage.locations import location
 from serve.config import ConfigFile, ServeConfig
-from serve.desk import DispatcherDesk
-from serve.dispatcher import Dispatcher
-from serve.generator_apps import REPLICA_OPTIONS, GeneratorApps
-from serve.handles import HandleDesk
-from serve.job_store import JobStore
+from serve.dispatch.api import DispatcherDesk
+from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.proxies import HandleDesk
+from serve.dispatch.store import JobStore
+from serve.http.routes import http_app
 from serve.only_service import only_service
-from serve.placement import check_room
 from serve.ray_metrics import RayMeters, prometheus_text
-from serve.roster import Roster, generator_configs
-from serve.routes import http_app
+from serve.replicas.apps import REPLICA_OPTIONS, GeneratorApps
+from serve.replicas.capacity import check_room
+from serve.replicas.reconciler import Roster, generator_configs
 
 
 class Jobs(DispatcherDesk):

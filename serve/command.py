@@ -10,9 +10,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from rpg.command_line import run_command
+from rpg.commands.exit_status import run_command
 from rpg.errors import RPGError
-from rpg.storage import location
+from rpg.storage.locations import location
 from serve.config import ConfigFile
 from serve.only_service import only_service
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Make it a command of `rpg` (see `rpg.cli`)."""
+    """Make it a command of `rpg` (see `rpg.commands.main`)."""
     _add_arguments(commands.add_parser("serve", help=_DESCRIPTION))
 
 
@@ -53,8 +53,8 @@ def serve(file: ConfigFile) -> None:
     from ray_jobs.cluster import ray_cluster
     from rpg.config import RayConfig
     from serve.app import application
-    from serve.generator_apps import GeneratorApps
-    from serve.roster import generator_configs
+    from serve.replicas.apps import GeneratorApps
+    from serve.replicas.reconciler import generator_configs
 
     generator_configs(config)
     if not os.environ.get("RAY_ADDRESS"):

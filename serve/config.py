@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rpg.config import read_config
 from rpg.errors import RPGError
-from rpg.storage import AnyPath, location
+from rpg.storage.locations import AnyPath, location
 
 SCOPES = ("submit", "read", "admin")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

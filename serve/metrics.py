@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from serve.records import State
+from serve.dispatch.records import State
 
 
 class Meters(Protocol):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from rpg.errors import RPGError
-from rpg.storage import AnyPath
+from rpg.storage.locations import AnyPath
 
 _LOCK = ".lock"
 

@@ -7,7 +7,7 @@ import urllib.request
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from serve.records import State
+from serve.dispatch.records import State
 
 _SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200]
 _SHOWN = ("ray_rpg_", "ray_serve_", "ray_node_gpus_", "ray_node_gram_")

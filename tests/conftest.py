@@ -80,7 +80,7 @@ def _layout(checkpoints: Sequence[StateDict], token_size: int, normalisation: No
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs in Triton's interpreter comes last: its process cannot compile kernels afterwards."""
-    items.sort(key=lambda item: "kernels" in item.path.parts)
+    items.sort(key=lambda item: "gpu" in item.path.parts)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from typing import IO
 
 from rpg.client.views import ModelFile
 from rpg.errors import RPGError
-from rpg.files import sha256
+from rpg.storage.files import sha256
 
 _BLOCK = 2**20
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from rpg.collection.state_dicts import check_entries
 from rpg.errors import RPGError, one_line
-from rpg.files import AnyPath, replacing_file, sha256
-from rpg.storage import fetched
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.files import replacing_file, sha256
+from rpg.storage.locations import AnyPath, fetched
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
 ADAPTER_CONFIG = "adapter_config.json"

@@ -12,8 +12,9 @@ from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_c
 from rpg.collection.json_numbers import is_float32, is_number
 from rpg.config import Split
 from rpg.errors import RPGError
-from rpg.files import AnyPath, is_storable, read_json, write_json
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.files import is_storable, read_json, write_json
+from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY
 
 COLLECTION_FILE = "collection.json"

@@ -18,7 +18,8 @@ from rpg.collection.tensor_spec import TensorKind, TensorSpec, spec_from_json
 from rpg.collection.tokens import count_tokens, cut, join, token_lengths
 from rpg.config import Normalisation
 from rpg.errors import RPGError
-from rpg.files import AnyPath, read_json, write_json
+from rpg.storage.files import read_json, write_json
+from rpg.storage.locations import AnyPath
 
 LAYOUT_FILE = "layout.json"
 CENTRE_FILE = "centre.safetensors"

@@ -19,8 +19,9 @@ from rpg.collection.layout import Layout
 from rpg.collection.shard_file import ShardInfo
 from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
-from rpg.files import AnyPath, is_storable, read_json, replacing_file, sha256, write_json
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.files import is_storable, read_json, replacing_file, sha256, write_json
+from rpg.storage.locations import AnyPath
 
 MANIFEST_FILE = "shards.json"
 ENTRIES_FILE = "entries.arrow"

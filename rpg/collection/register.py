@@ -25,8 +25,8 @@ from rpg.collection.descriptions import read_descriptions
 from rpg.collection.state_dicts import check_structure, check_ties, find_ties
 from rpg.collection.tables import check_files
 from rpg.errors import RPGError
-from rpg.storage import AnyPath, exists, is_remote
-from rpg.storage_errors import StorageError, naming
+from rpg.storage.errors import StorageError, naming
+from rpg.storage.locations import AnyPath, exists, is_remote
 from rpg.text_encoder import TextEncoder, copy_encoder, encoder_digest, load_encoder
 
 MINIMUM = 2

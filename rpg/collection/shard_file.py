@@ -19,7 +19,8 @@ from torch import Tensor
 from rpg.collection.layout import Layout
 from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
-from rpg.files import AnyPath, replacing_file, sha256
+from rpg.storage.files import replacing_file, sha256
+from rpg.storage.locations import AnyPath
 
 COLUMN = "tokens"
 DTYPE_KEY = b"rpg.token_dtype"

@@ -16,7 +16,8 @@ from typing import Any
 from rpg.collection.manifest import MANIFEST_FILE
 from rpg.collection.shard_file import ShardInfo
 from rpg.errors import RPGError
-from rpg.files import AnyPath, sha256, write_json
+from rpg.storage.files import sha256, write_json
+from rpg.storage.locations import AnyPath
 
 VERIFIED_FILE = ".verified.json"
 _THREADS = 8

@@ -33,7 +33,8 @@ from rpg.evaluation.results import (
     predictions,
 )
 from rpg.evaluation.similarity import Similarity, similarity
-from rpg.files import AnyPath, write_json, write_text
+from rpg.storage.files import write_json, write_text
+from rpg.storage.locations import AnyPath
 
 BASELINES = {
     "ridge_3": "ridge regression, order 3",

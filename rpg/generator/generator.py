@@ -25,7 +25,6 @@ from rpg.config import (
     to_plain,
 )
 from rpg.errors import RPGError
-from rpg.files import AnyPath, replacing_directory, write_text
 from rpg.generator.condition import NoCondition, PermutationState, VectorCondition, build_condition
 from rpg.generator.denoiser import build_denoiser
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
@@ -34,8 +33,9 @@ from rpg.generator.diffusion import Diffusion
 from rpg.generator.model_card import model_card
 from rpg.generator.positions import position_embedding
 from rpg.generator.recurrent import build_recurrent
-from rpg.storage import fetched, location
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.files import replacing_directory, write_text
+from rpg.storage.locations import AnyPath, fetched, location
 from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, load_encoder
 
 Condition = VectorCondition | PermutationState | NoCondition

@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.register import register
 from rpg.errors import RPGError, one_line
-from rpg.files import replacing_directory, replacing_file
 from rpg.seeds import derived_seed
+from rpg.storage.files import replacing_directory, replacing_file
 from rpg.tasks.cifar10_images import Images
 from rpg.tasks.cifar10_net import normalised
 from rpg.tasks.shared_batches import batches

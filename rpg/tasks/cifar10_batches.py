@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rpg.errors import RPGError
-from rpg.files import AnyPath
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.locations import AnyPath
 
 DIRECTORY = "cifar-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))

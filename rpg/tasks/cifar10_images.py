@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from rpg.errors import RPGError
-from rpg.files import AnyPath
-from rpg.storage import exists, location
-from rpg.storage_errors import naming
+from rpg.storage.errors import naming
+from rpg.storage.locations import AnyPath, exists, location
 from rpg.tasks.cifar10_batches import DIRECTORY, TEST_FILES, TRAIN_FILES, read_batch
 
 CLASSES = 10

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from rpg.config import Sharding, TrainConfig
 from rpg.errors import RPGError, one_line
-from rpg.files import replacing_file
 from rpg.generator.condition import VectorCondition
 from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 from rpg.gpu_compiler import has_gpu_compiler
+from rpg.storage.files import replacing_file
 from rpg.training.batch import Batch
 from rpg.training.captured import CapturedGradients
 from rpg.training.global_batch_norm import normalise_globally

@@ -12,7 +12,7 @@ from rpg.client import AsyncClient, CallError, Client, GeneratorInfo, Job, JobPa
 from rpg.client import calls as client_calls
 from rpg.client.events import Event, EventReader
 from rpg.errors import RPGError
-from serve.schema import GeneratorView, JobList, JobView, ModelView
+from serve.http.schema import GeneratorView, JobList, JobView, ModelView
 from tests.client.conftest import HURRY, TOKEN, Both, Live, answered, cut_after
 from tests.serve.conftest import CONDITIONS
 

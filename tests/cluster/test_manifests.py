@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from rpg import __version__
 from rpg.config import load_config
 from serve.config import load_serve_config
-from serve.placement import check_room
+from serve.replicas.capacity import check_room
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

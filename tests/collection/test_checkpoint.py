@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rpg.collection.checkpoint import check_finite, checkpoint_sha256, read_checkpoint, write_checkpoint
 from rpg.errors import RPGError
-from rpg.files import sha256
+from rpg.storage.files import sha256
 
 
 def example() -> dict[str, Tensor]:
@@ -313,7 +313,7 @@ class TestWriting:
             "import sys, torch\n"
             "from pathlib import Path\n"
             "from rpg.collection.checkpoint import write_checkpoint\n"
-            "from rpg.command_line import run_command\n"
+            "from rpg.commands.exit_status import run_command\n"
             f"path = Path({str(path)!r})\n"
             "sys.exit(run_command(lambda: write_checkpoint(path, {'a': torch.ones(100000)}, {}), 'rpg'))\n"
         )

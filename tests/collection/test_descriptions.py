@@ -9,10 +9,10 @@ import torch
 
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.descriptions import read_descriptions
-from rpg.collection.inspect import inspect
 from rpg.collection.register import register
+from rpg.commands.inspect import inspect
 from rpg.errors import RPGError
-from rpg.storage import location
+from rpg.storage.locations import location
 from rpg.text_encoder import TextEncoder, encoder_digest
 from tests.s3_server import S3Server
 from tests.text_encoders import save_encoder

@@ -272,7 +272,7 @@ def test_a_full_disk_leaves_the_earlier_collection(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from rpg.cli import main; sys.exit(main())",
+            "import sys; from rpg.commands.main import main; sys.exit(main())",
             "register",
             tmp_path,
         ],

@@ -27,7 +27,7 @@ from rpg.collection.statistics import LayoutStatistics
 from rpg.collection.verified import VERIFIED_FILE
 from rpg.config import Normalisation, TokenDtype
 from rpg.errors import RPGError
-from rpg.files import sha256
+from rpg.storage.files import sha256
 
 StateDict = dict[str, Tensor]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rpg.cli import main
 from rpg.collection.layout import Layout
 from rpg.collection.shards import ShardedCollection
+from rpg.commands.main import main
 from rpg.config import ConditionKind, RecurrentKind, to_plain
 from rpg.errors import RPGError
-from rpg.generation.job import generate_models
 from rpg.generator.generator import Generator
-from rpg.storage import location
+from rpg.sampling.job import generate_models
+from rpg.storage.locations import location
 from rpg.text_encoder import TextEncoder, encoder_digest
 from tests.s3_server import S3Server
 from tests.text_encoders import save_encoder

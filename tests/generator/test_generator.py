@@ -26,9 +26,9 @@ from rpg.config import (
     SamplingConfig,
 )
 from rpg.errors import RPGError
-from rpg.generation.sampler import ModelRequest, PackedSampler
 from rpg.generator import generator as generator_module
 from rpg.generator.generator import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE, Generator
+from rpg.sampling.sampler import ModelRequest, PackedSampler
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ray_jobs.train import run as train
-from rpg.cli import main
 from rpg.collection.collection import Collection
+from rpg.commands.main import main
 from rpg.config import load_config
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ray_jobs import layout_pass, shard
+from ray_jobs import shard
+from ray_jobs.sharding import layout_pass
+from ray_jobs.sharding.resume import PENDING
 from ray_jobs.stage import fingerprint
 from ray_jobs.train import TRAIN
-from ray_jobs.unfinished import PENDING
 from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Encoded
@@ -23,7 +24,7 @@ from rpg.collection.shards import ENTRIES_FILE, MANIFEST_FILE, ShardedCollection
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Config, load_config
 from rpg.errors import RPGError
-from rpg.files import read_json, sha256
+from rpg.storage.files import read_json, sha256
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "configs" / "own_checkpoints.yaml"

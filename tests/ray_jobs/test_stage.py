@@ -12,7 +12,7 @@ from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, is_done, run_stage
 from ray_jobs.train import TRAIN
 from rpg.config import Config, load_config
-from rpg.storage import location
+from rpg.storage.locations import location
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from rpg.collection.layout import Encoded
 from rpg.collection.shards import ShardedCollection
-from rpg.files import copy_file, read_json, write_json
-from rpg.storage import fetched, location
+from rpg.storage.files import copy_file, read_json, write_json
+from rpg.storage.locations import fetched, location
 
 pytestmark = pytest.mark.slow
 

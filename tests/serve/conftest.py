@@ -28,19 +28,19 @@ from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
 from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.config import RecurrentKind, SamplingConfig, Solver, save_config
-from rpg.generation.job import GenerationJob, run_job
 from rpg.generator.generator import Generator
-from rpg.storage import location
+from rpg.sampling.job import GenerationJob, run_job
+from rpg.storage.locations import location
 from rpg.tasks.digits import DigitsNet
-from serve.access import Caller
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
-from serve.desk import DispatcherDesk
-from serve.dispatcher import Dispatcher
-from serve.feed import Served
-from serve.job_store import JobStore
-from serve.local_maker import LocalMaker
-from serve.records import State
-from serve.routes import http_app
+from serve.dispatch.api import DispatcherDesk
+from serve.dispatch.dispatcher import Dispatcher
+from serve.dispatch.records import State
+from serve.dispatch.scheduler import Served
+from serve.dispatch.store import JobStore
+from serve.http.auth import Caller
+from serve.http.routes import http_app
+from serve.replicas.local_maker import LocalMaker
 
 ROOT = Path(__file__).parents[2]
 CONDITIONS = [[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]

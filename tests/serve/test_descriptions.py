@@ -16,14 +16,14 @@ from rpg.client import GeneratorInfo, ModelFile, Patience
 from rpg.client.calls import Calls
 from rpg.client.transport import AsyncTransport
 from rpg.errors import RPGError
-from rpg.generation.job import GenerationJob, run_job
 from rpg.generator.generator import Generator
+from rpg.sampling.job import GenerationJob, run_job
 from rpg.text_encoder import TextEncoder
-from serve import dispatcher as dispatcher_module
 from serve.config import ServeConfig
-from serve.lease import Embedded, Maker
+from serve.dispatch import dispatcher as dispatcher_module
+from serve.dispatch.lease import Embedded, Maker
 from tests.serve.conftest import Service, bearer
-from tests.serve.test_http import problem
+from tests.serve.http.test_routes import problem
 from tests.text_encoders import save_encoder
 
 TEXTS = ["Is it a cat?", "one, two or three dogs"]

@@ -19,7 +19,7 @@ from rpg.config import save_config
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from serve.config import GeneratorEntry, ServeConfig
-from serve.placement import check_room
+from serve.replicas.capacity import check_room
 from tests.serve.conftest import CONDITIONS, ROOT, Server, bearer
 
 Serving = Callable[[ServeConfig, Path], AbstractContextManager[Server]]

@@ -1,0 +1,1 @@
+"""What `ray_jobs.tune` searches: the space, its trials, the results."""

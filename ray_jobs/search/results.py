@@ -1,0 +1,119 @@
+"""What comes out of a search: the ranked table, the figure and the best config."""
+
+import math
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from rich.table import Table
+
+from ray_jobs.search.space import Point
+from ray_jobs.search.trial import Trial
+from rpg.config import Config, save_config
+from rpg.evaluation.figures import to_png, to_svg
+from rpg.evaluation.search_figure import Tried, search_figure
+from rpg.storage.files import replacing_file, write_json
+from rpg.storage.locations import AnyPath
+
+TABLE_FILE = "table.json"
+BEST_FILE = "best.yaml"
+FIGURE_NAME = "search"
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended."""
+
+    trial: Trial
+    accuracy: float | None
+    """Of networks generated for the validation tasks, when last asked; None of a trial that failed."""
+    share: float
+    """Of the budget that was spent."""
+    seconds: float
+    """Of training."""
+    failure: str | None
+
+
+def ranked(results: list[TrialResult]) -> list[TrialResult]:
+    """Best first: those that got further, and among them the more accurate; failed ones last."""
+
+    def key(result: TrialResult) -> tuple[bool, float, float]:
+        if result.accuracy is None:
+            return (True, 0.0, 0.0)
+        return (False, -result.share, -result.accuracy)
+
+    return sorted(results, key=key)
+
+
+def describe(point: Point) -> str:
+    """A point in a few words: the last parts of its keys, and its values."""
+    if not point:
+        return "the config itself"
+    return ", ".join(f"{_label(key)} {_text(value)}" for key, value in point.items())
+
+
+def results_table(results: list[TrialResult], searched: list[str]) -> Table:
+    """The ranked trials for the terminal."""
+    table = Table(
+        title="Accuracy of generated networks on validation tasks, at equal compute", title_justify="left"
+    )
+    table.add_column("trial", no_wrap=True)
+    for name in ("accuracy", "budget", "seconds", "parameters", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key in searched:
+        table.add_column(_label(key), justify="right")
+    for result in results:
+        trial = result.trial
+        accuracy = "failed" if result.accuracy is None else f"{result.accuracy:.4f}"
+        table.add_row(
+            trial.name if trial.point else f"{trial.name} (config)",
+            accuracy,
+            f"{result.share:.0%}",
+            f"{result.seconds:.0f}",
+            f"{trial.parameters / 1e6:.2f} M",
+            f"{trial.config.train.steps:,}",
+            *(_text(attrgetter(key)(trial.config)) for key in searched),
+        )
+    return table
+
+
+def write_results(directory: AnyPath, results: list[TrialResult], searched: list[str], best: Config) -> None:
+    """Write `table.json`, the figure as SVG and PNG, and `best.yaml` into `directory`."""
+    tried = [
+        Tried(r.trial.name, r.accuracy, r.trial.parameters, r.seconds, math.isclose(r.share, 1))
+        for r in results
+        if r.accuracy is not None
+    ]
+    base = next(result.trial.name for result in results if not result.trial.point)
+    figure = search_figure(tried, base)
+    for suffix, content in ((".svg", to_svg(figure)), (".png", to_png(figure))):
+        with replacing_file(directory / f"{FIGURE_NAME}{suffix}") as temporary:
+            temporary.write_bytes(content)
+    with replacing_file(directory / BEST_FILE) as temporary:
+        save_config(best, temporary)
+    write_json(directory / TABLE_FILE, [_row(rank, r, searched) for rank, r in enumerate(results, 1)])
+
+
+def _row(rank: int, result: TrialResult, searched: list[str]) -> dict[str, Any]:
+    trial = result.trial
+    return {
+        "rank": rank,
+        "trial": trial.name,
+        "accuracy": result.accuracy,
+        "share_of_budget": result.share,
+        "seconds": result.seconds,
+        "parameters": trial.parameters,
+        "steps": trial.config.train.steps,
+        "flops_per_step": trial.step_flops,
+        "settings": {key: attrgetter(key)(trial.config) for key in searched},
+        "failure": result.failure,
+    }
+
+
+def _label(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    return f"{section.rpartition('.')[2]} {name}" if section.startswith("generator") else name
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

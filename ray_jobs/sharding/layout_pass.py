@@ -1,0 +1,83 @@
+"""First pass of stage `shard`: the layout, from statistics that Ray Data's workers gather in parts.
+
+Which checkpoints make a part depends on the collection alone, and parts are merged in its order: the layout
+does not depend on the cluster or on which worker was faster.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_jobs.progress import StageProgress
+from ray_jobs.ray_data import Row, map_in_order, returns_errors
+from rpg.collection.checkpoint import check_finite
+from rpg.collection.collection import Collection, Entry
+from rpg.collection.layout import Layout
+from rpg.collection.statistics import LayoutStatistics, StatisticsPart
+from rpg.config import ShardConfig
+from rpg.errors import RPGError
+from rpg.threads import one_thread
+
+_PART_BYTES = 64_000_000
+_FEWEST, _MOST = 16, 256
+"""Checkpoints of a part. Sending one costs as much as two float32 checkpoints, a task some milliseconds."""
+
+
+def compute_layout(
+    collection: Collection, entries: Sequence[Entry], config: ShardConfig, progress: StageProgress
+) -> Layout:
+    """The layout of these checkpoints; each worker holds one, the reference and the mean at a time.
+
+    Raises:
+        RPGError: naming the checkpoint that is not what was registered, does not fit the first or is not
+            finite; if `shard.token_size` exceeds the network, or if all checkpoints are equal.
+    """
+    reference = entries[0]
+    alone = Collection(collection.root, {}, [reference])
+
+    @returns_errors
+    def statistics(row: Row) -> Row:
+        torch.set_num_threads(1)
+        # Read anew by every worker: tensors that share storage would come apart on their way through Ray.
+        found = LayoutStatistics(alone.read(reference))
+        for file, digest in zip(row["files"], row["sha256"], strict=True):
+            entry = Entry(file, digest)
+            state_dict = alone.read_checked(entry)
+            check_finite(state_dict, alone.path(entry))
+            found.update(state_dict)
+        return {"index": row["index"], **vars(found.part())}
+
+    first = collection.read(reference)
+    size = _part_size(first)
+    rows = [
+        {
+            "index": i,
+            "files": [entry.file for entry in entries[i : i + size]],
+            "sha256": [entry.sha256 for entry in entries[i : i + size]],
+        }
+        for i in range(0, len(entries), size)
+    ]
+    # Sums of large tensors depend on how many threads share them, and layouts must not.
+    with one_thread():
+        total = LayoutStatistics(first)
+        for row in map_in_order(rows, statistics):
+            total.merge(StatisticsPart(row["reference"], row["count"], row["sums"], row["means"]))
+            progress.update(total.count, 2 * len(entries), "layout")
+        layout = total.layout(config.token_size, config.normalisation)
+    values = sum(spec.numel for spec in layout.specs)
+    if config.token_size > values:
+        raise RPGError(
+            f"shard.token_size: expected at most {values}, the values in the whole network, "
+            f"got {config.token_size}"
+        )
+    if layout.tokens == 0:
+        raise RPGError(f"{collection.root}: all training checkpoints are equal: there is nothing to learn")
+    return layout
+
+
+def _part_size(state_dict: dict[str, Tensor]) -> int:
+    """Checkpoints of a part; one architecture's are of one size."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
+    return int(np.clip(_PART_BYTES // max(size, 1), _FEWEST, _MOST))

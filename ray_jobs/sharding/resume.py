@@ -1,0 +1,79 @@
+"""What a run of stage `shard` leaves for the next one, should it be killed: `pending/` beside the shards.
+
+It holds the layout with the plan that it was made for, and the size and digest of every finished shard.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rpg import __version__
+from rpg.collection.collection import Entry
+from rpg.collection.layout import Layout
+from rpg.config import ShardConfig
+from rpg.errors import RPGError
+from rpg.storage.files import read_json, sha256, write_json
+from rpg.storage.locations import AnyPath
+
+PENDING = "pending"
+PLAN_FILE = "plan.json"
+
+
+class Unfinished:
+    """The folder `pending/` of a directory of shards."""
+
+    def __init__(self, shards: AnyPath) -> None:
+        """Nothing is read or written yet."""
+        self.shards = shards
+        self.directory = shards / PENDING
+
+    def layout(self, plan: str) -> Layout | None:
+        """The layout, if there is a whole one that was made for this plan."""
+        try:
+            if read_json(self.directory / PLAN_FILE, "a plan") != {"plan": plan}:
+                return None
+            return Layout.load(self.directory)
+        except RPGError:
+            return None
+
+    def save_layout(self, layout: Layout, plan: str) -> None:
+        """Keep a layout; the plan is written last."""
+        with suppress(FileNotFoundError):
+            (self.directory / PLAN_FILE).unlink()
+        layout.save(self.directory)
+        write_json(self.directory / PLAN_FILE, {"plan": plan})
+
+    def finished(self, file: str) -> tuple[int, str] | None:
+        """Bytes and SHA-256 of a shard that was finished, if it still is what it was."""
+        try:
+            record = read_json(self._record(file), "a finished shard's record")
+            size, digest = (self.shards / file).stat().st_size, sha256(self.shards / file)
+        except (RPGError, OSError):
+            return None
+        return (size, digest) if record == {"bytes": size, "sha256": digest} else None
+
+    def note(self, file: str, size: int, digest: str) -> None:
+        """Remember a shard that is finished."""
+        write_json(self._record(file), {"bytes": size, "sha256": digest})
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        with suppress(FileNotFoundError):
+            for path in self.directory.iterdir():
+                path.unlink()
+        # Object stores have no folders.
+        if isinstance(self.directory, Path):
+            with suppress(OSError):
+                self.directory.rmdir()
+
+    def _record(self, file: str) -> AnyPath:
+        return self.directory / f"{file}.json"
+
+
+def plan_digest(entries: Sequence[Entry], config: ShardConfig) -> str:
+    """SHA-256 of all that a layout depends on."""
+    checkpoints = [(entry.file, entry.sha256) for entry in entries]
+    inputs = [__version__, config.token_size, config.normalisation, checkpoints]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

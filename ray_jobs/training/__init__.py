@@ -1,0 +1,1 @@
+"""What Ray Train needs around the training loop: workers, checkpoints, metrics."""

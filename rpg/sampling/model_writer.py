@@ -1,0 +1,168 @@
+"""Writing one generated model token by token into a `.safetensors` file of known size.
+
+The file format lets every tensor's place be known beforehand (an 8-byte length, a JSON header, then the raw
+values), so finished tokens are written where they belong and no model is ever held in memory as a whole.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from upath import UPath
+
+from rpg.collection.layout import Layout
+from rpg.errors import RPGError
+from rpg.storage.files import replacing_file, sha256
+from rpg.storage.locations import AnyPath
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class NotFiniteError(RPGError):
+    """What a generator made is no network."""
+
+
+_FIRST_READ = 2**16
+_LARGEST_HEADER = 100_000_000
+"""As in the reference implementation of the format."""
+
+
+class ModelFile:
+    """A context manager: the file appears under its name when all went well, and not at all otherwise.
+
+    Tied tensors are written under each of their names, since the format knows no ties.
+
+    Attributes:
+        size: bytes of the whole file.
+    """
+
+    def __init__(
+        self,
+        path: AnyPath,
+        layout: Layout,
+        metadata: Mapping[str, str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write to `path` a model of `layout`, with `metadata` in the file's header.
+
+        `dtype` is that of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+        """
+        self.path = path
+        self.layout = layout
+        self._offsets: dict[str, int] = {}
+        self._names: dict[str, list[str]] = {}
+        self._dtypes = {
+            spec.name: dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+            for spec in layout.specs
+        }
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        # Wide types first keeps every tensor aligned to its element size.
+        for spec in sorted(layout.specs, key=lambda spec: (-self._dtypes[spec.name].itemsize, spec.name)):
+            size = spec.numel * self._dtypes[spec.name].itemsize
+            header[spec.name] = {
+                "dtype": _DTYPE_NAMES[self._dtypes[spec.name]],
+                "shape": list(spec.shape),
+                "data_offsets": [end, end + size],
+            }
+            self._offsets[spec.name] = end
+            self._names.setdefault(spec.alias_of or spec.name, []).append(spec.name)
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        self.size = len(self._header) + end
+
+    def __enter__(self) -> "ModelFile":
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(replacing_file(self.path))
+            self._file = stack.enter_context(self._temporary.open("wb"))
+            self._file.write(self._header)
+            self._file.truncate(self.size)
+            for name, value in self.layout.constants.items():
+                self._write(name, 0, value.flatten().to(self._dtypes[name]))
+            # Kept open only if all went well so far: a file that cannot be begun is cleared away at once.
+            self._stack = stack.pop_all()
+        return self
+
+    def write_token(self, index: int, values: Tensor) -> None:
+        """Write the token `index` of the layout, given its normalised `values` [token_size].
+
+        Raises:
+            NotFiniteError: naming file and tensor, if the weights are not finite.
+        """
+        spec, start, weights = self.layout.decode_token(index, values)
+        # What is too large for the file's type becomes infinite here.
+        weights = weights.to(self._dtypes[spec.name])
+        if not _finite(weights):
+            raise NotFiniteError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
+        self._write(spec.name, start, weights)
+
+    def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
+        """Write the tokens from `first` on, decoded already.
+
+        Args:
+            first: index of the first token.
+            weights: float32 [k, token_size].
+            finite: bool [k], whether a token's weights are.
+
+        Raises:
+            NotFiniteError: naming file and tensor, if weights are not finite.
+        """
+        row = 0
+        while row < len(weights):
+            spec = self.layout.spec_of(first + row)
+            token = first + row - spec.first_token
+            rows = min(len(weights) - row, spec.tokens - token)
+            start = token * self.layout.token_size
+            values = weights[row : row + rows].reshape(-1)[: spec.numel - start]
+            written = values.to(spec.dtype).to(self._dtypes[spec.name])
+            # Narrow types make infinite what is too large for them.
+            if not (finite[row : row + rows].all() and (written.dtype == values.dtype or _finite(written))):
+                raise NotFiniteError(
+                    f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated"
+                )
+            self._write(spec.name, start, written)
+            row += rows
+
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the file, once all its tokens are written and before the block ends."""
+        self._file.flush()
+        return sha256(self._temporary)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def _write(self, name: str, start: int, values: Tensor) -> None:
+        data = values.contiguous().view(torch.uint8).numpy().data
+        for each in self._names.get(name, ()):
+            self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
+            self._file.write(data)
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())
+
+
+def remote_metadata(path: UPath) -> dict[str, str] | None:
+    """The metadata of a model behind a URI, read from its beginning alone; None if there is no model."""
+    try:
+        head = path.fs.cat_file(path.path, start=0, end=_FIRST_READ)
+        (length,) = struct.unpack("<Q", head[:8])
+        if 8 + length > len(head):
+            head = path.fs.cat_file(path.path, start=0, end=min(8 + length, _LARGEST_HEADER))
+        metadata: dict[str, str] = json.loads(head[8 : 8 + length])["__metadata__"]
+        return metadata
+    # What is no model is replaced by one.
+    except (FileNotFoundError, struct.error, ValueError, KeyError, TypeError):
+        return None

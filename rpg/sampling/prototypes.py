@@ -1,0 +1,101 @@
+"""Prototypes of one model, piece by piece: what the recurrent network makes of positions and condition."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from rpg.config import SamplingConfig
+from rpg.generator.generator import Generator
+from rpg.generator.recurrent.mamba2 import Mamba2
+from rpg.sampling.placement import samples_on_gpu
+from rpg.threads import one_thread
+
+PROTOTYPE_PIECE = 256
+"""Positions that the recurrent network takes at once on a CPU, its state carried over."""
+
+GPU_PROTOTYPE_PIECE = 2048
+
+_GPU_CHUNK = 256
+"""Of Mamba-2's scan: with few sequences, starting kernels takes longer than their work."""
+
+_REMEMBERED_BYTES = 2**26
+"""Of prototypes, of small networks, one piece each, whose conditions may come again: jobs take turns, and if
+fewer were kept than there are jobs, all of them would be computed anew for every model."""
+_ENTRY_BYTES = 2048
+"""What Python and PyTorch need for one, besides its values and its condition."""
+
+
+class Prototypes:
+    """Prototypes of a generator for one condition at a time.
+
+    All models are cut into the same pieces, so a model's prototypes do not depend on other models.
+    """
+
+    def __init__(self, generator: Generator, sampling: SamplingConfig) -> None:
+        self._generator = generator
+        self._guided = sampling.guidance != 1
+        self._device = generator.positions.device
+        self._half = samples_on_gpu(generator, sampling)
+        self._piece = GPU_PROTOTYPE_PIECE if self._device.type == "cuda" else PROTOTYPE_PIECE
+        self._recurrent = _half_products(generator.recurrent) if self._half else generator.recurrent
+        self._latest: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        width = generator.config.recurrent.width
+        values = len(generator.positions) * width * (2 if self._guided else 1)
+        each = (values + generator.config.condition.size) * torch.float32.itemsize + _ENTRY_BYTES
+        self._remembered = _REMEMBERED_BYTES // each
+
+    def pieces(self, condition: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The model's prototypes and, for guidance, those without condition: [n, width] each, in order."""
+        positions = self._generator.positions
+        key = condition.cpu().numpy().tobytes()
+        if len(positions) <= self._piece and key in self._latest:
+            # Models of one condition follow each other: a small network's prototypes are computed once.
+            self._latest.move_to_end(key)
+            yield self._latest[key]
+            return
+        row = condition[None].to(self._device)
+        with self._arithmetic():
+            embedded = self._generator.condition(row)
+            null = self._generator.condition(row, torch.ones(1, dtype=torch.bool, device=self._device))
+        state = null_state = None
+        for piece in torch.split(positions, self._piece):
+            with self._arithmetic():
+                prototypes, state = self._recurrent(piece[None] + embedded[:, None], state)
+                unconditional = prototypes
+                if self._guided:
+                    unconditional, null_state = self._recurrent(piece[None] + null[:, None], null_state)
+            known = prototypes[0].float()
+            result = known, unconditional[0].float() if self._guided else known
+            if len(positions) <= self._piece:
+                self._latest[key] = result
+                if len(self._latest) > self._remembered:
+                    self._latest.popitem(last=False)
+            yield result
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(sampling_threads(self._device))
+        if self._half:
+            stack.enter_context(torch.autocast(self._device.type, torch.bfloat16))
+        return stack
+
+
+def sampling_threads(device: torch.device) -> AbstractContextManager[None]:
+    """Run a block's CPU operations on one thread; nothing changes for other devices."""
+    return one_thread() if device.type == "cpu" else nullcontext()
+
+
+def _half_products(recurrent: nn.Module) -> nn.Module:
+    """A copy whose linear layers hold bfloat16: autocast would convert them anew for every piece."""
+    half = copy.deepcopy(recurrent)
+    for module in half.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+        if isinstance(module, Mamba2):
+            module.chunk_size = _GPU_CHUNK
+    return half

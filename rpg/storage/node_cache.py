@@ -1,0 +1,281 @@
+"""A node's cache of remote files and directories: brought once, then used by every process of the node.
+
+    CACHE/KEY/content/NAME   what was brought; KEY is a digest of the URI and of every file's size and version
+    CACHE/KEY/source.json    the URI, and the files' versions; its time is that of the last use
+    CACHE/KEY.partial/       the same on its way, with `reserved`: the bytes that it will take
+    CACHE/KEY.lock           held shared by who uses KEY, exclusively by who brings or evicts it
+    CACHE/room.lock          held while room is made
+
+Locks are `flock`s: the system lets go of them when a process ends, however it ends.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from upath import UPath
+
+from rpg.errors import RPGError
+from rpg.storage.download import DamagedError, RemoteFile, download, remote_files
+from rpg.storage.errors import naming
+
+_CONTENT = "content"
+_SOURCE = "source.json"
+_RESERVED = "reserved"
+_PARTIAL = ".partial"
+_KEY = "[0-9a-f]{32}"
+_ATTEMPTS = 3
+
+# Locks of what this process uses, for as long as it lives: mapped files have no other end that could be seen.
+_in_use: dict[Path, IO[str]] = {}
+
+
+def local_copy(
+    path: Path | UPath, cache: Path, limit_bytes: int, check: Callable[[Path], object] | None = None
+) -> Path:
+    """A local path with the content of `path`: itself, or a copy in this node's cache.
+
+    A remote file or directory is brought once, whichever process of the node asks first, and again when it
+    changes; of a directory that changed, only the files that did. What was used longest ago is evicted to
+    keep `limit_bytes`, but nothing that a living process has asked for. The copy must not be written to.
+
+    Args:
+        path: file or directory.
+        cache: directory, made if need be; on a local file system.
+        limit_bytes: of all that is in it.
+        check: called with a fresh copy before anyone may use it; if it raises an `RPGError`, the copy is
+            brought once more.
+
+    Raises:
+        RPGError: naming the URI, if it cannot be read, arrives damaged or does not fit; naming the cache, if
+            it cannot be written.
+    """
+    if isinstance(path, Path):
+        return path
+    cache = cache.expanduser().absolute()
+    for _ in range(_ATTEMPTS):
+        with naming(path):
+            files = remote_files(path)
+        entry = cache / _key(path, files)
+        copy = entry / _CONTENT / path.name
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            if _used(entry):
+                return copy
+            with _locked(entry, fcntl.LOCK_EX):
+                if _source(entry) is None:
+                    shutil.rmtree(entry, ignore_errors=True)
+                    _bring(path, files, entry, limit_bytes, check)
+        except OSError as error:
+            raise RPGError(f"{cache}: cannot hold a copy of {path}: {error.strerror}") from error
+        # It may have changed while it was on its way, or have been evicted since.
+        with naming(path):
+            unchanged = remote_files(path) == files
+        if unchanged and _used(entry):
+            return copy
+    raise RPGError(f"{path}: changes faster than it can be brought to {cache}")
+
+
+def _key(path: UPath, files: Mapping[str, RemoteFile]) -> str:
+    return hashlib.sha256(json.dumps([str(path), _versions(files)]).encode()).hexdigest()[:32]
+
+
+def _versions(files: Mapping[str, RemoteFile]) -> dict[str, tuple[int, str]]:
+    return {name: (file.size, file.version) for name, file in files.items()}
+
+
+def _used(entry: Path) -> bool:
+    """Mark an entry as used by this process, if it is there and whole."""
+    if entry in _in_use and (_source(entry) is None or not _is_current(_in_use[entry])):
+        # The cache was cleared by hand, and a lock on a file that is gone keeps nobody out.
+        _in_use.pop(entry).close()
+    if entry not in _in_use:
+        lock = _lock(entry, fcntl.LOCK_SH)
+        if _source(entry) is None:
+            lock.close()
+            return False
+        _in_use[entry] = lock
+    # Not the kernel's idea of now, which is milliseconds old.
+    now = time.time_ns()
+    os.utime(entry / _SOURCE, ns=(now, now))
+    return True
+
+
+def _source(entry: Path) -> tuple[str, dict[str, RemoteFile]] | None:
+    """URI and files of an entry; None if its record cannot be read: it is as good as not there."""
+    try:
+        source = json.loads((entry / _SOURCE).read_text())
+        return source["uri"], {name: RemoteFile(*version) for name, version in source["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _bring(
+    path: UPath,
+    files: Mapping[str, RemoteFile],
+    entry: Path,
+    limit_bytes: int,
+    check: Callable[[Path], object] | None,
+) -> None:
+    partial = entry.with_suffix(_PARTIAL)
+    copy = partial / _CONTENT / path.name
+    try:
+        with _locked(entry.parent / "room", fcntl.LOCK_EX):
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / _CONTENT).mkdir(parents=True)
+            missing = _link_known(path, files, copy)
+            size = sum(file.size for file in missing.values())
+            _make_room(path, entry.parent, size, limit_bytes)
+            (partial / _RESERVED).write_text(str(size))
+        try:
+            _download_checked(path, missing, copy, check)
+        except RPGError:
+            # Once more, and without the links: an earlier copy may be what is damaged.
+            if copy.is_dir():
+                shutil.rmtree(copy)
+            _download_checked(path, files, copy, check)
+        (partial / _SOURCE).write_text(json.dumps({"uri": str(path), "files": _versions(files)}))
+        _sync(partial)
+        partial.rename(entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Have the disk hold all files: after a power failure a rename may be there and their content not."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _download_checked(
+    path: UPath, files: Mapping[str, RemoteFile], copy: Path, check: Callable[[Path], object] | None
+) -> None:
+    if files:
+        with naming(path):
+            download(path, files, copy)
+    if check is not None:
+        try:
+            check(copy)
+        except RPGError as error:
+            raise DamagedError(str(error).replace(str(copy), str(path).rstrip("/"))) from error
+
+
+def _link_known(path: UPath, files: Mapping[str, RemoteFile], copy: Path) -> dict[str, RemoteFile]:
+    """Take files of a directory from earlier copies that have the same version; returns those that remain."""
+    known = {}
+    for entry in _entries(copy.parents[2]):
+        uri, versions = _source(entry) or ("", {})
+        if uri == str(path):
+            for name, file in versions.items():
+                known[name, file] = entry / _CONTENT / path.name / name
+    missing = {}
+    for name, file in files.items():
+        if name and (name, file) in known:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).hardlink_to(known[name, file])
+        else:
+            missing[name] = file
+    return missing
+
+
+def _make_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> None:
+    """Evict what was used longest ago until `size` bytes more are within the limit."""
+    if size > limit_bytes:
+        raise RPGError(_no_room(path, cache, size, limit_bytes))
+    for partial in cache.glob(f"*{_PARTIAL}"):
+        # Left behind by a process that was killed; a living one holds its lock.
+        _evict(partial.with_suffix(""))
+    for entry in _entries(cache):
+        if _source(entry) is None:
+            _evict(entry)
+    by_last_use = sorted(_entries(cache), key=_last_use)
+    for entry in by_last_use:
+        if _taken(cache) + size <= limit_bytes:
+            return
+        _evict(entry)
+    taken = _taken(cache)
+    if taken + size > limit_bytes:
+        in_use = f", {taken} of them used by running processes"
+        raise RPGError(_no_room(path, cache, size, limit_bytes) + in_use)
+
+
+def _no_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> str:
+    return (
+        f"{path}: {size} bytes do not fit into the cache {cache}, whose limit is {limit_bytes} bytes "
+        "(ray.cache_gigabytes of a job, cache.gigabytes of a service)"
+    )
+
+
+def _entries(cache: Path) -> list[Path]:
+    # Nothing but what a key names: the directory may hold a user's own.
+    return [entry for entry in cache.iterdir() if re.fullmatch(_KEY, entry.name) and entry.is_dir()]
+
+
+def _last_use(entry: Path) -> int:
+    source = entry / _SOURCE
+    return source.stat().st_mtime_ns if source.exists() else 0
+
+
+def _taken(cache: Path) -> int:
+    """Bytes of everything in the cache, files of several copies once, and of what is on its way."""
+    sizes = {}
+    for entry in _entries(cache):
+        for file in (entry / _CONTENT).rglob("*"):
+            if file.is_file():
+                stat = file.stat()
+                sizes[stat.st_ino] = stat.st_size
+    reserved = sum(int(each.read_text()) for each in cache.glob(f"*{_PARTIAL}/{_RESERVED}"))
+    return sum(sizes.values()) + reserved
+
+
+def _evict(entry: Path) -> None:
+    """Remove an entry, whole or partial, unless a living process holds it."""
+    partial = entry.with_suffix(_PARTIAL)
+    try:
+        with _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
+            if entry.is_dir():
+                # So that an eviction that is killed half way leaves nothing that looks whole.
+                entry.rename(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            Path(lock.name).unlink()
+    except BlockingIOError:
+        return
+
+
+@contextmanager
+def _locked(entry: Path, mode: int) -> Iterator[IO[str]]:
+    with _lock(entry, mode) as lock:
+        yield lock
+
+
+def _lock(entry: Path, mode: int) -> IO[str]:
+    path = entry.with_suffix(".lock")
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, mode)
+            # Whoever evicted the entry meanwhile has removed the file that was waited for.
+            if _is_current(lock):
+                return lock
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def _is_current(lock: IO[str]) -> bool:
+    """Whether a lock's file is the one that others would open under its name."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,1 @@
+"""The dispatcher: jobs on storage, whose turn it is, and what replicas are given to make."""

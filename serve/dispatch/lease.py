@@ -1,0 +1,62 @@
+"""What passes between the dispatcher and the replicas that make models."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve.dispatch.records import Made
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Models of one job that a replica is asked to make; it reads the job's manifest from storage."""
+
+    job: str
+    priority: int
+    digest: str
+    """Of the generator that they must be made with."""
+    models: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a replica tells of the generator that it has loaded."""
+
+    digest: str
+    device: str
+    tokens: int
+    token_size: int
+    parameters: int
+    model_bytes: int
+    card: str
+    tensors: list[tuple[str, tuple[int, ...], str]]
+    centre: list[tuple[str, list[float]]]
+    """Of each generated tensor, a sample of the mean training checkpoint; see `serve.replicas.preview`."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of descriptions, in their order, and the digest of the text encoder that made them."""
+
+    encoder: str
+    conditions: list[list[float]]
+
+
+class Maker(Protocol):
+    """Whoever makes models with one generator: all of its replicas together."""
+
+    def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
+        """Yield finished models as they are there; text says why the job cannot be made, and is the end.
+
+        Closing the iterator stops the work within a denoising batch. Any exception means that the replica is
+        lost: what has not been yielded may be asked for again.
+        """
+        ...
+
+    async def embed(self, descriptions: list[str]) -> Embedded | str:
+        """Wait for a replica, and have it read descriptions; text says why it cannot."""
+        ...
+
+    async def describe(self) -> Description:
+        """Wait for a replica, and ask it what it has loaded."""
+        ...

@@ -1,0 +1,177 @@
+"""A job while the service runs: what is left to make, who is at it, how fast it goes."""
+
+import asyncio
+import heapq
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from serve.dispatch.records import Made, Manifest, Progress, State
+from serve.http.schema import JobView, Sampling
+
+
+class LiveJob:
+    """Manifest and progress, with what is not worth keeping on storage.
+
+    Attributes:
+        version: counts changes.
+        leases: tasks that make models of it now.
+        losses: replicas lost since a model was finished.
+        dirty: whether storage lags behind `progress`.
+        bytes: of all finished models.
+        note: what it waits for.
+        ended_at: when it ended, on the monotonic clock: clocks on walls jump.
+    """
+
+    def __init__(self, manifest: Manifest, progress: Progress) -> None:
+        self.manifest = manifest
+        self.progress = progress
+        self.version = 0
+        self.leases: set[asyncio.Task[None]] = set()
+        self.losses = 0
+        self.dirty = False
+        self.ended_at: float | None = None
+        self.saving = asyncio.Lock()
+        self.note: str | None = None
+        self.bytes = 0
+        self._judged, self._accuracy = 0, 0.0
+        for made in progress.made.values():
+            self._count(made)
+        self._changed = asyncio.Event()
+        self._began: float | None = None
+        self._made_here = 0
+        self._pending: list[int] = []
+        if progress.ended is not None:
+            # No negative age where the clock was set back.
+            self.ended_at = time.monotonic() - max(0.0, time.time() - progress.ended)
+        self.refill()
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.manifest.id
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was accepted; never less than none, whatever the clock does."""
+        return max(0.0, time.time() - self.manifest.created)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will be made."""
+        return self.progress.state.is_end
+
+    @property
+    def remaining(self) -> int:
+        """Models asked for and not made."""
+        return 0 if self.has_ended else len(self.manifest.job) - len(self.progress.made)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are models that nobody is at."""
+        return bool(self._pending) and not self.has_ended
+
+    def refill(self) -> None:
+        """Everything that is not made waits to be made."""
+        self._pending = [i for i in range(len(self.manifest.job)) if i not in self.progress.made]
+
+    def lease(self, count: int) -> tuple[int, ...]:
+        """Take up to `count` models that nobody is at, the first ones first."""
+        taken = tuple(heapq.heappop(self._pending) for _ in range(min(count, len(self._pending))))
+        if taken and self.progress.state == State.queued:
+            self.progress.state = State.running
+            self.progress.started = self.progress.started or time.time()
+            self.dirty = True
+            self.change()
+        if self._began is None:
+            self._began = time.monotonic()
+        return taken
+
+    def give_back(self, models: Iterable[int]) -> None:
+        """What of a lease was not made waits again."""
+        for model in models:
+            if model not in self.progress.made and model not in self._pending:
+                heapq.heappush(self._pending, model)
+
+    def record(self, made: Iterable[Made]) -> None:
+        """Count finished models."""
+        for each in made:
+            if each.model not in self.progress.made:
+                self._made_here += 1
+                self._count(each)
+            self.progress.made[each.model] = each
+        self.losses = 0
+        self.note = None
+        self.dirty = True
+        self.change()
+
+    def _count(self, made: Made) -> None:
+        self.bytes += made.bytes
+        if made.accuracy is not None:
+            self._judged += 1
+            self._accuracy += made.accuracy
+
+    def end(self, state: State, error: str | None = None) -> None:
+        """Nothing more is made."""
+        self.progress.state = state
+        self.progress.error = error
+        self.progress.ended = time.time()
+        self.ended_at = time.monotonic()
+        self.dirty = True
+        self.change()
+
+    def revive(self) -> None:
+        """A failed job is tried once more, keeping what was made."""
+        progress = self.progress
+        progress.state, progress.error, progress.ended = State.queued, None, None
+        if not progress.made:
+            # Nothing binds it to the generator's version that it failed with.
+            progress.digest = None
+        self.ended_at, self.losses, self.dirty = None, 0, True
+        self.refill()
+        self.change()
+
+    def change(self) -> None:
+        """Wake all who wait for news."""
+        self.version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def news(self, version: int, seconds: float) -> None:
+        """Wait until `version` is not the job's any more, so many seconds at most."""
+        if self.version == version:
+            try:
+                await asyncio.wait_for(self._changed.wait(), seconds)
+            except TimeoutError:
+                return
+
+    def view(self) -> JobView:
+        """The job as callers see it."""
+        manifest, progress = self.manifest, self.progress
+        rate = None
+        if self._began is not None and self._made_here and not self.has_ended:
+            rate = self._made_here / max(time.monotonic() - self._began, 1e-3)
+        return JobView(
+            id=manifest.id,
+            owner=manifest.owner,
+            generator=manifest.generator,
+            digest=progress.digest,
+            state=progress.state,
+            error=progress.error or self.note,
+            priority=manifest.priority,
+            seed=manifest.job.seed,
+            sampling=Sampling(**asdict(manifest.job.sampling)),
+            dtype=None if manifest.job.dtype is None else manifest.job.dtype.value,
+            evaluate=manifest.evaluate,
+            accuracy=self._accuracy / self._judged if self._judged else None,
+            models=len(manifest.job),
+            number=manifest.job.number,
+            finished=len(progress.made),
+            bytes=self.bytes,
+            created=manifest.created,
+            started=progress.started,
+            ended=progress.ended,
+            models_per_second=rate,
+            seconds_left=self.remaining / rate if rate else None,
+            version=self.version,
+        )

@@ -1,0 +1,104 @@
+"""From what a caller asks for to a job that can be made, or a refusal."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rpg.config import SamplingConfig, Solver, TokenDtype, validate_sampling
+from rpg.errors import RPGError
+from rpg.sampling.job import GenerationJob
+from rpg.sampling.sampler import condition_row
+from serve.config import LimitsConfig
+from serve.dispatch.scheduler import Served, not_judged
+from serve.http.problems import ProblemError
+from serve.http.schema import JobRequest
+
+
+def checked_job(
+    request: JobRequest,
+    generators: Mapping[str, Served],
+    limits: LimitsConfig,
+    embeddings: list[list[float]] | None = None,
+) -> GenerationJob:
+    """The job that `request` asks for.
+
+    Where that gives descriptions, `embeddings` are its conditions. Until they are there zeros stand for them,
+    so that all else is checked before a description is read.
+
+    Raises:
+        ProblemError: 422, naming the field at fault.
+    """
+    served = generators.get(request.generator)
+    if served is None:
+        names = ", ".join(sorted(generators))
+        raise ProblemError(422, f"generator: '{request.generator}' is not served; expected one of {names}")
+    config = served.config
+    conditions = request.conditions
+    if request.descriptions is not None:
+        _check_descriptions(request, served, limits)
+        conditions = embeddings or [[0.0] * config.condition.size for _ in request.descriptions]
+    if conditions is not None and len(conditions) > limits.conditions:
+        raise ProblemError(
+            422,
+            f"conditions: expected at most {limits.conditions} (limits.conditions), got {len(conditions)}",
+        )
+    models = request.number * len(conditions or [None])
+    if models > limits.models_per_job:
+        raise ProblemError(
+            422,
+            f"number: expected at most {limits.models_per_job} models (limits.models_per_job), got {models}",
+        )
+    if served.takes_conditions and conditions is None:
+        or_else = ", or descriptions" if served.reads else ""
+        raise ProblemError(
+            422, f"conditions: this generator needs ones of {config.condition.size} values{or_else}"
+        )
+    sampling = _sampling(request, config.sampling)
+    if sampling.steps > limits.steps:
+        raise ProblemError(
+            422, f"steps: expected at most {limits.steps} (limits.steps), got {sampling.steps}"
+        )
+    try:
+        validate_sampling(sampling, config)
+        for condition in conditions or []:
+            condition_row(config.condition, condition)
+    except RPGError as error:
+        raise ProblemError(422, str(error)) from error
+    # Whole numbers in JSON are integers in Python, and would be written differently.
+    floats = None if conditions is None else [[float(value) for value in row] for row in conditions]
+    if request.evaluate and not served.takes_conditions:
+        raise ProblemError(422, f"evaluate: {not_judged(request.generator)}")
+    if request.evaluate and not served.evaluates:
+        raise ProblemError(
+            422, f"evaluate: generator '{request.generator}' is served without a collection to compare with"
+        )
+    dtype = None if request.dtype is None else TokenDtype(request.dtype)
+    return GenerationJob(floats, request.number, request.seed, sampling, dtype)
+
+
+def request_digest(request: JobRequest) -> str:
+    """What tells two requests apart: SHA-256 of all that they ask for."""
+    # Requests without descriptions have the digest that they had before there were any.
+    unused = {"descriptions"} if request.descriptions is None else None
+    return hashlib.sha256(request.model_dump_json(exclude=unused).encode()).hexdigest()
+
+
+def _check_descriptions(request: JobRequest, served: Served, limits: LimitsConfig) -> None:
+    count = len(request.descriptions or [])
+    if request.conditions is not None:
+        raise ProblemError(422, "descriptions: expected either these or conditions, got both")
+    if not served.reads:
+        raise ProblemError(
+            422, f"descriptions: generator '{served.name}' has no text encoder; expected conditions"
+        )
+    if count > limits.descriptions:
+        raise ProblemError(
+            422, f"descriptions: expected at most {limits.descriptions} (limits.descriptions), got {count}"
+        )
+
+
+def _sampling(request: JobRequest, default: SamplingConfig) -> SamplingConfig:
+    numbers = {key: getattr(request, key) for key in ("steps", "guidance", "eta", "temperature")}
+    given = {key: value for key, value in numbers.items() if value is not None}
+    sampling = replace(default, **given)
+    return replace(sampling, solver=Solver(request.solver)) if request.solver is not None else sampling

@@ -1,0 +1,1 @@
+"""The HTTP interface: who may call, the routes, downloads, and the page."""

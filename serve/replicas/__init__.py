@@ -1,0 +1,1 @@
+"""Generators on Ray Serve: a replica of one, and which of them are served."""

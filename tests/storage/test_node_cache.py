@@ -1,0 +1,276 @@
+"""The node's cache of what lies behind URIs: brought once, kept within its limit, never taken away in use."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rpg.collection.shards import ShardedCollection
+from rpg.errors import RPGError
+from rpg.storage import node_cache
+from rpg.storage.files import copy_file, write_text
+from rpg.storage.locations import location
+from rpg.storage.node_cache import local_copy
+from tests.storage.node_cache_user import bring, bring_with_others, hold, read, tell
+
+LARGE = 10**9
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def bucket(s3):
+    return s3.bucket(f"cache-{uuid.uuid4().hex[:12]}")
+
+
+def in_process(uri: str, cache: Path, limit: int) -> str:
+    """`read` in a process that lets go of what it used when it ends; errors come back as text."""
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=tell, args=(sender, uri, cache, limit))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def read_and_end(uri: str, cache: Path, limit: int) -> str:
+    """`in_process` without the price of a process: lets go of the locks as the end of one does."""
+    try:
+        return read(uri, cache, limit)
+    except RPGError as error:
+        return f"error: {error}"
+    finally:
+        while node_cache._in_use:
+            node_cache._in_use.popitem()[1].close()
+
+
+def cached(cache: Path) -> set[str]:
+    return {json.loads(source.read_text())["uri"] for source in cache.glob("*/source.json")}
+
+
+def downloads(requests: list[tuple[str, str]]) -> int:
+    """Requests for content: listings of a bucket have a query instead of a key."""
+    return sum(method == "GET" and "list-type" not in path for method, path in requests)
+
+
+def test_local_paths_are_returned_as_they_are(tmp_path):
+    assert local_copy(tmp_path / "a", tmp_path / "cache", 0) == tmp_path / "a"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_brought_once_and_again_when_it_changes(bucket, proxy, tmp_path):
+    uri = f"{bucket}/a.txt"
+    write_text(location(uri), "one")
+    proxy.requests.clear()
+    paths = {local_copy(location(uri), tmp_path / "cache", LARGE) for _ in range(3)}
+    assert [path.read_text() for path in paths] == ["one"]
+    assert downloads(proxy.requests) == 1
+    write_text(location(uri), "two")
+    assert read(uri, tmp_path / "cache", LARGE) == "two"
+    # Who has the earlier one open still has it.
+    assert [path.read_text() for path in paths] == ["one"]
+
+
+def test_of_a_directory_only_what_changed_is_brought(bucket, proxy, tmp_path):
+    directory, cache = location(bucket) / "d", tmp_path / "cache"
+    for name in ("a", "b/c", "d"):
+        write_text(directory / name, name * 100)
+    first = local_copy(directory, cache, LARGE)
+    write_text(directory / "e", "new")
+    write_text(directory / "a", "changed")
+    proxy.requests.clear()
+    second = local_copy(directory, cache, LARGE)
+    assert downloads(proxy.requests) == 2
+    assert {p.relative_to(second).as_posix(): p.read_text() for p in second.rglob("*") if p.is_file()} == {
+        "a": "changed", "b/c": "b/c" * 100, "d": "d" * 100, "e": "new",
+    }  # fmt: skip
+    assert (first / "a").read_text() == "a" * 100
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 70), min_size=5, max_size=5), picks=st.lists(st.integers(0, 4), max_size=8)
+)
+def test_what_was_used_longest_ago_goes(tmp_path, sizes, picks):
+    """Against the plainest model of such a cache: a list, the last used at its end."""
+    cache = tmp_path / uuid.uuid4().hex
+    uris = [f"memory://bucket/{uuid.uuid4().hex}" for _ in sizes]
+    for uri, size in zip(uris, sizes, strict=True):
+        write_text(location(uri), "x" * size)
+    limit, model = 60, []
+    for pick in picks:
+        found = read_and_end(uris[pick], cache, limit)
+        if sizes[pick] > limit:
+            assert found.startswith(f"error: {uris[pick]}: {sizes[pick]} bytes do not fit into the cache")
+            continue
+        assert found == "x" * sizes[pick]
+        if pick in model:
+            model.remove(pick)
+        while sum(sizes[i] for i in model) + sizes[pick] > limit:
+            model.pop(0)
+        model.append(pick)
+        assert cached(cache) == {uris[i] for i in model}
+    locks = {path.name for path in cache.glob("*.lock")}
+    assert len(locks) <= len(sizes) + 1
+
+
+def test_what_a_living_process_uses_stays(bucket, tmp_path):
+    cache = tmp_path / "cache"
+    held, other = f"{bucket}/held", f"{bucket}/other"
+    write_text(location(held), "h" * 50)
+    write_text(location(other), "o" * 50)
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=hold, args=(sender, held, cache, 80))
+    process.start()
+    assert receiver.recv() == "h" * 50
+    refused = in_process(other, cache, 80)
+    assert refused.startswith(f"error: {other}: 50 bytes do not fit") and "50 of them used by" in refused
+    assert cached(cache) == {held}
+    process.kill()
+    process.join()
+    assert in_process(other, cache, 80) == "o" * 50
+    assert cached(cache) == {other}
+
+
+def test_processes_that_ask_at_once_bring_it_once(bucket, proxy, tmp_path):
+    for i in range(3):
+        write_text(location(f"{bucket}/d/{i}"), f"{i}" * 100_000)
+    proxy.requests.clear()
+    start = SPAWN.Event()
+    pipes = [SPAWN.Pipe(duplex=False) for _ in range(4)]
+    where = (start, f"{bucket}/d", tmp_path / "cache", LARGE)
+    processes = [SPAWN.Process(target=bring_with_others, args=(sender, *where)) for _, sender in pipes]
+    for process in processes:
+        process.start()
+    assert [receiver.recv() for receiver, _ in pipes] == ["ready"] * len(processes)
+    start.set()
+    sizes = {str(i): 100_000 for i in range(3)}
+    assert [receiver.recv() for receiver, _ in pipes] == [sizes] * len(processes)
+    for process in processes:
+        process.join()
+    assert downloads(proxy.requests) == 3
+
+
+def test_a_killed_download_is_nothing_that_anyone_takes(bucket, proxy, tmp_path):
+    cache, uri = tmp_path / "cache", f"{bucket}/d"
+    write_text(location(uri) / "a", "a" * 1000)
+    write_text(location(uri) / "b", "b" * 1000)
+    reached = threading.Event()
+
+    def stall(method: str, path: str) -> bool:
+        if method == "GET" and path.endswith("/b") and not reached.is_set():
+            reached.set()
+            time.sleep(2)
+        return False
+
+    proxy.damages = stall
+    process = SPAWN.Process(target=bring, args=(uri, cache, LARGE))
+    process.start()
+    assert reached.wait(30)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert list(cache.glob("*.partial"))
+    assert cached(cache) == set()
+    # What it had reserved is free again for others.
+    write_text(location(f"{bucket}/other"), "o" * 2000)
+    assert in_process(f"{bucket}/other", cache, 2000) == "o" * 2000
+    assert not list(cache.glob("*.partial"))
+    path = local_copy(location(uri), cache, LARGE)
+    assert (path / "b").read_text() == "b" * 1000
+
+
+@pytest.mark.parametrize("times, tells_checksums", [(1, True), (1, False), (100, False)])
+def test_shards_damaged_on_their_way(bucket, proxy, tmp_path, make_collection, times, tells_checksums):
+    proxy.tells_checksums = tells_checksums
+    make_collection(tmp_path / "local")
+    for file in (tmp_path / "local").iterdir():
+        copy_file(file, location(f"{bucket}/shards/{file.name}"))
+    left = iter(range(times))
+    proxy.damages = lambda method, path: (
+        method == "GET" and "00004.arrow" in path and next(left, None) is not None
+    )
+
+    def bring() -> Path:
+        directory = location(f"{bucket}/shards")
+        return local_copy(
+            directory, tmp_path / "cache", LARGE, lambda copy: ShardedCollection.open(copy).verify()
+        )
+
+    if times == 1:
+        ShardedCollection.open(bring()).verify()
+    else:
+        with pytest.raises(RPGError, match=rf"^{bucket}/shards/00004.arrow: damaged"):
+            bring()
+        assert cached(tmp_path / "cache") == set()
+        assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    path = location(f"memory://bucket/{uuid.uuid4().hex}")
+    write_text(path, "a")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RPGError, match=rf"^{tmp_path}/file: cannot hold a copy of {path}: "):
+        local_copy(path, tmp_path / "file", LARGE)
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"uri": 1, "files": [2]}', None])
+def test_an_entry_without_a_readable_record_is_brought_again(tmp_path, record):
+    cache = tmp_path / "cache"
+    uri, other = (f"memory://bucket/{uuid.uuid4().hex}" for _ in range(2))
+    write_text(location(uri), "one")
+    write_text(location(other), "two")
+    assert read_and_end(uri, cache, LARGE) == "one"
+    (source,) = cache.glob("*/source.json")
+
+    def spoil() -> None:
+        source.unlink() if record is None else source.write_text(record)
+
+    spoil()
+    assert read_and_end(uri, cache, LARGE) == "one"
+    assert cached(cache) == {uri}
+    spoil()
+    assert read_and_end(other, cache, LARGE) == "two"
+    assert [path for path in cache.iterdir() if path.is_dir()] == [
+        path.parent for path in cache.glob("*/source.json")
+    ]
+
+
+def test_what_is_renamed_into_place_is_on_the_disk(tmp_path, monkeypatch):
+    uri = location(f"memory://bucket/{uuid.uuid4().hex}")
+    write_text(uri / "a", "one")
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), fsync(fd)))
+    copy = local_copy(uri, tmp_path / "cache", LARGE)
+    files = [copy / "a", copy.parents[1] / "source.json"]
+    assert {file.stat().st_ino for file in files} <= set(synced)
+
+
+def test_a_process_brings_again_what_was_cleared_while_it_lives(tmp_path):
+    cache, uri = tmp_path / "cache", f"memory://bucket/{uuid.uuid4().hex}"
+    write_text(location(uri), "one")
+    for _ in range(2):
+        assert read(uri, cache, LARGE) == "one"
+        shutil.rmtree(cache)
+    assert read(uri, cache, LARGE) == "one"
+    # Its lock is on the file that keeps others from evicting.
+    (entry,) = (source.parent for source in cache.glob("*/source.json"))
+    assert os.path.samestat(os.fstat(node_cache._in_use[entry].fileno()), entry.with_suffix(".lock").stat())
+
+
+def test_directories_of_others_in_the_cache_are_left_alone(tmp_path):
+    uri = f"memory://bucket/{uuid.uuid4().hex}"
+    write_text(location(uri), "x" * 50)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "source.json").write_text("{}")
+    assert read_and_end(uri, tmp_path, 60) == "x" * 50
+    assert (tmp_path / "mine" / "source.json").exists()
