@@ -19,7 +19,7 @@ from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
 from rpg.config import CollectConfig, Config
 from rpg.errors import RPGError
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_directory, replacing_file, sha256
 from rpg.storage.locations import AnyPath, exists
 from rpg.tasks.class_subsets import class_bits, task_splits
@@ -86,7 +86,7 @@ def refuse_foreign(directory: AnyPath) -> None:
     Raises:
         RPGError: if there is something else in it.
     """
-    with naming(directory):
+    with storage_errors_for(directory):
         is_empty = not directory.is_dir() or not any(directory.iterdir())
     if not is_empty:
         record = directory / COLLECTION_FILE

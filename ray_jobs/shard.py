@@ -26,7 +26,7 @@ from rpg.collection.shard_file import ShardInfo
 from rpg.collection.verified import damage, remember
 from rpg.config import Config, ShardConfig
 from rpg.errors import RPGError
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath
 
 
@@ -131,13 +131,13 @@ def _names(group: Group) -> tuple[str, ...]:
 def _remove_others(directory: AnyPath, shards: Sequence[ShardInfo]) -> None:
     """Remove shards that the manifest does not name, and what killed workers left."""
     named = {shard.file for shard in shards}
-    with naming(directory):
+    with storage_errors_for(directory):
         files: list[AnyPath] = list(directory.iterdir())
     for path in files:
         is_shard = path.name.startswith("shard") and path.name.endswith(".arrow")
         is_partial = path.name.startswith(".shard") and path.name.endswith(".partial")
         if (is_shard and path.name not in named) or is_partial:
-            with naming(path, "cannot be removed"), suppress(FileNotFoundError):
+            with storage_errors_for(path, "cannot be removed"), suppress(FileNotFoundError):
                 path.unlink()
 
 

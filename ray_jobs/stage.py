@@ -25,7 +25,7 @@ from rpg import __version__
 from rpg.commands.exit_status import run_command
 from rpg.config import Config, load_config, to_plain
 from rpg.errors import RPGError
-from rpg.storage.errors import StorageError, naming
+from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.files import read_json, sha256, write_json, write_text
 from rpg.storage.locations import AnyPath, exists, identity, is_remote
 
@@ -186,10 +186,10 @@ def job_main(
 @contextmanager
 def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
     """Take a stage's record away while it runs; if it fails and left its outputs alone, put it back."""
-    with naming(record):
+    with storage_errors_for(record):
         earlier = record.read_text(encoding="utf-8") if record.is_file() else None
     before = _identities(outputs)
-    with naming(record, "cannot be removed"):
+    with storage_errors_for(record, "cannot be removed"):
         record.unlink(missing_ok=True)
     try:
         yield

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rpg.errors import RPGError, one_line
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import copy_file, sha256
 from rpg.storage.locations import AnyPath, fetched
 from rpg.threads import one_thread
@@ -167,7 +167,7 @@ def copy_encoder(source: AnyPath, target: AnyPath) -> None:
     Raises:
         RPGError: naming the file that is missing or cannot be written; if `target` holds something else.
     """
-    with naming(target):
+    with storage_errors_for(target):
         foreign = target.is_dir() and any(target.iterdir()) and not (target / TOKENIZER_FILE).is_file()
     if foreign:
         raise RPGError(f"{target}: holds other files; expected a new directory or a text encoder's")

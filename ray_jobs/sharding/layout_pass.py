@@ -35,17 +35,18 @@ def compute_layout(
             finite; if `shard.token_size` exceeds the network, or if all checkpoints are equal.
     """
     reference = entries[0]
-    alone = Collection(collection.root, {}, [reference])
+    # Ray sends it with every task: without the other entries it is small.
+    light_collection = Collection(collection.root, {}, [reference])
 
     @returns_errors
     def statistics(row: Row) -> Row:
         torch.set_num_threads(1)
         # Read anew by every worker: tensors that share storage would come apart on their way through Ray.
-        found = LayoutStatistics(alone.read(reference))
+        found = LayoutStatistics(light_collection.read(reference))
         for file, digest in zip(row["files"], row["sha256"], strict=True):
             entry = Entry(file, digest)
-            state_dict = alone.read_checked(entry)
-            check_finite(state_dict, alone.path(entry))
+            state_dict = light_collection.read_checked(entry)
+            check_finite(state_dict, light_collection.path(entry))
             found.update(state_dict)
         return {"index": row["index"], **vars(found.part())}
 

@@ -70,7 +70,8 @@ def write_shards(
         return []
     layout.digest()  # Computed once and sent along.
     shared = ray.put(layout)
-    alone = Collection(collection.root, {}, collection.entries[:1])
+    # Ray sends it with every task: without the other entries it is small.
+    light_collection = Collection(collection.root, {}, collection.entries[:1])
 
     @returns_errors
     def write(row: Row) -> Row:
@@ -80,7 +81,7 @@ def write_shards(
             torch.set_num_threads(1)
             received: Layout = ray.get(shared)
             entries = [Entry(*pair) for pair in zip(row["files"], row["sha256"], strict=True)]
-            checkpoints = _checkpoints(alone, entries, received if row["is_appended"] else None)
+            checkpoints = _checkpoints(light_collection, entries, received if row["is_appended"] else None)
             info = write_shard(unfinished.shards / file, received, checkpoints, dtype)
             finished = info.bytes, info.sha256
             unfinished.note(file, *finished)

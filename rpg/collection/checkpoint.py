@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rpg.collection.state_dicts import check_entries
 from rpg.errors import RPGError, one_line
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, fetched
 
@@ -67,7 +67,7 @@ def read_checkpoint_and_sha256(path: AnyPath) -> tuple[dict[str, Tensor], str]:
 
 def is_adapter(path: AnyPath) -> bool:
     """Whether `path` is a directory as PEFT's `save_pretrained` makes it."""
-    with naming(path):
+    with storage_errors_for(path):
         return bool((path / ADAPTER_CONFIG).is_file())
 
 

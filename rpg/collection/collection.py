@@ -12,7 +12,7 @@ from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_c
 from rpg.collection.json_numbers import is_float32, is_number
 from rpg.config import Split
 from rpg.errors import RPGError
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import is_storable, read_json, write_json
 from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY
@@ -82,7 +82,7 @@ class Collection:
         Raises:
             RPGError: if the file is missing, is of another version, or does not describe a collection.
         """
-        with naming(path):
+        with storage_errors_for(path):
             is_file = path.name == COLLECTION_FILE and not path.is_dir()
         path = path if is_file else path / COLLECTION_FILE
         content = read_json(path, "a collection (`rpg register` makes one)")

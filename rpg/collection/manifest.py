@@ -19,7 +19,7 @@ from rpg.collection.layout import Layout
 from rpg.collection.shard_file import ShardInfo
 from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import is_storable, read_json, replacing_file, sha256, write_json
 from rpg.storage.locations import AnyPath
 
@@ -195,7 +195,7 @@ def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dic
 def _read_entries(directory: AnyPath, expected: str) -> Any:
     path = directory / ENTRIES_FILE
     try:
-        with naming(path):
+        with storage_errors_for(path):
             content = path.read_bytes()
     except OSError as error:
         raise RPGError(

@@ -25,7 +25,7 @@ from rpg.collection.descriptions import read_descriptions
 from rpg.collection.state_dicts import check_structure, check_ties, find_ties
 from rpg.collection.tables import check_files
 from rpg.errors import RPGError
-from rpg.storage.errors import StorageError, naming
+from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.locations import AnyPath, exists, is_remote
 from rpg.text_encoder import TextEncoder, copy_encoder, encoder_digest, load_encoder
 
@@ -196,7 +196,7 @@ class _Embedding:
 
 def _candidates(directory: AnyPath) -> list[AnyPath]:
     try:
-        with naming(directory):
+        with storage_errors_for(directory):
             if not directory.is_dir():
                 raise RPGError(f"{directory}: not a directory; expected a folder of checkpoints")
             paths = sorted(

@@ -20,7 +20,7 @@ from rpg.collection.tokens import count_tokens
 from rpg.config import RayConfig, generator_config_from_yaml, to_plain
 from rpg.errors import RPGError
 from rpg.generator.generator import CONFIG_FILE, WEIGHTS_FILE
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, exists, fetched
 from rpg.storage.node_cache import local_copy
 from rpg.text_encoder import check_encoder
@@ -142,7 +142,7 @@ def inspect(
         return _generator(path)
     if exists(path / COLLECTION_FILE) or path.name == COLLECTION_FILE:
         return _collection(path, token_size, verify, progress)
-    with naming(path):
+    with storage_errors_for(path):
         is_directory = path.is_dir()
     if is_directory and not is_adapter(path):
         hint = "; `rpg register` makes a collection of it" if _has_checkpoints(path) else ""
@@ -272,7 +272,7 @@ def _default_token_size(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def _has_checkpoints(path: AnyPath) -> bool:
-    with naming(path):
+    with storage_errors_for(path):
         return any(
             child.suffix.lower() in CHECKPOINT_SUFFIXES or is_adapter(child) for child in path.iterdir()
         )

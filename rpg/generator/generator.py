@@ -33,7 +33,7 @@ from rpg.generator.diffusion import Diffusion
 from rpg.generator.model_card import model_card
 from rpg.generator.positions import position_embedding
 from rpg.generator.recurrent import build_recurrent
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_directory, write_text
 from rpg.storage.locations import AnyPath, fetched, location
 from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, load_encoder
@@ -221,7 +221,7 @@ class Generator(nn.Module):
         files are replaced one by one, the weights last.
         """
         directory = location(directory) if isinstance(directory, str) else directory
-        with naming(directory):
+        with storage_errors_for(directory):
             foreign = (
                 directory.is_dir() and any(directory.iterdir()) and not (directory / WEIGHTS_FILE).is_file()
             )

@@ -25,7 +25,7 @@ from rpg.sampling.rows import Rows
 from rpg.sampling.sampled import Sampled
 from rpg.sampling.sampler import ModelRequest, PackedSampler, check_condition
 from rpg.sampling.unfinished_files import UnfinishedFiles
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, is_remote
 
 _WAITING_BATCHES = 4
@@ -228,7 +228,7 @@ def _runs(rows: Rows) -> Iterator[tuple[int, int, slice]]:
 
 def _metadata(path: AnyPath) -> dict[str, str] | None:
     if is_remote(path):
-        with naming(path):
+        with storage_errors_for(path):
             return remote_metadata(path)
     try:
         with safe_open(path, framework="pt") as file:

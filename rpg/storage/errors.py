@@ -23,7 +23,7 @@ class StorageError(RPGError):
 
 
 @contextmanager
-def naming(path: Path | UPath, failure: str = "cannot be read") -> Iterator[None]:
+def storage_errors_for(path: Path | UPath, failure: str = "cannot be read") -> Iterator[None]:
     """Tell whatever a storage's package raises in the block as a `StorageError` that names `path`.
 
     Only for calls to the storage: each package has exceptions of its own, so all are taken for failures of

@@ -21,7 +21,7 @@ from typing import Any
 from upath import UPath
 
 from rpg.errors import RPGError
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, is_remote
 
 _BLOCK_BYTES = 2**20
@@ -147,7 +147,7 @@ def read_json(path: AnyPath, what: str) -> Any:
         RPGError: if the file is missing, unreadable or not JSON.
     """
     try:
-        with naming(path, f"cannot be read as {what}"):
+        with storage_errors_for(path, f"cannot be read as {what}"):
             text = path.read_text(encoding="utf-8")
         return json.loads(text)
     except FileNotFoundError as error:
@@ -166,7 +166,7 @@ def is_storable(name: str) -> bool:
 
 def sha256(path: AnyPath) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with naming(path), path.open("rb") as file:
+    with storage_errors_for(path), path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
@@ -184,7 +184,7 @@ def _uploaded_file(path: UPath) -> Iterator[Path]:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         except OSError as error:
             raise RPGError(f"{path}: cannot be written: {_reason(error)} (in {directory})") from error
-        with naming(path, "cannot be written"):
+        with storage_errors_for(path, "cannot be written"):
             path.fs.put_file(str(temporary), path.path)
 
 

@@ -14,7 +14,7 @@ from upath import UPath
 
 from rpg.errors import RPGError
 from rpg.storage.download import download, remote_files
-from rpg.storage.errors import EXTRAS, naming, storage_error
+from rpg.storage.errors import EXTRAS, storage_error, storage_errors_for
 
 AnyPath = Path | UPath
 """A local path or a URI."""
@@ -71,7 +71,7 @@ def exists(path: AnyPath) -> bool:
     Raises:
         RPGError: naming the URI, if its storage cannot be asked.
     """
-    with naming(path):
+    with storage_errors_for(path):
         return bool(path.exists())
 
 
@@ -83,7 +83,7 @@ def identity(path: AnyPath) -> object | None:
     """
     if isinstance(path, Path):
         return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
-    with naming(path):
+    with storage_errors_for(path):
         try:
             return tuple(remote_files(path).values())
         except FileNotFoundError:
@@ -106,7 +106,7 @@ def fetched(path: AnyPath) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="rpg-") as temporary:
         local = Path(temporary) / path.name
         try:
-            with naming(path):
+            with storage_errors_for(path):
                 _fetch(path, local)
         except OSError as error:
             raise RPGError(f"{temporary}: cannot hold a copy of {path}: {error.strerror}") from error

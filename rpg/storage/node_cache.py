@@ -25,7 +25,7 @@ from upath import UPath
 
 from rpg.errors import RPGError
 from rpg.storage.download import DamagedError, RemoteFile, download, remote_files
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 
 _CONTENT = "content"
 _SOURCE = "source.json"
@@ -62,7 +62,7 @@ def local_copy(
         return path
     cache = cache.expanduser().absolute()
     for _ in range(_ATTEMPTS):
-        with naming(path):
+        with storage_errors_for(path):
             files = remote_files(path)
         entry = cache / _key(path, files)
         copy = entry / _CONTENT / path.name
@@ -77,7 +77,7 @@ def local_copy(
         except OSError as error:
             raise RPGError(f"{cache}: cannot hold a copy of {path}: {error.strerror}") from error
         # It may have changed while it was on its way, or have been evicted since.
-        with naming(path):
+        with storage_errors_for(path):
             unchanged = remote_files(path) == files
         if unchanged and _used(entry):
             return copy
@@ -161,7 +161,7 @@ def _download_checked(
     path: UPath, files: Mapping[str, RemoteFile], copy: Path, check: Callable[[Path], object] | None
 ) -> None:
     if files:
-        with naming(path):
+        with storage_errors_for(path):
             download(path, files, copy)
     if check is not None:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rpg.errors import RPGError
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath
 
 DIRECTORY = "cifar-10-batches-py"
@@ -29,7 +29,7 @@ def read_batch(path: AnyPath) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int
     Raises:
         RPGError: naming the file, if it is not one of CIFAR-10's batches.
     """
-    with naming(path), path.open("rb") as file:
+    with storage_errors_for(path), path.open("rb") as file:
         content = file.read()
     try:
         pixels, key = b"", ""

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from rpg.errors import RPGError
-from rpg.storage.errors import naming
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, exists, location
 from rpg.tasks.cifar10_batches import DIRECTORY, TEST_FILES, TRAIN_FILES, read_batch
 
@@ -113,7 +113,7 @@ def _classes(source: object, classes: npt.NDArray[np.int64]) -> Tensor:
 
 
 def _read_parquet(path: AnyPath) -> Images:
-    with naming(path), path.open("rb") as file:
+    with storage_errors_for(path), path.open("rb") as file:
         content = file.read()
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content))

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rpg.errors import RPGError
-from rpg.storage.errors import StorageError, naming
+from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.files import read_json, sha256, write_json, write_text
 from rpg.storage.locations import AnyPath, exists, is_remote
 from serve.dispatch.records import Made, Manifest, Progress
@@ -129,7 +129,7 @@ class JobStore:
                 return progress
             for index in there.keys() - progress.made.keys():
                 path = there[index]
-                with naming(path):
+                with storage_errors_for(path):
                     progress.made[index] = Made(index, sha256(path), path.stat().st_size)
         return progress
 
@@ -140,7 +140,7 @@ class JobStore:
             RPGError: or OSError, if the storage fails for longer than a moment: that says nothing about jobs.
         """
         jobs = self.root / _JOBS
-        with naming(jobs):
+        with storage_errors_for(jobs):
             names = sorted(path.name for path in jobs.iterdir()) if jobs.is_dir() else []
         for name in names:
             if not is_id(name):
@@ -225,7 +225,7 @@ class JobStore:
         manifest = directory / _MANIFEST
         if exists(manifest):
             return False
-        with naming(directory):
+        with storage_errors_for(directory):
             names = {path.name for path in directory.iterdir()}
         if _REMOVED in names or all(name.startswith(f".{_MANIFEST}.") for name in names):
             return True
@@ -233,7 +233,7 @@ class JobStore:
 
     def _models_there(self, manifest: Manifest) -> Iterator[tuple[int, AnyPath]]:
         directory = self.models(manifest.id)
-        with naming(directory):
+        with storage_errors_for(directory):
             paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
         for path in paths:
             found = _MODEL.fullmatch(path.name)
@@ -249,7 +249,7 @@ class JobStore:
 @contextmanager
 def _removing(directory: AnyPath) -> Iterator[None]:
     try:
-        with naming(directory, "cannot be removed"):
+        with storage_errors_for(directory, "cannot be removed"):
             yield
     except OSError as error:
         raise RPGError(f"{directory}: cannot be removed: {error.strerror}") from error
