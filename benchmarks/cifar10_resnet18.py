@@ -40,7 +40,8 @@ from rpg.evaluation.noised import noised
 from rpg.evaluation.similarity import BoolArray, Predictions, similarity, wrong_iou
 from rpg.generator.generator import Generator
 from rpg.seeds import derived_seed
-from rpg.storage.files import read_json, remove_directory, write_json
+from rpg.storage.directories import remove_directory
+from rpg.storage.files import read_json, write_json
 from rpg.tasks.along_training import Recipe, collect_along_training
 from rpg.tasks.cifar10_images import Images, check_files, cifar10_images
 from rpg.tasks.cifar10_resnet18 import cifar10_resnet18, predicted_classes

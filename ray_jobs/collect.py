@@ -19,8 +19,9 @@ from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
 from rpg.config import CollectConfig, Config
 from rpg.errors import RPGError
+from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
-from rpg.storage.files import replacing_directory, replacing_file, sha256
+from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, exists
 from rpg.tasks.class_subsets import class_bits, task_splits
 from rpg.tasks.families import TaskFamily, family_of, task_family

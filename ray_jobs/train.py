@@ -28,7 +28,8 @@ from rpg.collection.manifest import read_manifest
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.generator.generator import WEIGHTS_FILE
-from rpg.storage.files import copy_file, remove_directory, replacing_directory
+from rpg.storage.directories import remove_directory, replacing_directory
+from rpg.storage.files import copy_file
 from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY, check_encoder, copy_encoder
 from rpg.training.progress import Progress

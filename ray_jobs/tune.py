@@ -49,7 +49,8 @@ from ray_jobs.validation import ValidationTasks
 from rpg.collection.collection import Collection
 from rpg.config import Config, with_values
 from rpg.errors import RPGError
-from rpg.storage.files import read_json, remove_directory, write_json
+from rpg.storage.directories import remove_directory
+from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath, exists
 
 _TRIAL, _ROUND, _ACCURACY = "trial", "round", "accuracy"

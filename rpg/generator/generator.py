@@ -33,8 +33,9 @@ from rpg.generator.diffusion import Diffusion
 from rpg.generator.model_card import model_card
 from rpg.generator.positions import position_embedding
 from rpg.generator.recurrent import build_recurrent
+from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
-from rpg.storage.files import replacing_directory, write_text
+from rpg.storage.files import write_text
 from rpg.storage.locations import AnyPath, fetched, location
 from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, load_encoder
 

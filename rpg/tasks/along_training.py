@@ -21,7 +21,8 @@ from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.register import register
 from rpg.errors import RPGError, one_line
 from rpg.seeds import derived_seed
-from rpg.storage.files import replacing_directory, replacing_file
+from rpg.storage.directories import replacing_directory
+from rpg.storage.files import replacing_file
 from rpg.tasks.cifar10_images import Images
 from rpg.tasks.cifar10_net import normalised
 from rpg.tasks.shared_batches import batches

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from rpg.errors import RPGError
-from rpg.storage.files import read_json, replacing_directory, replacing_file, sha256, write_json, write_text
+from rpg.storage.directories import replacing_directory
+from rpg.storage.files import AtomicFile, read_json, replacing_file, sha256, write_json, write_text
 
 ERRORS = [OSError(28, "No space left on device"), ValueError("x"), KeyboardInterrupt()]
 
@@ -73,6 +76,44 @@ class TestReplacingFile:
         with pytest.raises(RPGError, match=": cannot be written: "):
             write_text(place(tmp_path), "hello")
         assert names(tmp_path) == ["directory", "file"]
+
+
+class TestAtomicFile:
+    def test_two_writers_of_one_target_have_their_own_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.txt"
+        abandoned, successor = AtomicFile(path), AtomicFile(path)
+        abandoned.temporary.write_text("half")
+        successor.temporary.write_text("whole")
+        assert fnmatch(abandoned.temporary.name, f".a.txt.{os.getpid()}.*.partial")
+        successor.commit()
+        abandoned.discard()
+        assert path.read_text() == "whole"
+        assert names(tmp_path) == ["a.txt"]
+
+    def test_commits_from_another_thread(self, tmp_path: Path) -> None:
+        file = AtomicFile(tmp_path / "below" / "a.txt")
+        file.temporary.write_text("whole")
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(file.commit).result()
+        assert (tmp_path / "below" / "a.txt").read_text() == "whole"
+
+    def test_discard_leaves_the_target_and_may_be_repeated(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.txt"
+        path.write_text("one")
+        file = AtomicFile(path)
+        file.temporary.write_text("two")
+        file.discard()
+        file.discard()
+        assert path.read_text() == "one"
+        assert names(tmp_path) == ["a.txt"]
+
+    def test_a_failed_commit_removes_the_temporary_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        file = AtomicFile(tmp_path / "a")
+        file.temporary.write_text("one")
+        with pytest.raises(RPGError, match="a: cannot be written: Is a directory"):
+            file.commit()
+        assert names(tmp_path) == ["a"]
 
 
 class TestReplacingDirectory:
@@ -139,7 +180,7 @@ class TestReplacingDirectory:
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from rpg.storage.files import replacing_directory
+    from rpg.storage.directories import replacing_directory
 
     path, when = Path(sys.argv[1]), sys.argv[2]
     rename = Path.rename

@@ -28,16 +28,9 @@ from rpg.config import SamplingConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.job import generate_models
+from rpg.storage.directories import remove_directory
 from rpg.storage.errors import StorageError
-from rpg.storage.files import (
-    copy_file,
-    read_json,
-    remove_directory,
-    replacing_file,
-    sha256,
-    write_json,
-    write_text,
-)
+from rpg.storage.files import copy_file, read_json, replacing_file, sha256, write_json, write_text
 from rpg.storage.locations import exists, fetched, identity, is_remote, location
 
 NAMES = st.text("abcdefghijklmnop0123456789_.-", min_size=1).filter(lambda name: name.strip("."))
