@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,10 +38,11 @@ from rpg.config import (
     Solver,
 )
 from rpg.generator.generator import Generator
-from rpg.sampling.job import GenerationJob, run_job
+from rpg.sampling.batch_sampler import BatchSampler
+from rpg.sampling.generate import run_job
+from rpg.sampling.job import GenerationJob
 from rpg.sampling.plain_loop import PlainLoop
 from rpg.sampling.rows import Rows
-from rpg.sampling.sampler import ModelRequest, PackedSampler
 from rpg.sampling.solvers import solver_steps
 
 CONDITION_WIDTH = 16
@@ -112,6 +113,19 @@ def seconds(action: Callable[[], object], device: torch.device, repeats: int) ->
     return statistics.median(times)
 
 
+def batches(sampler: BatchSampler, models: int) -> Iterator[Rows]:
+    """The rows of so many models of random conditions, in batches that are full but for the last."""
+    rest: list[Rows] = []
+    for model in range(models):
+        for rows in sampler.rows(model, torch.rand(CONDITION_WIDTH), seed=1):
+            joined = Rows.joined([*rest, rows])
+            while len(joined.tokens) >= sampler.size:
+                batch, joined = joined.split(sampler.size)
+                yield batch
+            rest = [joined] if len(joined.tokens) else []
+    yield from rest
+
+
 def product_rate(device: torch.device, size: int) -> float:
     """Operations per second of a large bfloat16 product."""
     a, b = torch.randn(2, size, size, device=device).bfloat16()
@@ -167,18 +181,18 @@ def _whole_model(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    sampler = PackedSampler(generator, sampling, seed=1)
+    sampler = BatchSampler(generator, sampling)
 
     def model() -> None:
-        for _, sampled in sampler.sample_to_write([ModelRequest(0, torch.rand(CONDITION_WIDTH))]):
-            sampled.wait()
+        for batch in batches(sampler, 1):
+            sampler.sample(batch).wait()
 
     model()
     first = time.perf_counter() - began
     whole = seconds(model, device, 2 if tiny else 10)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     # The loop alone: one batch, full of rows.
-    batch = next(sampler.batches([ModelRequest(i, torch.rand(CONDITION_WIDTH)) for i in range(40)]))
+    batch = next(batches(sampler, 40))
     loop = seconds(lambda: sampler.denoise(batch), device, 2 if tiny else 20)
     steps = solver_steps(generator.diffusion.alpha_bar, sampling)
     rate = denoiser_flops(generator, sampling.token_batch) * len(steps) / loop
@@ -227,8 +241,8 @@ def unet(rows: int, token_size: int, device: torch.device, tiny: bool) -> None:
         if "running" in name:
             nn.init.uniform_(buffer, 0.5, 1.5)
     sampling = SamplingConfig(solver=Solver.ddim, steps=2 if tiny else 60, token_batch=rows)
-    sampler = PackedSampler(generator, sampling, seed=1)
-    batch = next(sampler.batches([ModelRequest(0, torch.rand(CONDITION_WIDTH))]))
+    sampler = BatchSampler(generator, sampling)
+    batch = next(batches(sampler, 1))
     steps = solver_steps(generator.diffusion.alpha_bar, sampling)
     ours = seconds(lambda: sampler.denoise(batch), device, 2 if tiny else 5) / len(steps)
     denoiser = generator.denoiser

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rpg.config import SamplingConfig
 from rpg.generator.generator import Generator
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.storage.directories import remove_directory
 from rpg.storage.locations import AnyPath
 

@@ -30,7 +30,8 @@ from rpg.config import (
 )
 from rpg.errors import RPGError
 from rpg.generator.generator import CONFIG_FILE, Generator
-from rpg.sampling.job import GenerationJob, run_job
+from rpg.sampling.generate import run_job
+from rpg.sampling.job import GenerationJob
 from rpg.storage.directories import replacing_directory
 from rpg.storage.files import write_json
 from rpg.storage.locations import AnyPath, fetched

@@ -10,7 +10,7 @@ from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.tasks.families import family_of, task_family
 
 

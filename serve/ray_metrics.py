@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import urllib.request
+from collections.abc import Callable
 
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -47,22 +48,21 @@ class RayMeters:
         self._whole.observe(seconds, {"generator": generator, "state": state})
 
 
-class BatchMeters:
-    """What a replica counts of its denoising batches."""
+def batch_metrics(generator: str) -> Callable[[int, int, float], None]:
+    """What counts a replica's denoising batches: called with (rows, places, seconds) of each."""
+    labels = {"generator": generator}
+    names = ("generator",)
+    tokens = Counter("rpg_tokens", "Tokens sampled", tag_keys=names)
+    places = Counter("rpg_batch_places", "Rows of all batches, filled or not", tag_keys=names)
+    duration = Counter("rpg_sampling_seconds", "Time spent in denoising batches", tag_keys=names)
 
-    def __init__(self, generator: str) -> None:
-        self._tags = {"generator": generator}
-        tags = ("generator",)
-        self._tokens = Counter("rpg_tokens", "Tokens sampled", tag_keys=tags)
-        self._places = Counter("rpg_batch_places", "Rows of all batches, filled or not", tag_keys=tags)
-        self._seconds = Counter("rpg_sampling_seconds", "Time spent in denoising batches", tag_keys=tags)
-
-    def batch(self, rows: int, places: int, seconds: float) -> None:
-        """Count one batch."""
-        self._tokens.inc(rows, self._tags)
-        self._places.inc(places, self._tags)
+    def count(rows: int, all_rows: int, seconds: float) -> None:
+        tokens.inc(rows, labels)
+        places.inc(all_rows, labels)
         if seconds > 0:
-            self._seconds.inc(seconds, self._tags)
+            duration.inc(seconds, labels)
+
+    return count
 
 
 async def prometheus_text() -> str:

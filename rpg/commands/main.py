@@ -180,7 +180,7 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from rpg.generator.generator import Generator
-    from rpg.sampling.job import generate_models
+    from rpg.sampling.generate import generate_models
 
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:

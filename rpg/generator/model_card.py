@@ -34,7 +34,7 @@ arXiv 2501.11587.
 
 ```python
 from pathlib import Path
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.generator.generator import Generator
 
 generator = Generator.from_pretrained("PATH/TO/THIS/DIRECTORY")

@@ -13,21 +13,19 @@ use more of a machine's CPUs; and so a model does not depend on how many there a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from rpg.config import SamplingConfig, SamplingPrecision, validate_sampling
-from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling.gpu.decoder import TokenDecoder
+from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.noise import seed_word
-from rpg.sampling.placement import used_precision
 from rpg.sampling.plain_loop import PlainLoop
+from rpg.sampling.precision import used_precision
 from rpg.sampling.prototypes import Prototypes, sampling_threads
 from rpg.sampling.rows import Rows
-from rpg.sampling.sampled import HostCopies, Sampled, SampledBatch
 from rpg.sampling.solvers import solver_steps
 
 if TYPE_CHECKING:
@@ -37,67 +35,108 @@ _ROW_MULTIPLE = 32
 """Two vectors of the widest processors, in float32 values."""
 
 
-@dataclass(frozen=True)
-class ModelRequest:
-    """One model to sample: its index in the job, and its condition, a row as the generator takes it."""
+class Sampled(Protocol):
+    """A sampled batch, perhaps still being copied from a GPU."""
 
-    index: int
-    condition: Tensor
+    def __len__(self) -> int:
+        """Rows of the batch."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the batch has arrived on the host; from any thread."""
+        ...
+
+    def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
+        """Write `rows`, consecutive tokens of one model from `first_token` on, into its file.
+
+        Raises:
+            RPGError: naming the file, if it cannot be written or the weights are not finite.
+        """
+        ...
+
+
+@dataclass
+class SampledValues:
+    """Normalised values of sampled tokens, float32 [N, token_size], on the host."""
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def wait(self) -> None:
+        """Return at once."""
+
+    def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
+        """Decode and write `rows`, as `Sampled` describes."""
+        for i, values in enumerate(self.values[rows]):
+            file.write_token(first_token + i, values)
 
 
 class BatchSampler:
     """Samples batches of rows from one generator, on its device.
 
     Attributes:
+        generator: in evaluation mode.
         size: rows that every batch is filled up to.
     """
 
     def __init__(self, generator: Generator, sampling: SamplingConfig) -> None:
-        validate_sampling(sampling, generator.config)
-        self.generator = generator.eval()
-        self.sampling = sampling
-        self.size = -(-sampling.token_batch // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        self.device = generator.positions.device
-        self._prototypes = Prototypes(generator, sampling)
-        self._loop: PlainLoop | GPULoop | None = None
-        self._decoder: TokenDecoder | None = None
-        self._copies: HostCopies | None = None
-        if self.device.type == "cuda" and TokenDecoder.serves(generator.layout):
-            self._decoder = TokenDecoder(generator.layout, self.device)
-            self._copies = HostCopies(self.device)
-
-    def rows(self, request: ModelRequest, seed: int) -> Iterator[Rows]:
-        """The rows of one model of a job of this `seed` (0 <= seed < 2**64), piece by piece, in order.
+        """Sample from `generator` where it lies.
 
         Raises:
-            RPGError: for a seed out of range.
+            RPGError: naming the setting that is out of range or does not fit the generator.
         """
-        check_seed(seed)
+        validate_sampling(sampling, generator.config)
+        self.generator = generator.eval()
+        self.size = -(-sampling.token_batch // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self._sampling = sampling
+        self._device = generator.positions.device
+        self._prototypes = Prototypes(generator, sampling)
+        self._loop: PlainLoop | GPULoop | None = None
+        self._decodes_on_gpu = False
+        if self._device.type == "cuda":
+            from rpg.sampling.gpu.decoder import TokenDecoder
+            from rpg.sampling.gpu.host_copies import HostCopies
+
+            self._decodes_on_gpu = TokenDecoder.serves(generator.layout)
+            if self._decodes_on_gpu:
+                self._decoder = TokenDecoder(generator.layout, self._device)
+                self._copies = HostCopies(self._device)
+
+    def rows(self, model: int, condition: Tensor, seed: int) -> Iterator[Rows]:
+        """The rows of one model, piece by piece, in order of its tokens.
+
+        Args:
+            model: its index in its job.
+            condition: a row as the generator's condition takes it (`rpg.generator.condition`).
+            seed: of the job, 0 <= seed < 2**64.
+        """
         start = 0
-        for prototypes, unconditional in self._prototypes.pieces(request.condition):
+        for prototypes, unconditional in self._prototypes.pieces(condition):
             tokens = torch.arange(start, start + len(prototypes))
-            models = torch.full_like(tokens, request.index)
+            models = torch.full_like(tokens, model)
             yield Rows(torch.full_like(tokens, seed_word(seed)), models, tokens, prototypes, unconditional)
             start += len(prototypes)
 
     def denoise(self, rows: Rows) -> Tensor:
         """Sample the tokens of at most `size` rows: normalised values, float32 [N, token_size]."""
-        with torch.inference_mode(), sampling_threads(self.device):
+        with torch.inference_mode(), sampling_threads(self._device):
             if self._loop is None:
                 self._loop = self._build_loop()
             return self._loop(rows.padded(self.size))[: len(rows.models)]
 
     def sample(self, rows: Rows) -> Sampled:
-        """As `denoise`, to be written: on a GPU decoded there, and not waited for."""
+        """Sample at most `size` rows to be written; does not wait for a GPU."""
         values = self.denoise(rows)
-        if self._decoder is None or self._copies is None:
-            return SampledBatch(values.cpu())
+        if not self._decodes_on_gpu:
+            return SampledValues(values.cpu())
         with torch.inference_mode():
-            tokens = rows.tokens.to(self.device, non_blocking=True)
+            tokens = rows.tokens.to(self._device, non_blocking=True)
             return self._copies.start(self._decoder.decode(tokens, values))
 
     def _build_loop(self) -> "PlainLoop | GPULoop":
-        sampling, generator = self.sampling, self.generator
+        sampling, generator = self._sampling, self.generator
         steps = solver_steps(generator.diffusion.alpha_bar, sampling)
         precision = used_precision(generator, sampling)
         if precision != SamplingPrecision.float32:
@@ -108,9 +147,3 @@ class BatchSampler:
                 eight_bits=precision == SamplingPrecision.float8,
             )  # fmt: skip
         return PlainLoop(generator, steps, sampling.guidance, sampling.temperature, sampling.clip)
-
-
-def check_seed(seed: int) -> None:
-    """Raise an `RPGError` for a seed out of range."""
-    if not 0 <= seed < 2**64:
-        raise RPGError(f"seed: expected 0 <= seed < 2**64, got {seed}")

@@ -1,39 +1,20 @@
-"""A generation job: N models made from one generator, each written as soon as its last token is sampled."""
+"""Generation jobs: what is asked for, and how one generator makes its models."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from threading import Lock
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rpg.config import ConditionKind, SamplingConfig, TokenDtype
+from rpg.config import ConditionConfig, ConditionKind, SamplingConfig, TokenDtype
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling.lanes import Lanes
-from rpg.sampling.model_writer import ModelFile, remote_metadata
+from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.noise import permutation_state
-from rpg.sampling.placement import used_precision
-from rpg.sampling.rows import Rows
-from rpg.sampling.sampled import Sampled
-from rpg.sampling.sampler import ModelRequest, PackedSampler, check_condition
-from rpg.sampling.unfinished_files import UnfinishedFiles
-from rpg.storage.errors import storage_errors_for
-from rpg.storage.locations import AnyPath, is_remote
-
-_WAITING_BATCHES = 4
-"""Batches sampled and not written yet."""
-_WRITING_THREADS = 4
-"""A GPU samples a network of ResNet-18's size in half of the time that one thread takes to write it."""
-_LARGE_VALUES = 2**20
-"""Networks of fewer values are written by one thread: what they take is Python's time."""
+from rpg.sampling.precision import used_precision
+from rpg.storage.locations import AnyPath
 
 
 @dataclass(frozen=True)
@@ -44,7 +25,7 @@ class GenerationJob:
     and the sampling settings alone. `dtype` is the type that it is written in; None: the collection's own.
 
     Raises:
-        RPGError: if `number` is less than 1.
+        RPGError: if `number` is less than 1, or the seed out of range.
     """
 
     conditions: list[list[float]] | None
@@ -56,6 +37,8 @@ class GenerationJob:
     def __post_init__(self) -> None:
         if self.number < 1:
             raise RPGError(f"number: expected at least 1 model, got {self.number}")
+        if not 0 <= self.seed < 2**64:
+            raise RPGError(f"seed: expected 0 <= seed < 2**64, got {self.seed}")
 
     def __len__(self) -> int:
         """Models in the job."""
@@ -71,63 +54,48 @@ class GenerationJob:
 
 
 class JobPlan:
-    """How `generator` makes the models of `job`: checked as a whole, then asked model by model.
+    """A job bound to the generator that makes its models: checked as a whole, then asked model by model.
 
     Attributes:
         job: what is asked for.
-        is_large: whether several threads write the models faster than one.
+        sampling: the job's sampling settings as JSON; jobs of equal ones can share batches.
+        values: values of a model that are sampled.
     """
 
     def __init__(self, generator: Generator, job: GenerationJob, digest: str | None = None) -> None:
-        """`digest` is the generator's, where it is known already.
+        """Make the models of `job` with `generator`.
+
+        `digest` is the generator's, where it is known already.
 
         Raises:
             RPGError: for a condition that does not fit the generator.
         """
-        needed = generator.config.condition.size
-        if generator.config.condition.kind == ConditionKind.vector and job.conditions is None:
-            raise RPGError(f"condition: this generator needs one of {needed} values")
+        config = generator.config.condition
+        if config.kind == ConditionKind.vector and job.conditions is None:
+            raise RPGError(f"condition: this generator needs one of {config.size} values")
         self.job = job
-        values = sum(spec.numel for spec in generator.layout.specs if spec.tokens)
-        self.is_large = values >= _LARGE_VALUES
+        self.sampling = json.dumps(dataclasses.asdict(job.sampling))
+        self.values = sum(spec.numel for spec in generator.layout.specs if spec.tokens)
         self._generator = generator
-        self._conditions = [check_condition(generator, condition) for condition in job.conditions or []]
+        self._conditions = [condition_row(config, condition) for condition in job.conditions or []]
         digest = digest or generator.digest()
-        sampling = json.dumps(dataclasses.asdict(job.sampling))
         dtype = [] if job.dtype is None else [job.dtype]
-        asked = json.dumps([digest, job.conditions, job.number, job.seed, sampling, *dtype])
-        # `rpg.job` is a digest of all that was asked for.
-        self._identity = {
+        asked = json.dumps([digest, job.conditions, job.number, job.seed, self.sampling, *dtype])
+        self._provenance = {
             "format": "pt",
             "rpg.generator": digest,
+            # A digest of all that was asked for.
             "rpg.job": hashlib.sha256(asked.encode()).hexdigest(),
-            "rpg.sampling": sampling,
-            # What was asked for comes out otherwise on another device.
+            "rpg.sampling": self.sampling,
+            # A device of another kind makes other values of the same job.
             "rpg.precision": used_precision(generator, job.sampling),
         }
         if job.dtype is not None:
-            self._identity["rpg.dtype"] = job.dtype
+            self._provenance["rpg.dtype"] = job.dtype
         self._dtype = None if job.dtype is None else getattr(torch, job.dtype)
 
-    def request(self, index: int) -> ModelRequest:
-        """What to sample for model `index`."""
-        return ModelRequest(index, self._condition_row(index))
-
-    def metadata(self, index: int) -> dict[str, str]:
-        """Provenance, as model `index` carries it in its file."""
-        return {
-            **self._identity,
-            "rpg.index": str(index),
-            "rpg.seed": str(self.job.seed),
-            "rpg.condition": json.dumps(self.job.condition_of(index)),
-        }
-
-    def file(self, index: int, out: AnyPath) -> ModelFile:
-        """The file of model `index` in the directory `out`, to be written."""
-        path = out / self.job.file_name(index)
-        return ModelFile(path, self._generator.layout, self.metadata(index), self._dtype)
-
-    def _condition_row(self, index: int) -> Tensor:
+    def condition_row(self, index: int) -> Tensor:
+        """What model `index` is made for, as the generator takes it (`rpg.generator.condition`)."""
         config = self._generator.config.condition
         if config.kind == ConditionKind.permutation:
             return torch.tensor(permutation_state(self.job.seed, index, config.size))
@@ -139,100 +107,38 @@ class JobPlan:
         state = permutation_state(self.job.seed, index, config.states)
         return torch.cat([condition, condition.new_tensor([state])])
 
+    def provenance(self, index: int) -> dict[str, str]:
+        """The metadata of model `index`: all that it depends on."""
+        return {
+            **self._provenance,
+            "rpg.index": str(index),
+            "rpg.seed": str(self.job.seed),
+            "rpg.condition": json.dumps(self.job.condition_of(index)),
+        }
 
-def generate_models(
-    generator: Generator,
-    conditions: list[list[float]] | None,
-    number: int,
-    seed: int,
-    out: AnyPath,
-    sampling: SamplingConfig,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[AnyPath]:
-    """Generate `number` models a condition into the directory `out`; see `run_job`."""
-    job = GenerationJob(conditions, number, seed, sampling)
-    return run_job(generator, job, range(len(job)), out, progress)
+    def open_file(self, index: int, out: AnyPath) -> ModelWriter:
+        """Begin the file of model `index` in the directory `out`.
+
+        Raises:
+            RPGError: naming the file, if it cannot be written.
+        """
+        path = out / self.job.file_name(index)
+        return ModelWriter(path, self._generator.layout, self.provenance(index), self._dtype).open()
 
 
-def run_job(
-    generator: Generator,
-    job: GenerationJob,
-    indices: Sequence[int],
-    out: AnyPath,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[AnyPath]:
-    """Make the models `indices` of `job` and write them into the directory `out`.
-
-    Models that are there already, with the same provenance, are left as they are: a job that was interrupted
-    goes on where it stopped, and makes the same files.
-
-    Args:
-        generator: on the device that it should run on.
-        job: what is asked for.
-        indices: ascending; all of `range(len(job))`, or one worker's share of it.
-        out: directory or URI, made if need be.
-        progress: called with (models finished, models asked for).
-
-    Returns:
-        The paths of all `indices`, in order.
+def condition_row(config: ConditionConfig, condition: list[float]) -> Tensor:
+    """A user's condition as a generator of this configuration takes it, float32 [size].
 
     Raises:
-        RPGError: for a condition that does not fit the generator, or if a file cannot be written.
+        RPGError: if the generator takes none, or one of another width, or a value is not finite.
     """
-    plan = JobPlan(generator, job)
-    layout, report = generator.layout, progress or (lambda finished, asked: None)
-    finished = 0
-    counting = Lock()
-
-    def count() -> None:
-        nonlocal finished
-        with counting:
-            finished += 1
-            report(finished, len(indices))
-
-    def missing() -> Iterator[ModelRequest]:
-        for index in indices:
-            if _metadata(out / job.file_name(index)) == plan.metadata(index):
-                count()
-            elif layout.tokens == 0:
-                with plan.file(index, out):
-                    pass
-                count()
-            else:
-                yield plan.request(index)
-
-    files = UnfinishedFiles(lambda index: plan.file(index, out))
-
-    def write(index: int, token: int, run: slice, sampled: Sampled) -> None:
-        if (file := files.write(index, token, run, sampled)) is not None:
-            file.__exit__(None, None, None)
-            count()
-
-    report(finished, len(indices))
-    sampler = PackedSampler(generator, job.sampling, job.seed)
-    with ExitStack() as stack:
-        # Writing ends before.
-        stack.callback(files.clear)
-        lanes = stack.enter_context(Lanes(_WRITING_THREADS if plan.is_large else 1, _WAITING_BATCHES))
-        for rows, sampled in sampler.sample_to_write(missing()):
-            lanes.do((index, partial(write, index, token, run, sampled)) for index, token, run in _runs(rows))
-    return [out / job.file_name(index) for index in indices]
-
-
-def _runs(rows: Rows) -> Iterator[tuple[int, int, slice]]:
-    """The models of a batch, the first token of each in it, and where its rows are."""
-    changes = torch.nonzero(rows.models[1:] != rows.models[:-1]).flatten() + 1
-    for start, end in pairwise([0, *changes.tolist(), len(rows.models)]):
-        yield int(rows.models[start]), int(rows.tokens[start]), slice(start, end)
-
-
-def _metadata(path: AnyPath) -> dict[str, str] | None:
-    if is_remote(path):
-        with storage_errors_for(path):
-            return remote_metadata(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] | None = file.metadata()
-            return metadata
-    except (OSError, SafetensorError):
-        return None
+    if config.kind != ConditionKind.vector:
+        raise RPGError(
+            f"condition: this generator takes none (its kind is '{config.kind}'), got {len(condition)} values"
+        )
+    if len(condition) != config.size:
+        raise RPGError(f"condition: expected {config.size} values, got {len(condition)}")
+    values = torch.tensor(condition, dtype=torch.float32)
+    if not values.isfinite().all():
+        raise RPGError(f"condition: expected finite values, got {condition}")
+    return values

@@ -6,9 +6,9 @@ values), so finished tokens are written where they belong and no model is ever h
 
 import json
 import struct
-from collections.abc import Mapping
-from contextlib import ExitStack
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from upath import UPath
 
 from rpg.collection.layout import Layout
 from rpg.errors import RPGError
-from rpg.storage.files import replacing_file, sha256
+from rpg.storage.files import AtomicFile, sha256
 from rpg.storage.locations import AnyPath
 
 _DTYPE_NAMES = {
@@ -26,21 +26,24 @@ _DTYPE_NAMES = {
 }  # fmt: skip
 
 
-class NotFiniteError(RPGError):
-    """What a generator made is no network."""
-
-
 _FIRST_READ = 2**16
 _LARGEST_HEADER = 100_000_000
 """As in the reference implementation of the format."""
 
 
-class ModelFile:
-    """A context manager: the file appears under its name when all went well, and not at all otherwise.
+class NotFiniteError(RPGError):
+    """Weights that a generator made are NaN or infinite."""
 
-    Tied tensors are written under each of their names, since the format knows no ties.
+
+class ModelWriter:
+    """Writes one model: `open`, then its tokens in any order, then `commit` or `discard`.
+
+    The file appears under its name at `commit`, and not at all otherwise. Tied tensors are written under each
+    of their names, since the format knows no ties. Methods may be called from any thread, one at a time.
 
     Attributes:
+        path: the file.
+        layout: of the model.
         size: bytes of the whole file.
     """
 
@@ -81,16 +84,24 @@ class ModelFile:
         self._header = struct.pack("<Q", len(text)) + text
         self.size = len(self._header) + end
 
-    def __enter__(self) -> "ModelFile":
-        with ExitStack() as stack:
-            self._temporary = stack.enter_context(replacing_file(self.path))
-            self._file = stack.enter_context(self._temporary.open("wb"))
-            self._file.write(self._header)
-            self._file.truncate(self.size)
+    def open(self) -> "ModelWriter":
+        """Begin the file: its header, its full size, and the tensors that are not sampled.
+
+        Raises:
+            RPGError: naming the file, if it cannot be written; nothing is left of it then.
+        """
+        self._target = AtomicFile(self.path)
+        with self._storage_errors():
+            self._file: IO[bytes] = self._target.temporary.open("wb")
+        try:
+            with self._storage_errors():
+                self._file.write(self._header)
+                self._file.truncate(self.size)
             for name, value in self.layout.constants.items():
                 self._write(name, 0, value.flatten().to(self._dtypes[name]))
-            # Kept open only if all went well so far: a file that cannot be begun is cleared away at once.
-            self._stack = stack.pop_all()
+        except BaseException:
+            self.discard()
+            raise
         return self
 
     def write_token(self, index: int, values: Tensor) -> None:
@@ -98,6 +109,7 @@ class ModelFile:
 
         Raises:
             NotFiniteError: naming file and tensor, if the weights are not finite.
+            RPGError: naming the file, if it cannot be written.
         """
         spec, start, weights = self.layout.decode_token(index, values)
         # What is too large for the file's type becomes infinite here.
@@ -107,7 +119,7 @@ class ModelFile:
         self._write(spec.name, start, weights)
 
     def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
-        """Write the tokens from `first` on, decoded already.
+        """Write the tokens from `first` on, given their weights.
 
         Args:
             first: index of the first token.
@@ -116,6 +128,7 @@ class ModelFile:
 
         Raises:
             NotFiniteError: naming file and tensor, if weights are not finite.
+            RPGError: naming the file, if it cannot be written.
         """
         row = 0
         while row < len(weights):
@@ -134,20 +147,47 @@ class ModelFile:
             row += rows
 
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the file, once all its tokens are written and before the block ends."""
-        self._file.flush()
-        return sha256(self._temporary)
+        """Hexadecimal SHA-256 of the file, once all its tokens are written and before `commit`."""
+        with self._storage_errors():
+            self._file.flush()
+            return sha256(self._target.temporary)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def commit(self) -> None:
+        """Put the file in place, on the disk or behind its URI.
+
+        Raises:
+            RPGError: naming the file, if it cannot be written; nothing is left of it then.
+        """
+        try:
+            with self._storage_errors():
+                self._file.close()
+            self._target.commit()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what was written, unless it has been put in place."""
+        # Closing writes what is buffered, which a full disk refuses; the file is not wanted anyway.
+        with suppress(OSError):
+            self._file.close()
+        self._target.discard()
 
     def _write(self, name: str, start: int, values: Tensor) -> None:
         data = values.contiguous().view(torch.uint8).numpy().data
-        for each in self._names.get(name, ()):
-            self._file.seek(len(self._header) + self._offsets[each] + start * values.element_size())
-            self._file.write(data)
+        with self._storage_errors():
+            for each in self._names.get(name, ()):
+                self._put(len(self._header) + self._offsets[each] + start * values.element_size(), data)
+
+    def _put(self, position: int, data: memoryview) -> None:
+        self._file.seek(position)
+        self._file.write(data)
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._target.failure(error) from error
 
 
 def _finite(values: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rpg.config import SamplingConfig
 from rpg.generator.generator import Generator
 from rpg.generator.recurrent.mamba2 import Mamba2
-from rpg.sampling.placement import samples_on_gpu
+from rpg.sampling.precision import samples_on_gpu
 from rpg.threads import one_thread
 
 PROTOTYPE_PIECE = 256
@@ -22,9 +22,9 @@ GPU_PROTOTYPE_PIECE = 2048
 _GPU_CHUNK = 256
 """Of Mamba-2's scan: with few sequences, starting kernels takes longer than their work."""
 
-_REMEMBERED_BYTES = 2**26
-"""Of prototypes, of small networks, one piece each, whose conditions may come again: jobs take turns, and if
-fewer were kept than there are jobs, all of them would be computed anew for every model."""
+REMEMBERED_BYTES = 2**26
+"""Limit of the kept prototypes of small networks. Jobs take turns: if the prototypes of fewer conditions were
+kept than there are jobs, all of them would be computed again for every model."""
 _ENTRY_BYTES = 2048
 """What Python and PyTorch need for one, besides its values and its condition."""
 
@@ -35,7 +35,13 @@ class Prototypes:
     All models are cut into the same pieces, so a model's prototypes do not depend on other models.
     """
 
-    def __init__(self, generator: Generator, sampling: SamplingConfig) -> None:
+    def __init__(
+        self, generator: Generator, sampling: SamplingConfig, remembered_bytes: int = REMEMBERED_BYTES
+    ) -> None:
+        """Prototypes as `sampling` needs them.
+
+        `remembered_bytes` limits the memory for those of conditions that may come again.
+        """
         self._generator = generator
         self._guided = sampling.guidance != 1
         self._device = generator.positions.device
@@ -46,14 +52,14 @@ class Prototypes:
         width = generator.config.recurrent.width
         values = len(generator.positions) * width * (2 if self._guided else 1)
         each = (values + generator.config.condition.size) * torch.float32.itemsize + _ENTRY_BYTES
-        self._remembered = _REMEMBERED_BYTES // each
+        self._remembered = remembered_bytes // each
 
     def pieces(self, condition: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The model's prototypes and, for guidance, those without condition: [n, width] each, in order."""
         positions = self._generator.positions
         key = condition.cpu().numpy().tobytes()
         if len(positions) <= self._piece and key in self._latest:
-            # Models of one condition follow each other: a small network's prototypes are computed once.
+            # Models of one condition follow each other, so a small network's prototypes are computed once.
             self._latest.move_to_end(key)
             yield self._latest[key]
             return

@@ -31,7 +31,7 @@ class Description:
     card: str
     tensors: list[tuple[str, tuple[int, ...], str]]
     centre: list[tuple[str, list[float]]]
-    """Of each generated tensor, a sample of the mean training checkpoint; see `serve.replicas.preview`."""
+    """Of each generated tensor, values of the mean training checkpoint (`centre_preview`)."""
 
 
 @dataclass(frozen=True)

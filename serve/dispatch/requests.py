@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from rpg.config import SamplingConfig, Solver, TokenDtype, validate_sampling
 from rpg.errors import RPGError
-from rpg.sampling.job import GenerationJob
-from rpg.sampling.sampler import condition_row
+from rpg.sampling.job import GenerationJob, condition_row
 from serve.config import LimitsConfig
 from serve.dispatch.scheduler import Served, not_judged
 from serve.http.problems import ProblemError

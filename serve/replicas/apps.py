@@ -19,7 +19,8 @@ from ray.serve.schema import ApplicationStatus
 from rpg.generator.generator import CONFIG_FILE, WEIGHTS_FILE
 from rpg.storage.locations import identity, location
 from serve.config import GeneratorEntry, ServeConfig
-from serve.replicas.replica import GeneratorReplica
+from serve.ray_metrics import batch_metrics
+from serve.replicas.replica import Replica
 
 DEPLOYMENT = "generator"
 
@@ -114,5 +115,5 @@ def _application(entry: GeneratorEntry, config: ServeConfig) -> ray_serve.Applic
         }
     else:
         options["num_replicas"] = entry.replicas
-    deployment = ray_serve.deployment(name=DEPLOYMENT, **options)(GeneratorReplica)
-    return deployment.bind(entry, config.storage, config.cache)
+    deployment = ray_serve.deployment(name=DEPLOYMENT, **options)(Replica)
+    return deployment.bind(entry, config.storage, config.cache, batch_metrics)

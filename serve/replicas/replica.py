@@ -1,42 +1,273 @@
-"""A generator's replica on Ray Serve."""
+"""A generator's replica: one generator, the engine that samples it, and leases worked through.
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+Nothing here needs Ray: Ray Serve deploys the class as it is (`serve.replicas.apps`).
+"""
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
+from rpg.collection.checkpoint import read_checkpoint
+from rpg.collection.collection import Collection
+from rpg.collection.layout import Layout
+from rpg.errors import RPGError
+from rpg.generator.generator import CARD_FILE, Generator
+from rpg.sampling.engine import Engine
+from rpg.sampling.job import JobPlan
+from rpg.sampling.model_writer import ModelWriter
+from rpg.sampling.request import Request
 from rpg.storage.locations import location
+from rpg.storage.node_cache import local_copy
 from serve.config import CacheConfig, GeneratorEntry
 from serve.dispatch.lease import Description, Embedded, Lease
 from serve.dispatch.records import Made
+from serve.dispatch.scheduler import not_judged
 from serve.dispatch.store import JobStore
-from serve.ray_metrics import BatchMeters
-from serve.replicas.local_maker import LocalMaker
+
+if TYPE_CHECKING:
+    from rpg.evaluation.judge import Judge
+
+PREVIEW_VALUES = 64
+"""Most values of a tensor in a preview: enough for a picture, and few for the largest networks."""
+
+_KEPT_PLANS = 64
+_GATHER_SECONDS = 0.02
+"""Finished models are sent together, since each message costs about as much as making a small network."""
 
 
-class GeneratorReplica:
-    """One generator on one GPU, or on a CPU."""
+def _uncounted(generator: str) -> Callable[[int, int, float], None]:
+    return lambda rows, places, seconds: None
 
-    def __init__(self, entry: GeneratorEntry, storage: str, cache: CacheConfig) -> None:
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the models of a job are made, and what measures them, if the job asks for that."""
+
+    models: JobPlan
+    judge: "Judge | None"
+
+
+class Replica:
+    """Makes models with a generator in this process, on one GPU or on a CPU."""
+
+    def __init__(
+        self,
+        entry: GeneratorEntry,
+        storage: str,
+        cache: CacheConfig,
+        batch_metrics: Callable[[str], Callable[[int, int, float], None]] = _uncounted,
+    ) -> None:
+        """Load the generator and start to sample.
+
+        Args:
+            entry: the generator to serve.
+            storage: directory or URI of the service's jobs.
+            cache: where a generator behind a URI is copied to.
+            batch_metrics: makes, for a generator's name, what is told (rows, places, seconds) of every batch.
+
+        Raises:
+            RPGError: naming what is wrong with the generator's files.
+        """
         torch.set_num_threads(1)
-        meters = BatchMeters(entry.name)
-        self._maker = LocalMaker(entry, JobStore(location(storage)), cache, meters.batch)
+        device = torch.device("cuda" if entry.num_gpus else "cpu")
+        self.generator, self._card = _load(entry, cache)
+        self._name = entry.name
+        self._store = JobStore(location(storage))
+        self._digest = self.generator.digest()
+        self.generator.to(device)
+        # An encoder that cannot be used shall end the start, and not the first request that needs it.
+        self._encoder = self.generator.text_encoder() if self.generator.config.condition.encoder else None
+        self._embedding = asyncio.Lock()
+        self._judge = _load_judge(entry, device) if entry.collection else None
+        self._plans: OrderedDict[str, _Plan] = OrderedDict()
+        self.engine = Engine(self.generator, observe=batch_metrics(entry.name))
+        self._sampling = threading.Thread(target=self.engine.run, name="sample", daemon=True)
+        self._sampling.start()
 
     async def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
-        """See `serve.dispatch.lease.Maker`."""
-        async with aclosing(self._maker.make(lease)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
+        """Yield finished models as they are there; text says why the job cannot be made, and is the end.
+
+        Closing the iterator stops the work within a denoising batch. Any exception means that the replica is
+        lost: what has not been yielded may be asked for again.
+        """
+        if lease.digest != self._digest:
+            yield f"generator '{self._name}' was replaced by another version while the job was under way"
+            return
+        try:
+            plan = await asyncio.to_thread(self._plan, lease.job)
+        except RPGError as error:
+            yield str(error)
+            return
+        events: asyncio.Queue[Made | BaseException] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def report(event: Made | BaseException) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def finish(index: int, file: ModelWriter) -> None:
+            digest = file.sha256()
+            file.commit()
+            if not request.dropped:
+                report(Made(index, digest, file.size, *_measures(plan, index, file)))
+
+        request = Request(
+            plan.models,
+            lease.models,
+            self._store.models(lease.job),
+            finish,
+            report,
+            job=lease.job,
+            priority=lease.priority,
+        )
+        self.engine.submit(request)
+        try:
+            left = len(lease.models)
+            while left:
+                made, failure = await _gathered(events)
+                if made:
+                    left -= len(made)
+                    yield made
+                if failure is not None:
+                    yield failure
+                    return
+        finally:
+            self.engine.drop(request)
 
     async def embed(self, descriptions: list[str]) -> Embedded | str:
-        """See `serve.dispatch.lease.Maker`."""
-        return await self._maker.embed(descriptions)
+        """Embed descriptions with the generator's text encoder; text says why that is not possible."""
+        encoder = self._encoder
+        if encoder is None:
+            return f"generator '{self._name}' was replaced by one without a text encoder"
+        # One request at a time, since plans and files need threads as well.
+        async with self._embedding:
+            try:
+                conditions = await asyncio.to_thread(lambda: [encoder.encode(text) for text in descriptions])
+            except RPGError as error:
+                return str(error)
+        return Embedded(self.generator.config.condition.encoder, conditions)
 
     async def describe(self) -> Description:
-        """See `serve.dispatch.lease.Maker`."""
-        return await self._maker.describe()
+        """What is loaded."""
+        layout = self.generator.layout
+        return Description(
+            digest=self._digest,
+            device=str(self.generator.positions.device),
+            tokens=layout.tokens,
+            token_size=layout.token_size,
+            parameters=sum(parameter.numel() for parameter in self.generator.parameters()),
+            model_bytes=ModelWriter(Path("model.safetensors"), layout, {}).size,
+            card=self._card,
+            tensors=[
+                (spec.name, tuple(spec.shape), str(spec.dtype).removeprefix("torch."))
+                for spec in layout.specs
+            ],
+            centre=centre_preview(layout),
+        )
 
     def check_health(self) -> None:
-        """Raise where Ray Serve is to start another replica instead."""
-        if self._maker.engine.broken is not None:
-            raise RuntimeError(f"sampling ended with {self._maker.engine.broken!r}")
+        """Raise where Ray Serve shall start another replica instead."""
+        if self.engine.broken is not None:
+            raise RuntimeError(f"sampling ended with {self.engine.broken!r}")
+
+    def close(self) -> None:
+        """End sampling after the batch at hand, and write what was sampled."""
+        self.engine.stop()
+        self._sampling.join()
+
+    def _plan(self, job_id: str) -> _Plan:
+        if job_id not in self._plans:
+            self._plans[job_id] = self._new_plan(job_id)
+            if len(self._plans) > _KEPT_PLANS:
+                self._plans.popitem(last=False)
+        return self._plans[job_id]
+
+    def _new_plan(self, job_id: str) -> _Plan:
+        """Read a job's manifest.
+
+        Raises:
+            RPGError: if this generator cannot make the job.
+        """
+        manifest = self._store.manifest(job_id)
+        if manifest.encoder not in (None, self.generator.config.condition.encoder):
+            raise RPGError(
+                f"generator '{self._name}' was replaced by one with another text encoder than the "
+                "descriptions were read with"
+            )
+        plan = JobPlan(self.generator, manifest.job, self._digest)
+        if not manifest.evaluate:
+            return _Plan(plan, None)
+        if manifest.job.conditions is None:
+            raise RPGError(f"evaluate: {not_judged(self._name)}")
+        if self._judge is None:
+            raise RPGError(
+                f"evaluate: generator '{self._name}' is served without a collection to compare with"
+            )
+        return _Plan(plan, self._judge)
+
+
+def centre_preview(layout: Layout) -> list[tuple[str, list[float]]]:
+    """A few values of the mean training checkpoint, so that a page can show how a network differs from it.
+
+    Of each generated tensor its name and `min(numel, PREVIEW_VALUES)` values; value k of n is the one at
+    `k * numel // n` of the flattened tensor.
+    """
+    return [
+        (spec.name, [float(flat[k * spec.numel // count]) for k in range(count)])
+        for spec in layout.specs
+        if spec.tokens
+        for flat, count in [(layout.centre[spec.name].view(-1), min(spec.numel, PREVIEW_VALUES))]
+    ]
+
+
+def _measures(plan: _Plan, index: int, file: ModelWriter) -> tuple[float | None, float | None]:
+    """Accuracy and similarity of a finished model, where its job asks for them."""
+    condition = plan.models.job.condition_of(index)
+    if plan.judge is None or condition is None:
+        return None, None
+    accuracy, similarity = astuple(plan.judge.judge(read_checkpoint(file.path), condition))
+    return accuracy, similarity
+
+
+def _load(entry: GeneratorEntry, cache: CacheConfig) -> tuple[Generator, str]:
+    """A generator of the configuration, on the CPU, with its model card."""
+    path = location(entry.path)
+    local = local_copy(path, Path(cache.directory), int(cache.gigabytes * 1e9))
+    try:
+        generator = Generator.from_pretrained(local)
+    except (RPGError, SafetensorError) as error:
+        raise RPGError(str(error).replace(str(local), str(path).rstrip("/"))) from error
+    try:
+        return generator, (local / CARD_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return generator, generator.card()
+
+
+def _load_judge(entry: GeneratorEntry, device: torch.device) -> "Judge":
+    # Imported where it is needed, because task families bring scikit-learn with them.
+    from rpg.evaluation.judge import Judge
+
+    return Judge(Collection.load(location(entry.collection)), entry.images, device)
+
+
+async def _gathered(events: "asyncio.Queue[Made | BaseException]") -> tuple[list[Made], str | None]:
+    """What happened in a short while: finished models, and why the job fails, if it does."""
+    first = await events.get()
+    if isinstance(first, Made):
+        await asyncio.sleep(_GATHER_SECONDS)
+    made: list[Made] = []
+    event: Made | BaseException | None = first
+    while event is not None:
+        if isinstance(event, RPGError | OSError):
+            return made, " ".join(str(event).split())
+        if isinstance(event, BaseException):
+            raise event
+        made.append(event)
+        event = None if events.empty() else events.get_nowait()
+    return made, None

@@ -18,7 +18,7 @@ from rpg.collection.collection import Collection
 from rpg.collection.shards import ShardedCollection, write_manifest, write_shard
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import TokenDtype
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.storage.files import write_json
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.training.fit import fit, new_trainer

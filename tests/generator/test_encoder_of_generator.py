@@ -16,7 +16,7 @@ from rpg.commands.main import main
 from rpg.config import ConditionKind, RecurrentKind, to_plain
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.storage.locations import location
 from rpg.text_encoder import TextEncoder, encoder_digest
 from tests.s3_server import S3Server

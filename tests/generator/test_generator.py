@@ -28,7 +28,7 @@ from rpg.config import (
 from rpg.errors import RPGError
 from rpg.generator import generator as generator_module
 from rpg.generator.generator import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE, Generator
-from rpg.sampling.sampler import ModelRequest, PackedSampler
+from tests.sampling.packing import Asked, sampled_tokens
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]
@@ -198,8 +198,7 @@ def test_states_are_saved_and_named(
 
 
 def sampled(generator: Generator, condition: Tensor) -> Tensor:
-    sampler = PackedSampler(generator, SamplingConfig(steps=3, token_batch=32), seed=1)
-    return torch.cat([s.values for s in sampler.sample([ModelRequest(0, condition)])])
+    return sampled_tokens(generator, SamplingConfig(steps=3, token_batch=32), [Asked(0, condition)], seed=1)
 
 
 @pytest.mark.parametrize("recurrent", list(RecurrentKind))

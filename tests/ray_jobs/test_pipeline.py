@@ -11,7 +11,7 @@ from rpg.collection.collection import Collection
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Solver
 from rpg.generator.generator import Generator
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.digits import DigitsNet, digits_images
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,10 +34,12 @@ from rpg.config import (
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling import job as job_module
-from rpg.sampling.job import GenerationJob, generate_models, run_job
-from rpg.sampling.model_writer import ModelFile
+from rpg.sampling.generate import generate_models, run_job
+from rpg.sampling.job import GenerationJob
+from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.noise import permutation_state
-from rpg.sampling.sampler import ModelRequest, PackedSampler
+from rpg.sampling.writers import LARGE_VALUES
+from tests.sampling.packing import Asked, sampled_tokens
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]
@@ -66,10 +68,9 @@ def test_files_hold_what_was_sampled(
     assert [path.name for path in paths] == [f"model_{i:06d}.safetensors" for i in range(6)]
     assert sorted((tmp_path / "out").iterdir()) == paths
     assert calls == [(i, 6) for i in range(7)]
-    sampler = PackedSampler(generator, SAMPLING, 5)
     for index, path in enumerate(paths):
-        request = ModelRequest(index, torch.tensor(CONDITIONS[index // 3]))
-        tokens = torch.cat([sampled.values for sampled in sampler.sample([request])])
+        asked = Asked(index, torch.tensor(CONDITIONS[index // 3]))
+        tokens = sampled_tokens(generator, SAMPLING, [asked], 5)
         expected = generator.layout.decode(Encoded(tokens, generator.layout.constants))
         found = load_file(path)
         assert found.keys() == expected.keys()
@@ -168,83 +169,117 @@ def test_models_of_another_arithmetic_are_made_anew(
     assert changed(before, paths) == []
 
 
-def test_shares_of_a_job_make_the_files_of_the_whole(
-    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(params=["large", "small"])
+def sized(request: pytest.FixtureRequest, generator: Generator, large_generator: Generator) -> Generator:
+    """A generator of models that several threads write, or one of models that one thread writes."""
+    return large_generator if request.param == "large" else generator
+
+
+@pytest.fixture(scope="module")
+def large_generator(make_generator: MakeGenerator, make_layout: MakeLayout) -> Generator:
+    template = {"weight": torch.zeros(LARGE_VALUES // 2), "bias": torch.zeros(LARGE_VALUES // 2 + 1)}
+    return make_generator(make_layout(2**16, template=template))
+
+
+def test_shares_of_a_job_make_the_files_of_the_whole(tmp_path: Path, sized: Generator) -> None:
     job = GenerationJob(CONDITIONS, 4, 1, SAMPLING)
     assert len(job) == 8
     assert [job.condition_of(i) for i in (0, 3, 4, 7)] == [CONDITIONS[0]] * 2 + [CONDITIONS[1]] * 2
-    whole = run_job(generator, job, range(8), tmp_path / "whole")
-    # Others are written by several threads.
-    monkeypatch.setattr(job_module, "_LARGE_VALUES", 0)
+    whole = run_job(sized, job, range(8), tmp_path / "whole")
     for share in ([0], [1, 2, 6], [3, 4, 5, 7]):
-        for path in run_job(generator, job, share, tmp_path / "shares"):
+        for path in run_job(sized, job, share, tmp_path / "shares"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     assert len(whole) == len(list((tmp_path / "shares").iterdir())) == 8
 
 
-@pytest.mark.parametrize("large", [0, 2**20], ids=["several threads", "one thread"])
 def test_an_interrupted_job_leaves_whole_files_only(
-    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, large: int
+    tmp_path: Path, sized: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_module, "_LARGE_VALUES", large)
-    expected = generate_models(generator, CONDITIONS, 3, 5, tmp_path / "whole", SAMPLING)
+    expected = generate_models(sized, CONDITIONS, 3, 5, tmp_path / "whole", SAMPLING)
     written = 0
 
-    class Interrupted(ModelFile):
+    class Interrupted(ModelWriter):
         def write_token(self, index: int, values: Tensor) -> None:
             nonlocal written
             written += 1
-            if written == 3 * generator.layout.tokens + 2:
+            if written == 3 * sized.layout.tokens + 2:
                 raise KeyboardInterrupt
             super().write_token(index, values)
 
-    monkeypatch.setattr(job_module, "ModelFile", Interrupted)
+    monkeypatch.setattr(job_module, "ModelWriter", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        generate_models(generator, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
+        generate_models(sized, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
     monkeypatch.undo()
     left = sorted((tmp_path / "out").iterdir())
     # Several threads may have finished others than the first three, and fewer.
     assert 0 < len(left) < len(expected)
-    assert large == 0 or [path.name for path in left] == [path.name for path in expected[:3]]
+    is_large = sized.layout.token_size == 2**16
+    assert is_large or [path.name for path in left] == [path.name for path in expected[:3]]
     for path in left:
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     before = stamps(left)
-    paths = generate_models(generator, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
+    paths = generate_models(sized, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
     assert changed(before, left) == []
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in expected]
 
 
-def test_a_full_disk_is_told_of_the_file_that_met_it(
-    tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupt_while_writing_leaves_whole_files_only(
+    tmp_path: Path, large_generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_module, "_LARGE_VALUES", 0)
+    """Ctrl-C comes to the main thread, which waits for threads that write slowly."""
+    began = threading.Event()
+    put = ModelWriter._put
+
+    def slow(file: ModelWriter, position: int, data: memoryview) -> None:
+        began.set()
+        time.sleep(0.02)
+        put(file, position, data)
+
+    monkeypatch.setattr(ModelWriter, "_put", slow)
+    here = threading.get_ident()
+
+    def interrupt() -> None:
+        began.wait(20)
+        time.sleep(0.3)
+        signal.pthread_kill(here, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        generate_models(large_generator, CONDITIONS, 30, 5, tmp_path, SAMPLING)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(list(tmp_path.iterdir())) < 60
+    assert not [
+        each for each in threading.enumerate() if each.name.startswith(("write", "finish")) and _works(each)
+    ]
+
+
+def _works(thread: threading.Thread) -> bool:
+    """Whether a thread goes on for longer than a moment."""
+    thread.join(5)
+    return thread.is_alive()
+
+
+def test_a_full_disk_is_told_of_the_file_that_met_it(
+    tmp_path: Path, large_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     others = threading.Event()
+    put = ModelWriter._put
 
-    class Full(ModelFile):
-        def write_token(self, index: int, values: Tensor) -> None:
-            if self.path.name == "model_000001.safetensors":
-                # While others are being written.
-                others.wait(20)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            super().write_token(index, values)
-            if index == 1:
-                others.set()
-                time.sleep(0.1)
+    def full(file: ModelWriter, position: int, data: memoryview) -> None:
+        if file.path.name == "model_000001.safetensors":
+            # While others are being written.
+            others.wait(20)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(file, position, data)
+        if file.path.name == "model_000002.safetensors":
+            others.set()
+            time.sleep(0.1)
 
-        def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-            try:
-                super().__exit__(kind, error, traceback)
-            finally:
-                if kind is not None and self.path.name != "model_000001.safetensors":
-                    # What waits to be written meets the same disk when the file is closed.
-                    raise RPGError(f"{self.path}: cannot be written: No space left on device")
-
-    monkeypatch.setattr(job_module, "ModelFile", Full)
+    monkeypatch.setattr(ModelWriter, "_put", full)
     with pytest.raises(
         RPGError, match=r"model_000001\.safetensors: cannot be written: No space left on device"
     ):
-        generate_models(generator, CONDITIONS, 3, 5, tmp_path, SAMPLING)
+        generate_models(large_generator, CONDITIONS, 3, 5, tmp_path, SAMPLING)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert not (tmp_path / "model_000001.safetensors").exists()
 
@@ -296,7 +331,7 @@ def test_a_full_disk_leaves_earlier_files_whole(tmp_path: Path, make_layout: Mak
         from pathlib import Path
         from rpg.config import SamplingConfig
         from rpg.errors import RPGError
-        from rpg.sampling.job import generate_models
+        from rpg.sampling.generate import generate_models
         from rpg.generator.generator import Generator
         generator = Generator.from_pretrained(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
@@ -342,9 +377,7 @@ def test_every_model_of_a_task_has_a_state_of_its_own(
     states = [permutation_state(5, i, 3) for i in range(8)]
     assert set(states) == {0, 1, 2}
     rows = [torch.tensor([*CONDITIONS[i // 4], state]) for i, state in enumerate(states)]
-    sampler = PackedSampler(generator, SAMPLING, seed=5)
-    requests = [ModelRequest(i, row) for i, row in enumerate(rows)]
-    sampled = torch.cat([each.values for each in sampler.sample(requests)])
+    sampled = sampled_tokens(generator, SAMPLING, [Asked(i, row) for i, row in enumerate(rows)], 5)
     models = sampled.view(8, generator.layout.tokens, -1)
     for path, tokens in zip(paths, models, strict=True):
         expected = generator.layout.decode(Encoded(tokens, generator.layout.constants))

@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from rpg.collection.layout import Encoded, Layout
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
 from rpg.errors import RPGError
-from rpg.sampling.model_writer import ModelFile
+from rpg.sampling.model_writer import ModelWriter
 from rpg.tasks.digits import DigitsNet
 
 MakeLayout = Callable[..., Layout]
@@ -44,8 +45,21 @@ def mixed() -> dict[str, Tensor]:
     }
 
 
+@contextmanager
+def written(
+    path: Path, layout: Layout, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
+) -> Iterator[ModelWriter]:
+    """A writer whose file is put in place if the block ends well."""
+    file = ModelWriter(path, layout, metadata or {}, dtype).open()
+    try:
+        yield file
+        file.commit()
+    finally:
+        file.discard()
+
+
 def write(path: Path, layout: Layout, tokens: Tensor, metadata: dict[str, str] | None = None) -> None:
-    with ModelFile(path, layout, metadata or {}) as file:
+    with written(path, layout, metadata) as file:
         for index, values in enumerate(tokens):
             file.write_token(index, values)
 
@@ -83,7 +97,7 @@ def test_reads_back_as_the_layout_decodes(
     assert_is_decoded(path, layout, tokens)
     # Tokens may come in any order: each has its place.
     again = path.with_name("again.safetensors")
-    with ModelFile(again, layout, {}) as file:
+    with written(again, layout, {}) as file:
         for index in reversed(range(layout.tokens)):
             file.write_token(index, tokens[index])
     assert again.read_bytes() == path.read_bytes()
@@ -98,7 +112,7 @@ def test_another_dtype_is_that_of_module_to(
     assert any(value.is_floating_point() for value in layout.constants.values())
     tokens = torch.randn(layout.tokens, 8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "model.safetensors"
-    with ModelFile(path, layout, {}, dtype) as file:
+    with written(path, layout, {}, dtype) as file:
         for index, values in enumerate(tokens):
             file.write_token(index, values)
     assert path.stat().st_size == file.size
@@ -114,7 +128,7 @@ def test_what_a_dtype_cannot_hold_is_refused(tmp_path: Path, make_layout: MakeLa
     path = tmp_path / "model.safetensors"
     with (
         pytest.raises(RPGError, match=r"tensor 'conv.weight': NaN or infinite"),
-        ModelFile(path, layout, {}, torch.float16) as file,
+        written(path, layout, {}, torch.float16) as file,
     ):
         file.write_token(0, torch.full((16,), 1e6))
     assert not path.exists()
@@ -124,7 +138,7 @@ def test_values_are_aligned_to_their_size(tmp_path: Path, make_layout: MakeLayou
     layout = make_layout(8, template=mixed())
     path = tmp_path / "model.safetensors"
     write(path, layout, torch.zeros(layout.tokens, 8))
-    file = ModelFile(path, layout, {})
+    file = ModelWriter(path, layout, {})
     start = len(file._header)
     assert start % 8 == 0
     for spec in layout.specs:
@@ -186,7 +200,7 @@ def test_what_is_interrupted_leaves_no_file(
 
 
 def interrupted(path: Path, layout: Layout, error: type[BaseException]) -> None:
-    with ModelFile(path, layout, {}) as file:
+    with written(path, layout, {}) as file:
         file.write_token(0, torch.ones(16))
         raise error
 
@@ -195,7 +209,7 @@ def test_a_directory_that_is_a_file_is_refused(tmp_path: Path, make_layout: Make
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(RPGError, match=r"model: cannot be written: (Not a directory|File exists)"),
-        ModelFile(tmp_path / "file" / "model", make_layout(16), {}),
+        written(tmp_path / "file" / "model", make_layout(16), {}),
     ):
         pass
 
@@ -212,14 +226,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         from pathlib import Path
         from rpg.collection.layout import Layout
         from rpg.errors import RPGError
-        from rpg.sampling.model_writer import ModelFile
+        from rpg.sampling.model_writer import ModelWriter
         directory, limit = Path(sys.argv[1]), int(sys.argv[2])
         layout = Layout.load(directory / "layout")
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            with ModelFile(directory / "out" / "model.safetensors", layout, {"long": "x" * 300}) as file:
+            file = ModelWriter(directory / "out" / "model.safetensors", layout, {"long": "x" * 300}).open()
+            try:
                 for token in range(layout.tokens):
                     file.write_token(token, torch.zeros(512))
+                file.commit()
+            finally:
+                file.discard()
         except RPGError as error:
             assert not list((directory / "out").iterdir()), "left behind"
             print(error)

@@ -22,10 +22,12 @@ from rpg.config import (
 )
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling import prototypes
+from rpg.sampling.batch_sampler import BatchSampler
+from rpg.sampling.job import GenerationJob, condition_row
 from rpg.sampling.noise import gaussian
-from rpg.sampling.sampler import PROTOTYPE_PIECE, ModelRequest, PackedSampler, check_condition
+from rpg.sampling.prototypes import PROTOTYPE_PIECE, Prototypes
 from rpg.sampling.solvers import solver_steps
+from tests.sampling.packing import Asked, packed
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]
@@ -39,7 +41,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def requests_for(generator: Generator, models: int) -> list[ModelRequest]:
+def requests_for(generator: Generator, models: int) -> list[Asked]:
     """Models of four conditions, some of neighbours that are alike."""
     kind = generator.config.condition.kind
     random = torch.Generator().manual_seed(2)
@@ -49,16 +51,16 @@ def requests_for(generator: Generator, models: int) -> list[ModelRequest]:
         ConditionKind.permutation: lambda i: torch.tensor(i % 3),
         ConditionKind.none: lambda i: torch.zeros(0),
     }
-    return [ModelRequest(i, rows[kind](i)) for i in range(models)]
+    return [Asked(i, rows[kind](i)) for i in range(models)]
 
 
 def sample(
-    generator: Generator, sampling: SamplingConfig, requests: Sequence[ModelRequest], seed: int = 11
+    generator: Generator, sampling: SamplingConfig, requests: Sequence[Asked], seed: int = 11
 ) -> dict[int, Tensor]:
     """Every model's tokens, which must come in order and all of them."""
     pieces: dict[int, list[Tensor]] = {}
     order = []
-    for models, tokens, values in PackedSampler(generator, sampling, seed).sample(requests):
+    for models, tokens, values in packed(generator, sampling, requests, seed):
         for model, token, row in zip(models.tolist(), tokens.tolist(), values, strict=True):
             order.append((model, token))
             pieces.setdefault(model, []).append(row)
@@ -177,25 +179,27 @@ def test_prototypes_are_the_generators(
 
 
 def test_jobs_that_take_turns_do_not_compute_prototypes_anew(
-    make_generator: MakeGenerator, make_layout: MakeLayout, monkeypatch: pytest.MonkeyPatch
+    make_generator: MakeGenerator, make_layout: MakeLayout
 ) -> None:
     generator = make_generator(make_layout())
     conditions = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    requests = [ModelRequest(index, conditions[index % 40]) for index in range(120)]
+    requests = [Asked(index, conditions[index % 40]) for index in range(120)]
     computed: list[int] = []
     generator.recurrent.register_forward_hook(lambda *call: computed.append(1))
     sampling = SamplingConfig(steps=1, token_batch=96)
-    expected = sample(generator, sampling, requests)
+    sample(generator, sampling, requests)
     assert len(computed) == 40
-    # With room for none they are as before.
-    monkeypatch.setattr(prototypes, "_REMEMBERED_BYTES", 0)
-    found = sample(generator, sampling, requests)
-    assert len(computed) == 40 + 120
-    assert all(torch.equal(found[index], expected[index]) for index in expected)
+    # With room for none each is computed again, and is the same.
+    kept, forgotten = Prototypes(generator, sampling), Prototypes(generator, sampling, remembered_bytes=0)
+    for _ in range(2):
+        for condition in conditions:
+            pairs = zip(kept.pieces(condition), forgotten.pieces(condition), strict=True)
+            assert all(torch.equal(known[0], again[0]) for known, again in pairs)
+    assert len(computed) == 40 + 40 + 80
 
 
 @torch.no_grad()
-def plainly(generator: Generator, sampling: SamplingConfig, request: ModelRequest, seed: int = 11) -> Tensor:
+def plainly(generator: Generator, sampling: SamplingConfig, request: Asked, seed: int = 11) -> Tensor:
     """One model, all of its tokens at once, from the definitions."""
     layout, row = generator.layout, request.condition[None]
     models, tokens = torch.full((layout.tokens,), request.index), torch.arange(layout.tokens)
@@ -255,12 +259,12 @@ def test_seed_index_and_condition_all_matter(make_generator: MakeGenerator, make
     generator = make_generator(make_layout(16))
     sampling = SamplingConfig(steps=3)
     row = torch.ones(3)
-    base = sample(generator, sampling, [ModelRequest(4, row)])[4]
-    assert not torch.equal(sample(generator, sampling, [ModelRequest(4, row)], seed=12)[4], base)
-    assert not torch.equal(sample(generator, sampling, [ModelRequest(5, row)])[5], base)
-    assert not torch.equal(sample(generator, sampling, [ModelRequest(4, 2 * row)])[4], base)
+    base = sample(generator, sampling, [Asked(4, row)])[4]
+    assert not torch.equal(sample(generator, sampling, [Asked(4, row)], seed=12)[4], base)
+    assert not torch.equal(sample(generator, sampling, [Asked(5, row)])[5], base)
+    assert not torch.equal(sample(generator, sampling, [Asked(4, 2 * row)])[4], base)
     cold = SamplingConfig(steps=3, temperature=0.0)
-    still = sample(generator, cold, [ModelRequest(4, row), ModelRequest(5, row)])
+    still = sample(generator, cold, [Asked(4, row), Asked(5, row)])
     assert torch.equal(still[4], still[5])
 
 
@@ -284,7 +288,8 @@ def test_bad_settings_are_refused(
     make_generator: MakeGenerator, make_layout: MakeLayout, sampling: SamplingConfig, seed: int, message: str
 ) -> None:
     with pytest.raises(RPGError, match=message):
-        PackedSampler(make_generator(make_layout(16)), sampling, seed)
+        job = GenerationJob(None, 1, seed, sampling)
+        BatchSampler(make_generator(make_layout(16)), job.sampling)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +310,7 @@ def test_bad_conditions_are_refused(
     message: str,
 ) -> None:
     with pytest.raises(RPGError, match=message):
-        check_condition(make_generator(make_layout(16), condition=kind), condition)
+        condition_row(make_generator(make_layout(16), condition=kind).config.condition, condition)
 
 
 PEAK_MEMORY = """
@@ -319,7 +324,8 @@ PEAK_MEMORY = """
         ConditionConfig, ConditionKind, DenoiserConfig, GeneratorConfig, Normalisation, RecurrentConfig,
         SamplingConfig,
     )
-    from rpg.sampling.job import GenerationJob, run_job
+    from rpg.sampling.generate import run_job
+    from rpg.sampling.job import GenerationJob
     from rpg.generator.generator import Generator
 
     torch.set_num_threads(1)

@@ -15,8 +15,8 @@ from rpg.collection.layout import Layout
 from rpg.config import ConditionKind, DiffusionConfig, Prediction, SamplingConfig, Schedule, Solver
 from rpg.generator.diffusion import Diffusion, signal_power
 from rpg.generator.generator import Generator
-from rpg.sampling.sampler import ModelRequest, PackedSampler
 from rpg.sampling.solvers import SolverStep, solver_steps, spaced_timesteps
+from tests.sampling.packing import Asked, sampled_tokens
 
 
 @settings(deadline=None, max_examples=200)
@@ -256,8 +256,7 @@ def test_gaussian_data_come_back_from_the_packed_sampler(
 ) -> None:
     generator = make_generator(make_layout(SIZE), condition=ConditionKind.none, prediction=prediction)
     setattr(generator, "denoiser", ExactDenoiser(prediction))  # noqa: B010  (of another type than declared)
-    sampler = PackedSampler(generator, sampling, seed=5)
-    requests = [ModelRequest(i, torch.zeros(0)) for i in range(25)]
-    values = torch.cat([sampled.values for sampled in sampler.sample(requests)])
+    asked = [Asked(i, torch.zeros(0)) for i in range(25)]
+    values = sampled_tokens(generator, sampling, asked, seed=5)
     assert len(values) == 25 * generator.layout.tokens
     check_samples(values, exact_moments(solver_steps(schedule(), sampling)))

@@ -29,7 +29,8 @@ from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.config import RecurrentKind, SamplingConfig, Solver, save_config
 from rpg.generator.generator import Generator
-from rpg.sampling.job import GenerationJob, run_job
+from rpg.sampling.generate import run_job
+from rpg.sampling.job import GenerationJob
 from rpg.storage.locations import location
 from rpg.tasks.digits import DigitsNet
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
@@ -40,7 +41,7 @@ from serve.dispatch.scheduler import Served
 from serve.dispatch.store import JobStore
 from serve.http.auth import Caller
 from serve.http.routes import http_app
-from serve.replicas.local_maker import LocalMaker
+from serve.replicas.replica import Replica
 
 ROOT = Path(__file__).parents[2]
 CONDITIONS = [[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]
@@ -176,7 +177,7 @@ class Service:
     """The service in this process: no Ray, no sockets."""
 
     dispatcher: Dispatcher
-    maker: LocalMaker
+    maker: Replica
     store: JobStore
     app: FastAPI
     client: httpx.AsyncClient
@@ -195,10 +196,10 @@ class Service:
 
 @asynccontextmanager
 async def _service(
-    config: ServeConfig, wrap: Callable[[LocalMaker], Any] = lambda maker: maker
+    config: ServeConfig, wrap: Callable[[Replica], Any] = lambda maker: maker
 ) -> AsyncIterator[Service]:
     store = JobStore(location(config.storage))
-    maker = LocalMaker(config.generators[0], store, CacheConfig())
+    maker = Replica(config.generators[0], config.storage, CacheConfig())
     dispatcher = Dispatcher(store, config.limits, config.retention, NoMeters())
 
     async def metrics() -> str:
@@ -206,7 +207,7 @@ async def _service(
 
     await dispatcher.start()
     await dispatcher.serve(
-        Served("small", maker._generator.config, 1, bool(config.generators[0].collection)), wrap(maker)
+        Served("small", maker.generator.config, 1, bool(config.generators[0].collection)), wrap(maker)
     )
     app = http_app(DispatcherDesk(dispatcher), store, config, metrics)
     transport = httpx.ASGITransport(app)
@@ -215,7 +216,7 @@ async def _service(
             yield Service(dispatcher, maker, store, app, client)
     finally:
         await dispatcher.stop()
-        await asyncio.to_thread(maker.engine.close)
+        await asyncio.to_thread(maker.close)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from rpg.client.calls import Calls
 from rpg.client.transport import AsyncTransport
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling.job import GenerationJob, run_job
+from rpg.sampling.generate import run_job
+from rpg.sampling.job import GenerationJob
 from rpg.text_encoder import TextEncoder
 from serve.config import ServeConfig
 from serve.dispatch import dispatcher as dispatcher_module

@@ -27,7 +27,7 @@ from rpg.commands.main import main
 from rpg.config import SamplingConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.sampling.job import generate_models
+from rpg.sampling.generate import generate_models
 from rpg.storage.directories import remove_directory
 from rpg.storage.errors import StorageError
 from rpg.storage.files import copy_file, read_json, replacing_file, sha256, write_json, write_text

@@ -28,7 +28,7 @@ class AdaLNMLPOnGPU:
     ) -> None:
         """Sample with `denoiser`, on a GPU, at `timesteps`, one a step.
 
-        `eight_bits`: see `rpg.sampling.placement.samples_in_eight_bits`.
+        `eight_bits`: see `rpg.sampling.precision.samples_in_eight_bits`.
         """
         self.dtype = dtype
         self.width = denoiser.width

@@ -17,7 +17,7 @@ class Product:
             layer: a linear layer.
             dtype: of weights and factors; with `eight_bits` of bias and results alone.
             eight_bits: whether weights, with a scale for each of their rows, and factors have 8 bits; sizes
-                are as `rpg.sampling.placement.samples_in_eight_bits` asks then.
+                are as `rpg.sampling.precision.samples_in_eight_bits` asks then.
         """
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach()

@@ -48,7 +48,7 @@ class GPULoop:
             size: rows of every batch.
             clip: largest magnitude of an estimate; 0 is any.
             dtype: of the matrix products, or of their results where these are of 8 bits.
-            eight_bits: whether an AdaLN MLP multiplies 8-bit floats (`placement.samples_in_eight_bits`).
+            eight_bits: whether an AdaLN MLP multiplies 8-bit floats (`precision.samples_in_eight_bits`).
             graph: whether to record the loop; without, it runs step by step.
         """
         device = generator.positions.device

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from rpg.config import DenoiserConfig, DenoiserKind, GeneratorConfig, SamplingConfig, validate_sampling
 from rpg.errors import RPGError
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
-from rpg.sampling.placement import samples_in_eight_bits, used_precision
+from rpg.sampling.precision import samples_in_eight_bits, used_precision
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -93,12 +93,12 @@ def denoiser_and_inputs(device):
 
 
 def test_denoiser(device, monkeypatch):
-    from rpg.generator.denoiser import products
+    from rpg.sampling.gpu import linear
     from rpg.sampling.gpu.adaln_mlp import AdaLNMLPOnGPU
 
     if device.type == "cpu":
         # PyTorch has these products for GPUs alone.
-        monkeypatch.setattr(products, "scaled_product", exact_product)
+        monkeypatch.setattr(linear, "scaled_product", exact_product)
     denoiser, x, prototypes = denoiser_and_inputs(device)
     dtype = torch.bfloat16
     with torch.inference_mode():

@@ -18,14 +18,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file
-from torch import Tensor
 
 from rpg.collection.layout import Layout
 from rpg.config import ConditionKind, RecurrentKind, SamplingConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.job import GenerationJob
-from rpg.sampling.model_writer import ModelFile
+from rpg.sampling.model_writer import ModelWriter
 from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
 from serve.config import ServeConfig
@@ -35,7 +34,7 @@ from serve.dispatch import store as job_store
 from serve.dispatch.lease import Description, Lease
 from serve.dispatch.records import Made, Manifest, State
 from serve.dispatch.store import JobStore, is_id, new_id
-from serve.replicas.local_maker import LocalMaker
+from serve.replicas.replica import Replica
 from tests.s3_server import Proxy, S3Server
 from tests.serve.conftest import CONDITIONS, Measurable, bearer, caller
 
@@ -249,7 +248,7 @@ def test_cancelling_stops_within_a_batch(config: ServeConfig, in_process: InProc
 class Unreliable:
     """Replicas that are lost in the middle of every other lease."""
 
-    def __init__(self, maker: LocalMaker) -> None:
+    def __init__(self, maker: Replica) -> None:
         self.maker = maker
         self.leases = 0
 
@@ -371,15 +370,15 @@ def test_an_ended_job_is_not_begun_again(config: ServeConfig, in_process: InProc
 def test_a_full_disk_fails_the_job_alone_and_a_retry_works(
     config: ServeConfig, in_process: InProcess, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = ModelFile._write
+    put = ModelWriter._put
     full = True
 
-    def limited(self: ModelFile, name: str, start: int, values: Tensor) -> None:
+    def limited(self: ModelWriter, position: int, data: memoryview) -> None:
         if full and self.path.name == "model_000002.safetensors":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, name, start, values)
+        put(self, position, data)
 
-    monkeypatch.setattr(ModelFile, "_write", limited)
+    monkeypatch.setattr(ModelWriter, "_put", limited)
 
     async def run() -> str:
         nonlocal full
@@ -440,12 +439,12 @@ def test_a_job_that_is_stored_is_accepted_whatever_can_be_read(
 def test_a_slow_disk_does_not_hold_up_sampling(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelFile, "sha256", lambda self: time.sleep(0.2) or "0" * 64)
+    monkeypatch.setattr(ModelWriter, "sha256", lambda self: time.sleep(0.2) or "0" * 64)
 
     async def run() -> None:
         async with in_process(config) as service:
             id = (await submit(service, number=24)).json()["id"]
-            tokens = 24 * service.maker._generator.layout.tokens
+            tokens = 24 * service.maker.generator.layout.tokens
             while service.maker.engine.statistics.tokens < tokens - 9 * 15:
                 await asyncio.sleep(0.01)
             assert len(service.dispatcher.job(caller(), id).progress.made) < 12

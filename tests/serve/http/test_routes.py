@@ -329,7 +329,7 @@ def test_generators_are_described(calling: Calling) -> None:
         problem(await service.client.get("/v1/generators/other", headers=ALICE), 404)
         centre = (await service.client.get("/v1/generators/small/centre", headers=ALICE)).json()
         assert centre["digest"] == detail["digest"]
-        mean = service.maker._generator.layout.centre["head.weight"].flatten()
+        mean = service.maker.generator.layout.centre["head.weight"].flatten()
         sampled = [float(mean[k * 72 // 64]) for k in range(64)]
         assert {"name": "head.weight", "numel": 72, "values": sampled} in centre["tensors"]
         problem(await service.client.get("/v1/generators/other/centre", headers=ALICE), 404)

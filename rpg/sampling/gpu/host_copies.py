@@ -1,33 +1,11 @@
-"""A sampled batch on its way to the host."""
+"""Sampled weights on their way from a GPU to the host, beside what the GPU computes next."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rpg.sampling.model_writer import ModelFile
-
-
-@dataclass
-class SampledBatch:
-    """Normalised values of sampled tokens, [N, token_size], on the CPU."""
-
-    values: Tensor
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-    def write(self, rows: slice, file: ModelFile, first_token: int) -> None:
-        """Write `rows`, consecutive tokens of one model from `first_token` on, into its file.
-
-        Raises:
-            RPGError: naming file and tensor, if the weights are not finite.
-        """
-        for i, values in enumerate(self.values[rows]):
-            file.write_token(first_token + i, values)
+from rpg.sampling.model_writer import ModelWriter
 
 
 @dataclass
@@ -46,23 +24,24 @@ class ArrivingBatch:
         """Return when all has arrived; from any thread."""
         self.copied.synchronize()
 
-    def write(self, rows: slice, file: ModelFile, first_token: int) -> None:
-        """As `SampledBatch.write`."""
+    def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
+        """Write `rows`, consecutive tokens of one model from `first_token` on, into its file.
+
+        Raises:
+            RPGError: as `ModelWriter.write_weights`.
+        """
         self.wait()
         file.write_weights(first_token, self.weights[rows], self.finite[rows])
 
 
-Sampled = SampledBatch | ArrivingBatch
-
-
 class HostCopies:
-    """Copies from a GPU to the host beside what it computes."""
+    """Copies from a GPU to pinned memory of the host, in a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
     def start(self, weights: Tensor) -> ArrivingBatch:
-        """Begin to copy weights [N, token_size] to pinned memory."""
+        """Begin to copy weights [N, token_size]; returns at once."""
         self._stream.wait_stream(torch.cuda.current_stream(weights.device))
         host = torch.empty(weights.shape, dtype=weights.dtype, pin_memory=True)
         finite = torch.empty(len(weights), dtype=torch.bool, pin_memory=True)

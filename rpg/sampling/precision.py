@@ -1,4 +1,4 @@
-"""Which sampling loop suits a generator's device and sizes."""
+"""Which sampling loop, and which precision of its products, suits a generator's device and sizes."""
 
 import torch
 from torch.nn import functional as F

@@ -1,0 +1,246 @@
+"""The engine: requests in, tokens of all of them packed into batches, batches sampled, files written.
+
+One core serves every way to generate: `rpg.sampling.generate` steps it until its one request is done, and a
+replica of the service lets a thread of its own `run` it. Each step schedules a batch, samples it and hands it
+to the writing threads. Requests whose sampling settings are equal share batches, whatever their seeds and
+conditions; the others take turns. Tokens are taken model by model, so memory depends on the batch alone
+(invariant 3 of docs/architecture.md).
+"""
+
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from rpg.errors import RPGError
+from rpg.generator.generator import Generator
+from rpg.sampling.batch_sampler import BatchSampler, Sampled
+from rpg.sampling.fair_queue import FairQueue
+from rpg.sampling.request import Request, Segment
+from rpg.sampling.rows import Rows
+from rpg.sampling.writers import LARGE_VALUES, OrderedWriters
+
+_KEPT_SAMPLERS = 4
+"""Settings whose sampler is kept: on a GPU each holds the denoiser's weights once more, in 16 or 8 bits."""
+
+
+@dataclass
+class EngineStatistics:
+    """Sums since the engine began."""
+
+    batches: int = 0
+    tokens: int = 0
+    places: int = 0
+    """Rows of all batches, filled or not."""
+    sampling_seconds: float = 0.0
+
+
+class Engine:
+    """Makes the models of requests with one generator.
+
+    `submit` and `drop` may be called from any thread; `step` or `run` from one thread only.
+
+    Attributes:
+        generator: on the device that samples.
+        statistics: what was done so far.
+        broken: what ended `run`, if anything did.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        batches_ahead: int = 0,
+        large_values: int = LARGE_VALUES,
+        observe: Callable[[int, int, float], None] = lambda *batch: None,
+    ) -> None:
+        """Sample on the device where `generator` lies.
+
+        Args:
+            generator: what samples.
+            batches_ahead: batches that are given to a GPU before the one before is waited for. None at all
+                lets a dropped request end within one batch.
+            large_values: sampled values from which on a model is written by one of several threads.
+            observe: told (rows, places, seconds) of every batch.
+        """
+        self.generator = generator
+        self.statistics = EngineStatistics()
+        self.broken: BaseException | None = None
+        self._observe = observe
+        self._batches_ahead = batches_ahead
+        self._submitted: deque[Request] = deque()
+        self._wake = threading.Event()
+        self._is_closing = False
+        self._requests: dict[str, list[Request]] = {}
+        self._turns: FairQueue[str] = FairQueue()
+        self._samplers: OrderedDict[str, BatchSampler] = OrderedDict()
+        self._on_the_way: deque[Sampled] = deque()
+        self._writers = OrderedWriters(large_values)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._fail_all(error)
+        self._close()
+
+    def submit(self, request: Request) -> None:
+        """Take up a request; returns at once."""
+        if self.broken is not None:
+            raise RuntimeError("the engine has stopped") from self.broken
+        self._submitted.append(request)
+        self._wake.set()
+
+    def drop(self, request: Request) -> None:
+        """Stop a request, within the batch that is being sampled; returns at once."""
+        request.drop()
+        self._wake.set()
+
+    @property
+    def jobs(self) -> int:
+        """Jobs with tokens to sample."""
+        return len(self._requests)
+
+    def step(self) -> bool:
+        """Sample one batch and have it written; False if there was nothing to sample."""
+        self._wake.clear()
+        self._admit()
+        self._remove_done()
+        sampler, segments = self._schedule()
+        if sampler is None:
+            return False
+        if segments:
+            self._sample(sampler, segments)
+        return True
+
+    def run(self) -> None:
+        """Step, and wait for requests, until another thread calls `stop`."""
+        try:
+            while not self._is_closing:
+                if not self.step():
+                    self._wake.wait()
+        except BaseException as error:
+            self.broken = error
+            self._fail_all(RuntimeError(f"sampling ended with {error!r}"))
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """End `run` after the batch at hand."""
+        self._is_closing = True
+        self._wake.set()
+
+    def _admit(self) -> None:
+        while self._submitted:
+            request = self._submitted.popleft()
+            if self.generator.layout.tokens == 0:
+                self._write_constants(request)
+                continue
+            requests = self._requests.setdefault(request.job, [])
+            for other in requests:
+                # A job is handed out again where whoever asked for it first is gone.
+                if not set(other.indices).isdisjoint(request.indices):
+                    other.fail_with(RuntimeError("its models were asked for once more"))
+            requests.append(request)
+            self._turns.join(request.job, request.priority)
+
+    def _write_constants(self, request: Request) -> None:
+        """Make the models of a layout without tokens: there is nothing to sample."""
+        try:
+            for index in request.missing():
+                if request.dropped:
+                    break
+                self._writers.finish(request, index, request.file_for(index, 0))
+        except RPGError as error:
+            request.fail_with(error)
+
+    def _remove_done(self) -> None:
+        for job, requests in list(self._requests.items()):
+            requests[:] = [request for request in requests if request.wants_rows]
+            if not requests:
+                del self._requests[job]
+                self._turns.leave(job)
+
+    def _schedule(self) -> tuple[BatchSampler | None, list[Segment]]:
+        """What the next batch is made of: the job whose turn it is, and those that may share it."""
+        order = self._turns.order()
+        if not order:
+            return None, []
+        settings = self._settings(order[0])
+        sampler = self._sampler(order[0])
+        segments: list[Segment] = []
+        room = sampler.size
+
+        def may_share(job: str) -> bool:
+            wants_rows = any(request.wants_rows for request in self._requests[job])
+            return wants_rows and self._settings(job) == settings
+
+        while room and (order := self._turns.order(may_share)):
+            peers = self._turns.shares(order[0], may_share)
+            share = math.ceil(room / len(peers))
+            for job in peers:
+                taken = self._take(job, sampler, min(share, room), segments)
+                self._turns.served(job, taken)
+                room -= taken
+        return sampler, segments
+
+    def _take(self, job: str, sampler: BatchSampler, count: int, segments: list[Segment]) -> int:
+        left = count
+        for request in self._requests[job]:
+            while left and request.wants_rows:
+                try:
+                    segment = request.take(sampler, left)
+                except RPGError as error:
+                    request.fail_with(error)
+                    break
+                if segment is not None:
+                    segments.append(segment)
+                    left -= len(segment.rows.tokens)
+        return count - left
+
+    def _sample(self, sampler: BatchSampler, segments: list[Segment]) -> None:
+        start = time.monotonic()
+        sampled = sampler.sample(Rows.joined([segment.rows for segment in segments]))
+        self._on_the_way.append(sampled)
+        while len(self._on_the_way) > self._batches_ahead:
+            self._on_the_way.popleft().wait()
+        seconds = time.monotonic() - start
+        self._writers.write(segments, sampled)
+        self.statistics.batches += 1
+        self.statistics.tokens += len(sampled)
+        self.statistics.places += sampler.size
+        self.statistics.sampling_seconds += seconds
+        self._observe(len(sampled), sampler.size, seconds)
+
+    def _settings(self, job: str) -> str:
+        return self._requests[job][0].plan.sampling
+
+    def _sampler(self, job: str) -> BatchSampler:
+        plan = self._requests[job][0].plan
+        if plan.sampling not in self._samplers:
+            self._samplers[plan.sampling] = BatchSampler(self.generator, plan.job.sampling)
+            if len(self._samplers) > _KEPT_SAMPLERS:
+                self._samplers.popitem(last=False)
+        self._samplers.move_to_end(plan.sampling)
+        return self._samplers[plan.sampling]
+
+    def _all(self) -> list[Request]:
+        return [*self._submitted, *(each for requests in self._requests.values() for each in requests)]
+
+    def _fail_all(self, error: BaseException) -> None:
+        for request in self._all():
+            request.fail_with(error)
+
+    def _close(self) -> None:
+        """Write what was sampled, and leave no unfinished file of any request."""
+        try:
+            self._writers.close()
+        finally:
+            for request in self._all():
+                request.drop()

@@ -1,0 +1,141 @@
+"""Threads that write sampled tokens into files while sampling goes on.
+
+A model's tokens are written in order, by one thread, since a file system lets one thread at a time write into
+a file. Large models are spread over several threads, because one thread may write them more slowly than a GPU
+samples them. Small ones share one thread, because what they take is Python's time. Files whose tokens are all
+written are finished by other threads, which mostly wait for the disk or the network.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import BoundedSemaphore
+
+from rpg.sampling.batch_sampler import Sampled
+from rpg.sampling.model_writer import ModelWriter
+from rpg.sampling.request import Request, Segment
+
+LARGE_VALUES = 2**20
+"""Models of at least so many sampled values are large."""
+_WAITING_BATCHES = 4
+"""Batches that may be sampled and not written: more would fill the memory where a disk is slow."""
+_WRITING_THREADS = 4
+_FINISHING_THREADS = 4
+_FINISHING_FILES = 64
+"""Files that may be open with all their tokens written."""
+
+
+class OrderedWriters:
+    """Writes the segments of sampled batches for their requests, each model's in the order of its tokens.
+
+    What goes wrong is told to the request that it belongs to, and ends that request alone.
+    """
+
+    def __init__(self, large_values: int = LARGE_VALUES) -> None:
+        """Start no thread yet. `large_values`: see `LARGE_VALUES`."""
+        self._large_values = large_values
+        self._writing = [ThreadPoolExecutor(1, "write") for _ in range(_WRITING_THREADS)]
+        self._finishing = ThreadPoolExecutor(_FINISHING_THREADS, "finish")
+        self._batches: deque[list[Future[None]]] = deque()
+        self._files: set[Future[None]] = set()
+        self._room_for_files = BoundedSemaphore(_FINISHING_FILES)
+        self._is_cancelled = False
+
+    def write(self, segments: Sequence[Segment], sampled: Sampled) -> None:
+        """Write the rows of `sampled`, which are those of `segments` in order.
+
+        Waits where the disk lags behind.
+        """
+        futures, row = [], 0
+        for segment in segments:
+            rows = slice(row, row + len(segment.rows.tokens))
+            row = rows.stop
+            segment.request.begin_action()
+            futures.append(self._thread_of(segment).submit(self._write_segment, segment, sampled, rows))
+        self._batches.append(futures)
+        while self._batches and (
+            len(self._batches) > _WAITING_BATCHES or all(future.done() for future in self._batches[0])
+        ):
+            wait(self._batches[0])
+            self._batches.popleft()
+
+    def finish(self, request: Request, model: int, file: ModelWriter) -> None:
+        """Have a thread finish a file whose tokens are all written; waits where too many are unfinished."""
+        self._room_for_files.acquire()
+        request.begin_action()
+        future = self._finishing.submit(self._finish, request, model, file)
+        self._files.add(future)
+        future.add_done_callback(self._finished)
+
+    def close(self) -> None:
+        """Write and finish what was handed over, and end the threads.
+
+        If this is interrupted, what no thread has begun is left undone, and the interrupt is raised again.
+        """
+        try:
+            self._wait()
+        except BaseException:
+            self._is_cancelled = True
+            self._wait()
+            raise
+        finally:
+            for pool in (*self._writing, self._finishing):
+                pool.shutdown(wait=False)
+
+    def _finished(self, future: "Future[None]") -> None:
+        self._files.discard(future)
+        self._room_for_files.release()
+
+    def _wait(self) -> None:
+        # `shutdown` would wait for the threads themselves, and where such a wait is interrupted, Python takes
+        # threads that still run for ended (bpo-45274).
+        for futures in list(self._batches):
+            wait(futures)
+        wait(list(self._files))
+
+    def _thread_of(self, segment: Segment) -> ThreadPoolExecutor:
+        if segment.request.plan.values < self._large_values:
+            return self._writing[0]
+        return self._writing[hash((segment.request.job, segment.model)) % _WRITING_THREADS]
+
+    def _write_segment(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
+        request, model, first = segment.request, segment.model, segment.first_token
+
+        def write() -> None:
+            if request.dropped or self._is_cancelled:
+                return
+            file = request.file_for(model, first)
+            try:
+                sampled.write(rows, file, first)
+            except BaseException:
+                file.discard()
+                raise
+            if first + rows.stop - rows.start == file.layout.tokens:
+                self.finish(request, model, file)
+            else:
+                request.keep_file(model, file)
+
+        _acting(request, write)
+
+    def _finish(self, request: Request, model: int, file: ModelWriter) -> None:
+        def finish() -> None:
+            if self._is_cancelled:
+                file.discard()
+                return
+            try:
+                request.finish(model, file)
+            except BaseException:
+                file.discard()
+                raise
+
+        _acting(request, finish)
+
+
+def _acting(request: Request, action: Callable[[], None]) -> None:
+    """Do something for a request; what goes wrong ends the request, and no thread."""
+    try:
+        action()
+    except BaseException as error:
+        request.fail_with(error)
+    finally:
+        request.end_action()
