@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpg.config import LONGEST_DESCRIPTION
 from rpg.errors import RPGError, one_line
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import copy_file, sha256
@@ -33,9 +34,6 @@ _FILES = {
 _ADAPTER_FILE = "adapter_config.json"
 # Of the networks' outputs, embeddings take the tokens' alone.
 _UNUSED = "pooler."
-
-LONGEST_DESCRIPTION = 2000
-"""Characters. How many tokens an encoder reads is its own limit, and often the smaller one."""
 
 
 class TextEncoder:

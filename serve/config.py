@@ -1,12 +1,14 @@
 """Configuration of the service: a dataclass schema, read from YAML and validated."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
-from rpg.config import read_config
+from annotated_types import Ge, Gt, Interval
+
+from rpg.config import Expected, Finite, check_bounds, read_config
 from rpg.errors import RPGError
 from rpg.storage.locations import AnyPath, location
 
@@ -16,6 +18,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+AtLeastOne = Annotated[int, Ge(1), Expected("at least 1")]
+
 
 @dataclass
 class GeneratorEntry:
@@ -24,7 +28,7 @@ class GeneratorEntry:
     name: str = ""
     path: str = ""
     """Directory or URI of a saved generator, below one of `roots`."""
-    replicas: int = 1
+    replicas: AtLeastOne = 1
     max_replicas: int = 0
     """Start with `replicas` and grow up to so many while jobs wait; 0: always `replicas`."""
     collection: str = ""
@@ -41,24 +45,24 @@ class GeneratorEntry:
 class LimitsConfig:
     """What is refused."""
 
-    queued_models: int = 100_000
+    queued_models: AtLeastOne = 100_000
     """Models asked for and not made yet, of all jobs."""
-    models_per_job: int = 10_000
-    conditions: int = 10_000
+    models_per_job: AtLeastOne = 10_000
+    conditions: AtLeastOne = 10_000
     """Conditions of one job."""
-    descriptions: int = 64
+    descriptions: AtLeastOne = 64
     """Descriptions of one job: a replica reads them before the job is accepted."""
-    steps: int = 1000
+    steps: AtLeastOne = 1000
     """Steps of the solver."""
-    body_bytes: int = 8_000_000
+    body_bytes: AtLeastOne = 8_000_000
 
 
 @dataclass
 class RetentionConfig:
     """How long jobs that have ended are kept; whichever limit is reached first removes the oldest."""
 
-    days: float = 7.0
-    gigabytes: float = 100.0
+    days: Annotated[float, Ge(0)] = 7.0
+    gigabytes: Annotated[float, Ge(0)] = 100.0
     """Of models, all ended jobs together."""
 
 
@@ -80,7 +84,7 @@ class HttpConfig:
     """Where `python -m serve` listens. `serve run` and KubeRay have settings of their own."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Interval(ge=1, lt=2**16), Expected("1 to 65535")] = 8000
 
 
 @dataclass
@@ -88,7 +92,7 @@ class CacheConfig:
     """Where a node keeps copies of generators that lie behind a URI."""
 
     directory: str = "~/.cache/rpg"
-    gigabytes: float = 100.0
+    gigabytes: Annotated[Finite, Gt(0)] = 100.0
 
 
 @dataclass
@@ -107,7 +111,7 @@ class ServeConfig:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     wait_for_nodes: bool = False
     """Generators that need more than the cluster has now wait for it to grow, instead of being refused."""
-    num_cpus: int | None = None
+    num_cpus: AtLeastOne | None = None
     """CPUs of a Ray that `python -m serve` itself starts; None: all of the machine's."""
     http: HttpConfig = field(default_factory=HttpConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -163,6 +167,7 @@ def validate_serve_config(config: ServeConfig) -> None:
     if not config.storage:
         raise RPGError("storage: expected a directory or URI")
     location(config.storage)
+    check_bounds(config)
     if not config.generators:
         raise RPGError("generators: expected at least one")
     names: set[str] = set()
@@ -183,23 +188,11 @@ def validate_serve_config(config: ServeConfig) -> None:
         raise RPGError("tokens: expected at least one; 'auth: off' asks for none, on this machine alone")
     if not config.auth and config.http.host not in LOOPBACK:
         raise RPGError(f"http.host: with 'auth: off' expected 127.0.0.1, got {config.http.host}")
-    if not 0 < config.http.port < 2**16:
-        raise RPGError(f"http.port: expected 1 to 65535, got {config.http.port}")
-    for name, value in vars(config.limits).items():
-        if value < 1:
-            raise RPGError(f"limits.{name}: expected at least 1, got {value}")
     if config.limits.models_per_job > config.limits.queued_models:
         raise RPGError(
             f"limits.models_per_job: expected at most queued_models = {config.limits.queued_models}, "
             f"got {config.limits.models_per_job}"
         )
-    for name, value in vars(config.retention).items():
-        if not value >= 0:
-            raise RPGError(f"retention.{name}: expected at least 0, got {value}")
-    if config.num_cpus is not None and config.num_cpus < 1:
-        raise RPGError(f"num_cpus: expected at least 1, got {config.num_cpus}")
-    if not 0 < config.cache.gigabytes < math.inf:
-        raise RPGError(f"cache.gigabytes: expected a finite value above 0, got {config.cache.gigabytes}")
 
 
 def expiry(token: TokenEntry) -> datetime | None:
@@ -222,8 +215,6 @@ def _check_generator(entry: GeneratorEntry, key: str, roots: list[AnyPath]) -> N
     for name, text in (("path", entry.path), ("collection", entry.collection), ("images", entry.images)):
         if text and not any(_is_below(location(text), root) for root in roots):
             raise RPGError(f"{key}.{name}: {text} lies below none of roots: {', '.join(map(str, roots))}")
-    if entry.replicas < 1:
-        raise RPGError(f"{key}.replicas: expected at least 1, got {entry.replicas}")
     if entry.max_replicas and entry.max_replicas < entry.replicas:
         raise RPGError(
             f"{key}.max_replicas: expected 0 or at least replicas = {entry.replicas}, "

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from serve.dispatch.records import State
+from rpg.client.schema import JobState
 
 
 class Meters(Protocol):
@@ -17,5 +17,5 @@ class Meters(Protocol):
     def first_model(self, generator: str, seconds: float) -> None:
         """From a job's acceptance to its first model."""
 
-    def ended(self, generator: str, state: State, seconds: float) -> None:
+    def ended(self, generator: str, state: JobState, seconds: float) -> None:
         """A job has ended, so long after it was accepted."""

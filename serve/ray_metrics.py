@@ -8,7 +8,7 @@ from collections.abc import Callable
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from serve.dispatch.records import State
+from rpg.client.schema import JobState
 
 _SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200]
 _SHOWN = ("ray_rpg_", "ray_serve_", "ray_node_gpus_", "ray_node_gram_")
@@ -42,7 +42,7 @@ class RayMeters:
         """See `Meters`."""
         self._first.observe(seconds, {"generator": generator})
 
-    def ended(self, generator: str, state: State, seconds: float) -> None:
+    def ended(self, generator: str, state: JobState, seconds: float) -> None:
         """See `Meters`."""
         self._ended.inc(1, {"generator": generator, "state": state})
         self._whole.observe(seconds, {"generator": generator, "state": state})

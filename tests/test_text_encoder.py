@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
+from rpg.config import LONGEST_DESCRIPTION
 from rpg.errors import RPGError
 from rpg.text_encoder import (
-    LONGEST_DESCRIPTION,
     TextEncoder,
     check_encoder,
     copy_encoder,

@@ -1,10 +1,9 @@
 """Calling a service that generates models: `Client`, and `AsyncClient` with the same methods."""
 
-from rpg.client.asynchronous import AsyncClient
 from rpg.client.back_off import Patience
+from rpg.client.clients import AsyncClient, Client
 from rpg.client.errors import CallError
-from rpg.client.synchronous import Client
-from rpg.client.views import GeneratorInfo, Job, JobPage, ModelFile
+from rpg.client.schema import GeneratorInfo, Job, JobPage, JobState, ModelFile
 
 __all__ = [
     "AsyncClient",
@@ -13,6 +12,7 @@ __all__ = [
     "GeneratorInfo",
     "Job",
     "JobPage",
+    "JobState",
     "ModelFile",
     "Patience",
 ]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from rpg.client.views import ModelFile
+from rpg.client.schema import ModelFile
 from rpg.errors import RPGError
 from rpg.storage.files import sha256
 

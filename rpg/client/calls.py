@@ -12,19 +12,18 @@ import httpx
 from rpg.client.arriving import ArrivingFile, in_memory, is_there, partial_file
 from rpg.client.back_off import BackOff, Patience
 from rpg.client.errors import CallError, refused, unreachable
-from rpg.client.events import EventReader
-from rpg.client.transport import Answer, Transport
-from rpg.client.views import GeneratorInfo, Job, JobPage, ModelFile, ModelPage
+from rpg.client.schema import GeneratorInfo, GeneratorList, Job, JobPage, JobState, ModelFile, ModelPage
+from rpg.client.transport import Answer, EventReader, Transport
 from rpg.errors import RPGError
 
-JobProgress = Callable[[Job], None]
-ByteProgress = Callable[[int, int], None]
+TellJob = Callable[[Job], None]
+TellBytes = Callable[[int, int], None]
 
-_POLL_SECONDS = 2.0
+POLL_SECONDS = 2.0
 _POLLS_WITHOUT_EVENTS = 30
 
 
-class Settings(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """How models are made; what is left out or None is the generator's own default.
 
     Steps are evaluations of the denoiser; guidance 1 is off; eta 0 is deterministic; temperature scales the
@@ -61,18 +60,17 @@ class Calls:
     the latter after trying again for as long as the patience lasts.
     """
 
-    def __init__(self, server: str, transport: Transport, patience: Patience) -> None:
+    def __init__(
+        self, server: str, transport: Transport, patience: Patience, poll_seconds: float = POLL_SECONDS
+    ) -> None:
         self._server = server
         self._transport = transport
         self._patience = patience
+        self._poll_seconds = poll_seconds
 
     async def generators(self) -> list[GeneratorInfo]:
         """The generators that are served."""
-        found = (await self._call("GET", "/v1/generators")).json()
-        try:
-            return [GeneratorInfo.from_json(each) for each in found["generators"]]
-        except (KeyError, TypeError):
-            raise RPGError("the answer lists no generators: expected that of RPG's service") from None
+        return GeneratorList.from_json((await self._call("GET", "/v1/generators")).json()).generators
 
     async def submit(
         self,
@@ -82,7 +80,7 @@ class Calls:
         seed: int = 0,
         *,
         descriptions: Sequence[str] | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[SamplingOptions],
     ) -> Job:
         """Ask for `number` models for each condition, or in all where the generator takes none.
 
@@ -115,7 +113,7 @@ class Calls:
         asked = {key: value for key, value in asked.items() if value is not None}
         return JobPage.from_json((await self._call("GET", "/v1/jobs", params=asked)).json())
 
-    async def wait(self, id: str, progress: JobProgress | None = None) -> Job:
+    async def wait(self, id: str, progress: TellJob | None = None) -> Job:
         """The job, once it has ended, well or not; `progress` is told whenever it has changed."""
         seen: int | None = None
 
@@ -137,7 +135,7 @@ class Calls:
                 tell(job)
                 if job.has_ended:
                     return job
-                await self._transport.sleep(_POLL_SECONDS)
+                await self._transport.sleep(self._poll_seconds)
 
     async def cancel(self, id: str) -> Job:
         """Stop a job within one denoising batch. One that has ended stays as it is, with its models."""
@@ -156,7 +154,7 @@ class Calls:
                 raise RPGError(f"job {id} ended while it was being cancelled, and is removed")
             return Job.from_json(answer.json())
 
-    async def download(self, id: str, directory: Path, progress: ByteProgress | None = None) -> list[Path]:
+    async def download(self, id: str, directory: Path, progress: TellBytes | None = None) -> list[Path]:
         """Write all models of a job that are finished into `directory`, and return their paths by index.
 
         A file that is there already is not fetched again, and one that was broken off is continued. Each is
@@ -194,7 +192,7 @@ class Calls:
         seed: int = 0,
         *,
         description: str | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[SamplingOptions],
     ) -> bytes:
         """Have one model made: the content of its .safetensors file, checked against its SHA-256.
 
@@ -207,7 +205,7 @@ class Calls:
         descriptions = None if description is None else [description]
         job = await self.submit(generator, conditions, 1, seed, descriptions=descriptions, **settings)
         job = await self.wait(job.id)
-        if job.state != "succeeded":
+        if job.state != JobState.succeeded:
             raise RPGError(f"job {job.id}: {job.state}" + (f": {job.error}" if job.error else ""))
         (model,) = await self._models(job.id)
         file, buffer = in_memory(model)
@@ -215,7 +213,7 @@ class Calls:
         file.check()
         return buffer.getvalue()
 
-    async def _follow(self, id: str, tell: JobProgress) -> Job | None:
+    async def _follow(self, id: str, tell: TellJob) -> Job | None:
         """Tell of every event until there are no more; the last one's job, if there was any."""
         job = None
         try:

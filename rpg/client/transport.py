@@ -7,7 +7,7 @@ All calls are written once, as coroutines over a `Transport`. Those of the block
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import httpx
 
@@ -55,17 +55,17 @@ class BlockingTransport:
         self.client = client
 
     async def send(self, method: str, url: str, **request: Any) -> Answer:
-        """See `Transport`."""
+        """Block the thread until the headers are there."""
         return _BlockingAnswer(
             self.client.send(self.client.build_request(method, url, **request), stream=True)
         )
 
     async def sleep(self, seconds: float) -> None:
-        """See `Transport`."""
+        """Block the thread."""
         time.sleep(seconds)
 
     async def apart(self, work: Callable[[], T]) -> T:
-        """See `Transport`."""
+        """Do it at once, in this thread."""
         return work()
 
 
@@ -76,16 +76,16 @@ class AsyncTransport:
         self.client = client
 
     async def send(self, method: str, url: str, **request: Any) -> Answer:
-        """See `Transport`."""
+        """Let other tasks run until the headers are there."""
         asked = self.client.build_request(method, url, **request)
         return _AsyncAnswer(await self.client.send(asked, stream=True))
 
     async def sleep(self, seconds: float) -> None:
-        """See `Transport`."""
+        """Let other tasks run."""
         await asyncio.sleep(seconds)
 
     async def apart(self, work: Callable[[], T]) -> T:
-        """See `Transport`."""
+        """Do it in another thread."""
         return await asyncio.to_thread(work)
 
 
@@ -128,3 +128,37 @@ class _AsyncAnswer:
 
     async def close(self) -> None:
         await self._response.aclose()
+
+
+class Event(NamedTuple):
+    """A server-sent event: its name and its data."""
+
+    name: str
+    data: str
+
+
+class EventReader:
+    """Turns the bytes of a stream, cut anywhere, into events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._name = ""
+        self._data: list[str] = []
+
+    def feed(self, block: bytes) -> list[Event]:
+        """The events that are whole with `block`."""
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        found = []
+        for line in lines:
+            text = line.removesuffix(b"\r").decode(errors="replace")
+            key, _, value = text.partition(":")
+            value = value.removeprefix(" ")
+            if not text:
+                if self._data:
+                    found.append(Event(self._name, "\n".join(self._data)))
+                self._name, self._data = "", []
+            elif key == "event":
+                self._name = value
+            elif key == "data":
+                self._data.append(value)
+        return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpg.config import ConditionConfig, ConditionKind, SamplingConfig, TokenDtype
+from rpg.config import ConditionConfig, ConditionKind, Count, Finite, SamplingConfig, Seed, TokenDtype
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.model_writer import ModelWriter
@@ -28,9 +28,9 @@ class GenerationJob:
         RPGError: if `number` is less than 1, or the seed out of range.
     """
 
-    conditions: list[list[float]] | None
-    number: int
-    seed: int
+    conditions: list[list[Finite]] | None
+    number: Count
+    seed: Seed
     sampling: SamplingConfig
     dtype: TokenDtype | None = None
 

@@ -12,17 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
+from rpg.client.schema import JobRequest, JobState
 from rpg.errors import RPGError
+from rpg.sampling.job import GenerationJob
 from serve.config import LimitsConfig, RetentionConfig
 from serve.dispatch.lease import Embedded, Maker
 from serve.dispatch.live_job import LiveJob
-from serve.dispatch.records import Manifest, Progress, State
+from serve.dispatch.records import JobManifest, JobProgress
 from serve.dispatch.requests import checked_job, request_digest
 from serve.dispatch.scheduler import Feed, Served, reason
 from serve.dispatch.store import JobStore, Quarantined, new_id
 from serve.http.auth import Caller
 from serve.http.problems import ProblemError
-from serve.http.schema import JobRequest
 from serve.metrics import Meters
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class Dispatcher:
             job = LiveJob(*found)
             self._add(job)
             if not job.has_ended and not job.remaining:
-                await self.end(job, State.succeeded)
+                await self.end(job, JobState.succeeded)
         self._house = asyncio.create_task(self._keep_house())
 
     async def stop(self) -> None:
@@ -129,13 +130,13 @@ class Dispatcher:
         job = checked_job(request, self._served(), self._limits)
         digest = request_digest(request)
         if key is None:
-            return await self._accept(caller, request, job_key=None, digest=digest)
+            return await self._accept(caller, request, job, None, digest)
         known = self._by_key.get((caller.owner, key))
         if known is None:
             known = asyncio.get_running_loop().create_future()
             self._by_key[caller.owner, key] = known
             try:
-                known.set_result(await self._accept(caller, request, key, digest))
+                known.set_result(await self._accept(caller, request, job, key, digest))
             except BaseException as error:
                 del self._by_key[caller.owner, key]
                 known.set_exception(error if isinstance(error, Exception) else RPGError("cut off"))
@@ -145,7 +146,7 @@ class Dispatcher:
         earlier = await asyncio.shield(known)
         if earlier.manifest.request_sha256 != digest:
             raise ProblemError(422, f"Idempotency-Key: '{key}' stands for another request: job {earlier.id}")
-        if earlier.progress.state == State.failed:
+        if earlier.progress.state == JobState.failed:
             self._check_room(len(job))
             earlier.revive()
             self._enqueue(earlier)
@@ -190,10 +191,10 @@ class Dispatcher:
             raise ProblemError(
                 503, f"job {job_id} stays for now: {reason(error)}", headers={"Retry-After": "5"}
             ) from error
-        await self.end(job, State.cancelled)
+        await self.end(job, JobState.cancelled)
         return job
 
-    async def end(self, job: LiveJob, state: State, error: str | None = None) -> None:
+    async def end(self, job: LiveJob, state: JobState, error: str | None = None) -> None:
         """End a job: whoever is at it stops, and that it has ended is written down."""
         job.end(state, error)
         name = job.manifest.generator
@@ -225,16 +226,17 @@ class Dispatcher:
                 job.dirty = True
                 raise
 
-    async def _accept(self, caller: Caller, request: JobRequest, job_key: str | None, digest: str) -> LiveJob:
-        job = checked_job(request, self._served(), self._limits)
+    async def _accept(
+        self, caller: Caller, request: JobRequest, job: GenerationJob, key: str | None, digest: str
+    ) -> LiveJob:
         self._check_room(len(job))
         # Others are accepted while this one is read and written.
         self._reserved += len(job)
         try:
             embedded = await self._embedded(request)
             if embedded is not None:
-                job = checked_job(request, self._served(), self._limits, embedded.conditions)
-            manifest = Manifest(
+                job = replace(job, conditions=embedded.conditions)
+            manifest = JobManifest(
                 id=new_id(),
                 owner=caller.owner,
                 generator=request.generator,
@@ -242,7 +244,7 @@ class Dispatcher:
                 created=time.time(),
                 job=job,
                 evaluate=request.evaluate,
-                idempotency_key=job_key,
+                idempotency_key=key,
                 request_sha256=digest,
                 descriptions=request.descriptions,
                 encoder=None if embedded is None else embedded.encoder,
@@ -253,7 +255,7 @@ class Dispatcher:
             raise ProblemError(507, f"the job cannot be stored: {reason(error)}") from error
         finally:
             self._reserved -= len(job)
-        live = LiveJob(manifest, Progress())
+        live = LiveJob(manifest, JobProgress(JobState.queued, made={}))
         self._add(live)
         return live
 

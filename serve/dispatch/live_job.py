@@ -4,10 +4,9 @@ import asyncio
 import heapq
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 
-from serve.dispatch.records import Made, Manifest, Progress, State
-from serve.http.schema import JobView, Sampling
+from rpg.client.schema import Job, JobState
+from serve.dispatch.records import JobManifest, JobProgress, Made
 
 
 class LiveJob:
@@ -23,7 +22,7 @@ class LiveJob:
         ended_at: when it ended, on the monotonic clock: clocks on walls jump.
     """
 
-    def __init__(self, manifest: Manifest, progress: Progress) -> None:
+    def __init__(self, manifest: JobManifest, progress: JobProgress) -> None:
         self.manifest = manifest
         self.progress = progress
         self.version = 0
@@ -78,8 +77,8 @@ class LiveJob:
     def lease(self, count: int) -> tuple[int, ...]:
         """Take up to `count` models that nobody is at, the first ones first."""
         taken = tuple(heapq.heappop(self._pending) for _ in range(min(count, len(self._pending))))
-        if taken and self.progress.state == State.queued:
-            self.progress.state = State.running
+        if taken and self.progress.state == JobState.queued:
+            self.progress.state = JobState.running
             self.progress.started = self.progress.started or time.time()
             self.dirty = True
             self.change()
@@ -111,7 +110,7 @@ class LiveJob:
             self._judged += 1
             self._accuracy += made.accuracy
 
-    def end(self, state: State, error: str | None = None) -> None:
+    def end(self, state: JobState, error: str | None = None) -> None:
         """Nothing more is made."""
         self.progress.state = state
         self.progress.error = error
@@ -123,7 +122,7 @@ class LiveJob:
     def revive(self) -> None:
         """A failed job is tried once more, keeping what was made."""
         progress = self.progress
-        progress.state, progress.error, progress.ended = State.queued, None, None
+        progress.state, progress.error, progress.ended = JobState.queued, None, None
         if not progress.made:
             # Nothing binds it to the generator's version that it failed with.
             progress.digest = None
@@ -145,13 +144,13 @@ class LiveJob:
             except TimeoutError:
                 return
 
-    def view(self) -> JobView:
+    def view(self) -> Job:
         """The job as callers see it."""
         manifest, progress = self.manifest, self.progress
         rate = None
         if self._began is not None and self._made_here and not self.has_ended:
             rate = self._made_here / max(time.monotonic() - self._began, 1e-3)
-        return JobView(
+        return Job(
             id=manifest.id,
             owner=manifest.owner,
             generator=manifest.generator,
@@ -160,8 +159,8 @@ class LiveJob:
             error=progress.error or self.note,
             priority=manifest.priority,
             seed=manifest.job.seed,
-            sampling=Sampling(**asdict(manifest.job.sampling)),
-            dtype=None if manifest.job.dtype is None else manifest.job.dtype.value,
+            sampling=manifest.job.sampling,
+            dtype=manifest.job.dtype,
             evaluate=manifest.evaluate,
             accuracy=self._accuracy / self._judged if self._judged else None,
             models=len(manifest.job),

@@ -8,11 +8,20 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from rpg.client.schema import (
+    Centre,
+    GeneratorDetail,
+    Job,
+    JobPage,
+    JobRequest,
+    JobState,
+    ModelFile,
+    ModelPage,
+)
 from serve.dispatch.lease import Description, Embedded, Lease
-from serve.dispatch.records import Made, State
+from serve.dispatch.records import Made
 from serve.http.auth import Caller
 from serve.http.problems import ProblemError
-from serve.http.schema import Centre, GeneratorDetail, JobList, JobRequest, JobView, ModelList, ModelView
 
 _PATIENCE_SECONDS = 30.0
 
@@ -53,41 +62,41 @@ class HandleDesk:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def submit(self, caller: Caller, request: JobRequest, key: str | None) -> JobView:
+    async def submit(self, caller: Caller, request: JobRequest, key: str | None) -> Job:
         """See `Desk`."""
-        job: JobView = await self._ask("submit", caller, request, key)
+        job: Job = await self._ask("submit", caller, request, key)
         return job
 
-    async def job(self, caller: Caller, job_id: str) -> JobView:
+    async def job(self, caller: Caller, job_id: str) -> Job:
         """See `Desk`."""
-        job: JobView = await self._ask("job", caller, job_id)
+        job: Job = await self._ask("job", caller, job_id)
         return job
 
     async def jobs(
-        self, caller: Caller, state: State | None, generator: str | None, limit: int, after: str | None
-    ) -> JobList:
+        self, caller: Caller, state: JobState | None, generator: str | None, limit: int, after: str | None
+    ) -> JobPage:
         """See `Desk`."""
-        jobs: JobList = await self._ask("jobs", caller, state, generator, limit, after)
+        jobs: JobPage = await self._ask("jobs", caller, state, generator, limit, after)
         return jobs
 
-    async def news(self, caller: Caller, job_id: str, version: int, seconds: float) -> JobView:
+    async def news(self, caller: Caller, job_id: str, version: int, seconds: float) -> Job:
         """See `Desk`."""
-        job: JobView = await self._ask("news", caller, job_id, version, seconds, patience=seconds)
+        job: Job = await self._ask("news", caller, job_id, version, seconds, patience=seconds)
         return job
 
-    async def models(self, caller: Caller, job_id: str, start: int, limit: int) -> ModelList:
+    async def models(self, caller: Caller, job_id: str, start: int, limit: int) -> ModelPage:
         """See `Desk`."""
-        models: ModelList = await self._ask("models", caller, job_id, start, limit)
+        models: ModelPage = await self._ask("models", caller, job_id, start, limit)
         return models
 
-    async def model(self, caller: Caller, job_id: str, index: int) -> ModelView:
+    async def model(self, caller: Caller, job_id: str, index: int) -> ModelFile:
         """See `Desk`."""
-        model: ModelView = await self._ask("model", caller, job_id, index)
+        model: ModelFile = await self._ask("model", caller, job_id, index)
         return model
 
-    async def cancel_or_remove(self, caller: Caller, job_id: str) -> JobView | None:
+    async def cancel_or_remove(self, caller: Caller, job_id: str) -> Job | None:
         """See `Desk`."""
-        job: JobView | None = await self._ask("cancel_or_remove", caller, job_id)
+        job: Job | None = await self._ask("cancel_or_remove", caller, job_id)
         return job
 
     async def generators(self) -> list[GeneratorDetail]:

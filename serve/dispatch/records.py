@@ -1,29 +1,22 @@
-"""What is known of a job: the manifest, which never changes, and the state, which does."""
+"""What is known of a job: the manifest, which never changes, and the progress, which does. Both are files.
 
-import dataclasses
-import math
+Pydantic reads the files by the types of the fields, as it does with requests.
+"""
+
+import json
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from rpg.config import SamplingConfig, Solver, TokenDtype
+from annotated_types import Ge
+from pydantic import GetCoreSchemaHandler, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
+
+from rpg.client.schema import JobState
+from rpg.config import Finite
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
 
-
-class State(StrEnum):
-    """Where a job is. The last three are ends."""
-
-    queued = "queued"
-    running = "running"
-    succeeded = "succeeded"
-    failed = "failed"
-    cancelled = "cancelled"
-
-    @property
-    def is_end(self) -> bool:
-        """Whether nothing more will be made."""
-        return self in (State.succeeded, State.failed, State.cancelled)
+T = TypeVar("T")
 
 
 class Made(NamedTuple):
@@ -32,7 +25,7 @@ class Made(NamedTuple):
     The last two are `rpg.evaluation.judge.Judgement`'s, where the job asked for evaluation.
     """
 
-    model: int
+    model: Annotated[int, Ge(0)]
     sha256: str
     bytes: int
     accuracy: float | None = None
@@ -40,14 +33,19 @@ class Made(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What was asked for, by whom and when (seconds since the epoch)."""
+class JobManifest:
+    """What was asked for, by whom and when (seconds since the epoch): the file `job.json`.
+
+    Raises:
+        ValueError: if there are descriptions, and they and the conditions are not as many, or nothing says
+            which text encoder read them.
+    """
 
     id: str
     owner: str
     generator: str
     priority: int
-    created: float
+    created: Finite
     job: GenerationJob
     evaluate: bool = False
     idempotency_key: str | None = None
@@ -58,87 +56,88 @@ class Manifest:
     encoder: str | None = None
     """Digest of the text encoder that made them."""
 
+    def __post_init__(self) -> None:
+        if self.descriptions is None:
+            return
+        if len(self.descriptions) != len(self.job.conditions or []):
+            raise ValueError("expected a condition for each description")
+        if self.encoder is None:
+            raise ValueError("expected the encoder of the descriptions")
+
     def description_of(self, index: int) -> str | None:
         """The description that model `index` is asked for by."""
         return None if self.descriptions is None else self.descriptions[index // self.job.number]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Any:
         """Plain JSON values."""
-        return dataclasses.asdict(self)
+        return _MANIFEST.dump_python(self, mode="json")
 
     @classmethod
-    def from_json(cls, value: Any) -> "Manifest":
-        """The manifest of parsed JSON.
+    def from_json(cls, value: Any) -> "JobManifest":
+        """The manifest of parsed JSON. Settings of sampling that older files lack have their defaults.
 
         Raises:
             RPGError: saying what is wrong with it.
         """
-        try:
-            given = dict(value)
-            job = dict(given["job"])
-            sampling = dict(job["sampling"])
-            job["sampling"] = SamplingConfig(**{**sampling, "solver": Solver(sampling["solver"])})
-            if job.get("dtype") is not None:
-                job["dtype"] = TokenDtype(job["dtype"])
-            given["job"] = GenerationJob(**job)
-            manifest = cls(**given)
-            _check_types(manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RPGError(f"not a job's manifest: {error!r}") from error
-        return manifest
+        return _validated(_MANIFEST, value, "a job's manifest")
+
+
+def _by_index(made: list[Made]) -> dict[int, Made]:
+    return {each.model: each for each in made}
+
+
+def _listed(kind: Any, schema_of: GetCoreSchemaHandler) -> CoreSchema:
+    # The file lists the models; JSON's objects have no numbers for keys.
+    models = schema_of.generate_schema(list[Made])
+    to_list = core_schema.plain_serializer_function_ser_schema(
+        lambda made: list(made.values()), return_schema=models
+    )
+    return core_schema.no_info_after_validator_function(_by_index, models, serialization=to_list)
 
 
 @dataclass
-class Progress:
-    """How far a job is. `digest` is that of the generator that its models are made with, once known."""
+class JobProgress:
+    """How far a job is: the file `state.json`.
 
-    state: State = State.queued
+    `digest` is that of the generator that its models are made with, once known.
+    """
+
+    state: JobState
     digest: str | None = None
     error: str | None = None
     started: float | None = None
     ended: float | None = None
-    made: dict[int, Made] = field(default_factory=dict)
+    made: Annotated[dict[int, Made], GetPydanticSchema(_listed)] = field(kw_only=True)
+    """By index in the job."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Any:
         """Plain JSON values."""
-        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "made"}
-        return {**rest, "made": [list(made) for made in self.made.values()]}
+        return _PROGRESS.dump_python(self, mode="json")
 
     @classmethod
-    def from_json(cls, value: Any, models: int) -> "Progress":
+    def from_json(cls, value: Any, models: int) -> "JobProgress":
         """The progress of parsed JSON, of a job of so many models.
 
         Raises:
             RPGError: saying what is wrong with it.
         """
-        try:
-            given = dict(value)
-            made = [
-                Made(int(i), str(sha256), int(size), *(None if x is None else float(x) for x in worth))
-                for i, sha256, size, *worth in given.pop("made")
-            ]
-            if not all(0 <= each.model < models for each in made):
-                raise ValueError("a model's index is out of range")
-            given["state"] = State(given["state"])
-            return cls(**given, made={each.model: each for each in made})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RPGError(f"not a job's state: {error!r}") from error
+        progress = _validated(_PROGRESS, value, "a job's state")
+        if not all(index < models for index in progress.made):
+            raise RPGError("not a job's state: a model's index is out of range")
+        return progress
 
 
-def _check_types(manifest: Manifest) -> None:
-    texts = (manifest.id, manifest.owner, manifest.generator, manifest.request_sha256)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("expected text")
-    job = manifest.job
-    numbers = (manifest.priority, job.number, job.seed)
-    if not all(isinstance(number, int) for number in numbers) or not math.isfinite(manifest.created):
-        raise TypeError("expected whole numbers")
-    described = manifest.descriptions
-    if described is not None:
-        if not all(isinstance(text, str) for text in [*described, manifest.encoder]):
-            raise TypeError("expected text")
-        if len(described) != len(job.conditions or []):
-            raise ValueError("expected a condition for each description")
-    for condition in job.conditions or []:
-        if not all(math.isfinite(value) for value in condition):
-            raise ValueError("a condition is not finite")
+_MANIFEST = TypeAdapter(JobManifest)
+_PROGRESS = TypeAdapter(JobProgress)
+
+
+def _validated(schema: TypeAdapter[T], value: Any, what: str) -> T:
+    try:
+        # Strict validation makes enumerations of JSON's text, and of no other.
+        return schema.validate_json(json.dumps(value), strict=True, extra="forbid")
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise RPGError(
+            f"not {what}: {place}: {fault['msg']}" if place else f"not {what}: {fault['msg']}"
+        ) from error

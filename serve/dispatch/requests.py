@@ -2,27 +2,22 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
-from rpg.config import SamplingConfig, Solver, TokenDtype, validate_sampling
+from rpg.client.schema import JobRequest
+from rpg.config import SamplingConfig, validate_sampling
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob, condition_row
 from serve.config import LimitsConfig
 from serve.dispatch.scheduler import Served, not_judged
 from serve.http.problems import ProblemError
-from serve.http.schema import JobRequest
 
 
-def checked_job(
-    request: JobRequest,
-    generators: Mapping[str, Served],
-    limits: LimitsConfig,
-    embeddings: list[list[float]] | None = None,
-) -> GenerationJob:
+def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: LimitsConfig) -> GenerationJob:
     """The job that `request` asks for.
 
-    Where that gives descriptions, `embeddings` are its conditions. Until they are there zeros stand for them,
-    so that all else is checked before a description is read.
+    Where the request gives descriptions, zeros stand for their embeddings, which only a replica can make: all
+    else is checked before a description is read. `dataclasses.replace` then puts the embeddings in.
 
     Raises:
         ProblemError: 422, naming the field at fault.
@@ -35,7 +30,7 @@ def checked_job(
     conditions = request.conditions
     if request.descriptions is not None:
         _check_descriptions(request, served, limits)
-        conditions = embeddings or [[0.0] * config.condition.size for _ in request.descriptions]
+        conditions = [[0.0] * config.condition.size for _ in request.descriptions]
     if conditions is not None and len(conditions) > limits.conditions:
         raise ProblemError(
             422,
@@ -71,8 +66,7 @@ def checked_job(
         raise ProblemError(
             422, f"evaluate: generator '{request.generator}' is served without a collection to compare with"
         )
-    dtype = None if request.dtype is None else TokenDtype(request.dtype)
-    return GenerationJob(floats, request.number, request.seed, sampling, dtype)
+    return GenerationJob(floats, request.number, request.seed, sampling, request.dtype)
 
 
 def request_digest(request: JobRequest) -> str:
@@ -97,7 +91,5 @@ def _check_descriptions(request: JobRequest, served: Served, limits: LimitsConfi
 
 
 def _sampling(request: JobRequest, default: SamplingConfig) -> SamplingConfig:
-    numbers = {key: getattr(request, key) for key in ("steps", "guidance", "eta", "temperature")}
-    given = {key: value for key, value in numbers.items() if value is not None}
-    sampling = replace(default, **given)
-    return replace(sampling, solver=Solver(request.solver)) if request.solver is not None else sampling
+    asked = {each.name: getattr(request, each.name, None) for each in fields(SamplingConfig)}
+    return replace(default, **{key: value for key, value in asked.items() if value is not None})

@@ -12,11 +12,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
+from rpg.client.schema import JobState
 from rpg.config import ConditionKind, GeneratorConfig
 from rpg.sampling.fair_queue import FairQueue
 from serve.dispatch.lease import Description, Lease, Maker
 from serve.dispatch.live_job import LiveJob
-from serve.dispatch.records import Made, State
+from serve.dispatch.records import Made
 from serve.metrics import Meters
 
 _LOST_REPLICAS = 10
@@ -63,7 +64,7 @@ class JobKeeper(Protocol):
         """Write a job's state."""
         ...
 
-    async def end(self, job: LiveJob, state: State, error: str | None = None) -> None:
+    async def end(self, job: LiveJob, state: JobState, error: str | None = None) -> None:
         """A job has ended."""
         ...
 
@@ -210,11 +211,11 @@ class Feed:
         if failure is not None:
             await self._fail(job, failure)
         elif not job.remaining:
-            await self._keeper.end(job, State.succeeded)
+            await self._keeper.end(job, JobState.succeeded)
 
     async def _fail(self, job: LiveJob, why: str) -> None:
         _log.error("job %s failed: %s", job.id, why)
-        await self._keeper.end(job, State.failed, why)
+        await self._keeper.end(job, JobState.failed, why)
 
     def _record(self, job: LiveJob, made: list[Made]) -> None:
         if not job.progress.made:

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from rpg.client.schema import JobState
 from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.files import read_json, sha256, write_json, write_text
 from rpg.storage.locations import AnyPath, exists, is_remote
-from serve.dispatch.records import Made, Manifest, Progress
+from serve.dispatch.records import JobManifest, JobProgress, Made
 
 _JOBS = "jobs"
 _MANIFEST = "job.json"
@@ -74,7 +75,7 @@ class JobStore:
         """Where one model of a job is."""
         return self.models(job_id) / f"model_{model:06d}.safetensors"
 
-    def create(self, manifest: Manifest) -> None:
+    def create(self, manifest: JobManifest) -> None:
         """Make a job durable.
 
         Raises:
@@ -87,11 +88,11 @@ class JobStore:
                 self.clear(manifest.id)
             raise
 
-    def save(self, job_id: str, progress: Progress) -> None:
+    def save(self, job_id: str, progress: JobProgress) -> None:
         """Write how far a job is."""
         write_json(self._directory(job_id) / _STATE, progress.to_json())
 
-    def manifest(self, job_id: str) -> Manifest:
+    def manifest(self, job_id: str) -> JobManifest:
         """Read what a job asks for.
 
         Raises:
@@ -99,7 +100,7 @@ class JobStore:
         """
         path = self._directory(job_id) / _MANIFEST
         try:
-            manifest = Manifest.from_json(read_json(path, "a job's manifest"))
+            manifest = JobManifest.from_json(read_json(path, "a job's manifest"))
         except RPGError as error:
             message = str(error)
             raise RPGError(message if str(path) in message else f"{path}: {message}") from error
@@ -107,17 +108,17 @@ class JobStore:
             raise RPGError(f"{path}: is the manifest of another job")
         return manifest
 
-    def progress(self, manifest: Manifest) -> Progress:
+    def progress(self, manifest: JobManifest) -> JobProgress:
         """Read how far a job is; of one that has not ended, by looking for its models as well.
 
         Raises:
             RPGError: naming the file, if it is damaged.
         """
         path = self._directory(manifest.id) / _STATE
-        progress = Progress()
+        progress = JobProgress(JobState.queued, made={})
         if exists(path):
             try:
-                progress = Progress.from_json(read_json(path, "a job's state"), len(manifest.job))
+                progress = JobProgress.from_json(read_json(path, "a job's state"), len(manifest.job))
             except RPGError as error:
                 message = str(error)
                 raise RPGError(message if str(path) in message else f"{path}: {message}") from error
@@ -133,7 +134,7 @@ class JobStore:
                     progress.made[index] = Made(index, sha256(path), path.stat().st_size)
         return progress
 
-    def all(self) -> Iterator[tuple[Manifest, Progress] | Quarantined]:
+    def all(self) -> Iterator[tuple[JobManifest, JobProgress] | Quarantined]:
         """Every job; damaged ones are named and left as they are.
 
         Raises:
@@ -146,7 +147,7 @@ class JobStore:
             if not is_id(name):
                 continue
             try:
-                found: tuple[Manifest, Progress] | Quarantined | None = self._read_patiently(name)
+                found: tuple[JobManifest, JobProgress] | Quarantined | None = self._read_patiently(name)
             except (RPGError, OSError) as error:
                 if _storage_failed(error):
                     raise
@@ -194,7 +195,7 @@ class JobStore:
             if not is_remote(directory) and directory.is_dir():
                 directory.rmdir()
 
-    def _read_patiently(self, job_id: str) -> tuple[Manifest, Progress] | None:
+    def _read_patiently(self, job_id: str) -> tuple[JobManifest, JobProgress] | None:
         for seconds in _PAUSES:
             try:
                 return self._read(job_id)
@@ -205,7 +206,7 @@ class JobStore:
                 time.sleep(seconds)
         return self._read(job_id)
 
-    def _read(self, job_id: str) -> tuple[Manifest, Progress] | None:
+    def _read(self, job_id: str) -> tuple[JobManifest, JobProgress] | None:
         """A job; None if a crash left no more than files to be removed."""
         if not self._is_left_over(job_id):
             manifest = self.manifest(job_id)
@@ -231,7 +232,7 @@ class JobStore:
             return True
         raise RPGError(f"{manifest}: not found; expected a job's manifest")
 
-    def _models_there(self, manifest: Manifest) -> Iterator[tuple[int, AnyPath]]:
+    def _models_there(self, manifest: JobManifest) -> Iterator[tuple[int, AnyPath]]:
         directory = self.models(manifest.id)
         with storage_errors_for(directory):
             paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []

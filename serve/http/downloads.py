@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
+from rpg.client.schema import ModelFile
 from rpg.storage.locations import AnyPath
 from serve.http.problems import ProblemError
-from serve.http.schema import ModelView
 
 MODEL_TYPE = "application/octet-stream"
 TAR_TYPE = "application/x-tar"
@@ -19,7 +19,7 @@ _TAR_RECORD = 512
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
-def model_response(path: AnyPath, model: ModelView, headers: Mapping[str, str], name: str) -> Response:
+def model_response(path: AnyPath, model: ModelFile, headers: Mapping[str, str], name: str) -> Response:
     """The file of `model` at `path`, or the part of it that the request's `headers` ask for.
 
     Raises:
@@ -45,7 +45,7 @@ def model_response(path: AnyPath, model: ModelView, headers: Mapping[str, str], 
     return StreamingResponse(_begun(blocks, path), status, common, MODEL_TYPE)
 
 
-def archive_response(files: Sequence[tuple[AnyPath, ModelView, str]], mtime: float, name: str) -> Response:
+def archive_response(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: float, name: str) -> Response:
     """The `files` (where it is, what it is, its name inside) as one uncompressed tar stream."""
     size = sum(_TAR_RECORD + _padded(model.bytes) for _, model, _ in files) + 2 * _TAR_RECORD
     headers = {
@@ -102,7 +102,7 @@ def _blocks(path: AnyPath, start: int, end: int) -> Iterator[bytes]:
             yield block
 
 
-def _tar(files: Sequence[tuple[AnyPath, ModelView, str]], mtime: int) -> Iterator[bytes]:
+def _tar(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: int) -> Iterator[bytes]:
     for path, model, name in files:
         info = tarfile.TarInfo(name)
         info.size, info.mtime = model.bytes, mtime

@@ -2,10 +2,10 @@
 
 from collections.abc import AsyncIterator
 
+from rpg.client.schema import Job
 from serve.dispatch.api import Desk
 from serve.http.auth import Caller
 from serve.http.problems import ProblemError
-from serve.http.schema import JobView
 
 EVENTS_TYPE = "text/event-stream"
 
@@ -13,7 +13,7 @@ _QUIET_SECONDS = 10.0
 """A line is sent at least so often, so that whoever lies between does not take the connection for dead."""
 
 
-async def job_events(desk: Desk, caller: Caller, job: JobView) -> AsyncIterator[str]:
+async def job_events(desk: Desk, caller: Caller, job: Job) -> AsyncIterator[str]:
     """`progress` events with the job as JSON, beginning with `job`; the last one is `end`."""
     while True:
         name = "end" if job.state.is_end else "progress"

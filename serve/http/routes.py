@@ -12,9 +12,21 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from rpg import __version__
+from rpg.client.schema import (
+    Centre,
+    GenerateRequest,
+    GeneratorDetail,
+    GeneratorList,
+    Health,
+    Job,
+    JobPage,
+    JobRequest,
+    JobState,
+    ModelFile,
+    ModelPage,
+)
 from serve.config import ServeConfig
 from serve.dispatch.api import Desk
-from serve.dispatch.records import State
 from serve.dispatch.store import JobStore
 from serve.http.auth import Caller, Gate
 from serve.http.auth_middleware import Gatekeeper, problem_response
@@ -22,19 +34,6 @@ from serve.http.downloads import MODEL_TYPE, TAR_TYPE, archive_response, model_r
 from serve.http.events import EVENTS_TYPE, job_events
 from serve.http.page import add_page
 from serve.http.problems import MEDIA_TYPE, Problem, ProblemError
-from serve.http.schema import (
-    Centre,
-    GeneratorDetail,
-    GeneratorList,
-    GeneratorView,
-    Health,
-    JobList,
-    JobRequest,
-    JobView,
-    ModelList,
-    ModelRequest,
-    ModelView,
-)
 
 _GENERATE_SECONDS = 60.0
 _PAGE = 1000
@@ -142,37 +141,35 @@ def _binary(description: str, media_type: str) -> dict[str, Any]:
 
 def _add_jobs(app: FastAPI, desk: Desk, store: JobStore) -> None:
     @app.post(
-        "/v1/jobs", status_code=202, response_model=JobView, responses=_problems(422, 429, 507),
+        "/v1/jobs", status_code=202, response_model=Job, responses=_problems(422, 429, 507),
         operation_id="submit_job",
     )  # fmt: skip
     async def submit(
         request: JobRequest, response: Response, caller: Submitter, idempotency_key: IdempotencyKey = None
-    ) -> JobView:
+    ) -> Job:
         """Ask for models. The job is durable when this is answered."""
         job = await desk.submit(caller, request, idempotency_key)
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return job
 
-    @app.get("/v1/jobs", response_model=JobList, responses=_problems(422), operation_id="list_jobs")
+    @app.get("/v1/jobs", response_model=JobPage, responses=_problems(422), operation_id="list_jobs")
     async def jobs(
         caller: Reader,
-        state: State | None = None,
+        state: JobState | None = None,
         generator: str | None = None,
         limit: Annotated[int, Query(ge=1, le=_PAGE)] = 100,
         after: Annotated[str | None, Query(description="`next` of the page before")] = None,
-    ) -> JobList:
+    ) -> JobPage:
         """Jobs, newest first."""
         return await desk.jobs(caller, state, generator, limit, after)
 
-    @app.get(
-        "/v1/jobs/{id}", response_model=JobView, responses=_problems(404, 409, 422), operation_id="get_job"
-    )
-    async def job(caller: Reader, id: JobId) -> JobView:
+    @app.get("/v1/jobs/{id}", response_model=Job, responses=_problems(404, 409, 422), operation_id="get_job")
+    async def job(caller: Reader, id: JobId) -> Job:
         """One job: state, progress, rate, time left."""
         return await desk.job(caller, id)
 
     @app.delete(
-        "/v1/jobs/{id}", response_model=JobView, operation_id="delete_job",
+        "/v1/jobs/{id}", response_model=Job, operation_id="delete_job",
         responses={**_problems(404, 409, 422), 204: {"description": "It had ended, and is removed"}},
     )  # fmt: skip
     async def delete(caller: Submitter, id: JobId) -> Any:
@@ -204,11 +201,11 @@ def _add_jobs(app: FastAPI, desk: Desk, store: JobStore) -> None:
             200: _binary("The network, a .safetensors file", MODEL_TYPE),
             202: {
                 "description": f"Not made within {_GENERATE_SECONDS:.0f} s: the job that goes on",
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobView"}}},
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}},
             },
         },
     )  # fmt: skip
-    async def generate(request: ModelRequest, caller: Submitter) -> Response:
+    async def generate(request: GenerateRequest, caller: Submitter) -> Response:
         """Make one model and answer with its file. It is a job like any other, and stays as one."""
         asked = request.model_dump(exclude={"condition", "description"})
         conditions = None if request.condition is None else [request.condition]
@@ -220,9 +217,9 @@ def _add_jobs(app: FastAPI, desk: Desk, store: JobStore) -> None:
         deadline = loop.time() + _GENERATE_SECONDS
         while not job.state.is_end and (seconds := deadline - loop.time()) > 0:
             job = await desk.news(caller, job.id, job.version, min(seconds, 10.0))
-        if job.state == State.failed:
+        if job.state == JobState.failed:
             raise ProblemError(500, job.error or "the job failed")
-        if job.state == State.cancelled:
+        if job.state == JobState.cancelled:
             raise ProblemError(500, f"job {job.id} was cancelled")
         if not job.state.is_end:
             return JSONResponse(job.model_dump(mode="json"), 202, headers)
@@ -235,7 +232,7 @@ def _add_jobs(app: FastAPI, desk: Desk, store: JobStore) -> None:
 
 def _add_downloads(app: FastAPI, desk: Desk, store: JobStore) -> None:
     @app.get(
-        "/v1/jobs/{id}/models", response_model=ModelList, responses=_problems(404, 409, 422),
+        "/v1/jobs/{id}/models", response_model=ModelPage, responses=_problems(404, 409, 422),
         operation_id="list_models",
     )  # fmt: skip
     async def models(
@@ -243,7 +240,7 @@ def _add_downloads(app: FastAPI, desk: Desk, store: JobStore) -> None:
         id: JobId,
         start: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=1, le=_PAGE)] = _PAGE,
-    ) -> ModelList:
+    ) -> ModelPage:
         """The finished models of a job, with the SHA-256 of their files."""
         return await desk.models(caller, id, start, limit)
 
@@ -271,7 +268,7 @@ def _add_downloads(app: FastAPI, desk: Desk, store: JobStore) -> None:
         job = await desk.job(caller, id)
         if not job.state.is_end:
             raise ProblemError(409, f"job {id} has not ended", headers={"Retry-After": "5"})
-        found: list[ModelView] = []
+        found: list[ModelFile] = []
         start: int | None = 0
         while start is not None:
             page = await desk.models(caller, id, start, 10 * _PAGE)
@@ -288,12 +285,8 @@ def _add_generators(app: FastAPI, desk: Desk) -> None:
     )
     async def generators(caller: Reader) -> GeneratorList:
         """The generators that are served."""
-        return GeneratorList(
-            generators=[
-                GeneratorView(**each.model_dump(exclude={"card", "layout"}))
-                for each in await desk.generators()
-            ]
-        )
+        # The type of the list's items leaves out their cards and layouts.
+        return GeneratorList(generators=list(await desk.generators()))
 
     @app.get(
         "/v1/generators/{name}", response_model=GeneratorDetail, responses=_problems(404, 422),

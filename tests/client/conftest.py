@@ -31,6 +31,7 @@ __all__ = ["expected", "generator", "in_process", "saved"]
 
 TOKEN = "secret-of-alice"
 HURRY = Patience(first=0.02, largest=0.1, total=5.0)
+POLL_SECONDS = 0.02
 
 
 @dataclass
@@ -177,7 +178,7 @@ def live(served: Live) -> Live:
 
 @pytest.fixture
 def client(live: Live) -> Iterator[Client]:
-    with Client(live.url, TOKEN, HURRY) as client:
+    with Client(live.url, TOKEN, HURRY, poll_seconds=POLL_SECONDS) as client:
         yield client
 
 
@@ -189,11 +190,11 @@ class Both:
 
     def __call__(self, method: str, *arguments: Any, **settings: Any) -> Sequence[Any]:
         """What the blocking one says, then the other."""
-        with Client(self._url, TOKEN, HURRY) as client:
+        with Client(self._url, TOKEN, HURRY, poll_seconds=POLL_SECONDS) as client:
             first = getattr(client, method)(*arguments, **settings)
 
         async def call() -> Any:
-            async with AsyncClient(self._url, TOKEN, HURRY) as other:
+            async with AsyncClient(self._url, TOKEN, HURRY, poll_seconds=POLL_SECONDS) as other:
                 return await getattr(other, method)(*arguments, **settings)
 
         return first, asyncio.run(call())

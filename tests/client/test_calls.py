@@ -1,28 +1,40 @@
 """Calls that go well and calls that do not: what is sent, what is sent again, what is told."""
 
 import asyncio
-import dataclasses
 import inspect
 import socket
 import time
 
 import pytest
 
-from rpg.client import AsyncClient, CallError, Client, GeneratorInfo, Job, JobPage, ModelFile, Patience
-from rpg.client import calls as client_calls
-from rpg.client.events import Event, EventReader
+from rpg.client import AsyncClient, CallError, Client, Job, ModelFile, Patience
+from rpg.client.calls import SamplingOptions
+from rpg.client.schema import SamplingRequest
+from rpg.client.transport import Event, EventReader
 from rpg.errors import RPGError
-from serve.http.schema import GeneratorView, JobList, JobView, ModelView
 from tests.client.conftest import HURRY, TOKEN, Both, Live, answered, cut_after
 from tests.serve.conftest import CONDITIONS
 
 PROBLEM = {"Content-Type": "application/problem+json"}
 
 
-def test_views_are_what_the_service_tells() -> None:
-    for view, model in ((Job, JobView), (ModelFile, ModelView), (GeneratorInfo, GeneratorView)):
-        assert [each.name for each in dataclasses.fields(view)] == list(model.model_fields)
-    assert {each.name for each in dataclasses.fields(JobPage)} < JobList.model_fields.keys()
+def test_the_options_of_a_submission_are_those_of_a_request() -> None:
+    asked = SamplingRequest.model_fields.keys() - {"generator", "seed"}
+    assert SamplingOptions.__annotations__.keys() == asked
+
+
+def test_answers_pass_over_what_a_newer_service_adds_and_lack_nothing() -> None:
+    given = {"index": 1, "sha256": "ab", "bytes": 2, "accuracy": None, "similarity": 0.5, "description": None}
+    model = ModelFile.from_json({**given, "colour": "red"})
+    assert model.model_dump() == given
+    with pytest.raises(RPGError, match=r"^the answer lacks bytes, sha256: expected that of RPG's service$"):
+        ModelFile.from_json({key: value for key, value in given.items() if key not in ("bytes", "sha256")})
+    with pytest.raises(RPGError, match=r"^the answer is no object: expected that of RPG's service$"):
+        ModelFile.from_json([given])
+    with pytest.raises(
+        RPGError, match=r"^the answer is wrong at bytes: .* valid integer.*: expected that of"
+    ):
+        ModelFile.from_json({**given, "bytes": "many"})
 
 
 def test_both_clients_have_the_same_methods() -> None:
@@ -164,13 +176,7 @@ def test_nobody_listens(caplog: pytest.LogCaptureFixture) -> None:
     assert told.endswith("refused; trying again for up to 0 s")
 
 
-@pytest.fixture
-def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_calls, "_POLL_SECONDS", 0.02)
-
-
-@pytest.mark.usefixtures("quick_polls")
-def test_events_that_break_off_are_taken_up_again(both: Both, client: Client, live: Live) -> None:
+def test_events_that_break_off_are_taken_up_again(client: Client, live: Live) -> None:
     job = client.submit("small", CONDITIONS, 100, steps=20)
     for _ in range(2):
         live.fault("GET", "/events", cut_after(700))
@@ -182,8 +188,7 @@ def test_events_that_break_off_are_taken_up_again(both: Both, client: Client, li
     assert len({each.version for each in told}) == len(told), "nothing is told twice"
 
 
-@pytest.mark.usefixtures("quick_polls")
-def test_without_events_it_asks_now_and_then(both: Both, client: Client, live: Live) -> None:
+def test_without_events_it_asks_now_and_then(client: Client, live: Live) -> None:
     for broken in (answered(503, {}), answered(200, {"Content-Type": "text/html"}, b"login")):
         job = client.submit("small", CONDITIONS, 50, steps=20)
         live.requests.clear()

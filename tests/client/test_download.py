@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rpg.client import Client, Job
+from rpg.client import Client, Job, ModelFile
 from rpg.client.arriving import ArrivingFile, partial_path
-from rpg.client.views import ModelFile
 from rpg.errors import RPGError
 from tests.client.conftest import HURRY, TOKEN, Both, Live, answered, cut_after, damaged
 from tests.serve.conftest import CONDITIONS
@@ -30,7 +29,10 @@ def contents(expected: Expected) -> list[bytes]:
 
 
 def model(content: bytes, index: int = 0) -> ModelFile:
-    return ModelFile(index, hashlib.sha256(content).hexdigest(), len(content))
+    digest = hashlib.sha256(content).hexdigest()
+    return ModelFile(
+        index=index, sha256=digest, bytes=len(content), accuracy=None, similarity=None, description=None
+    )
 
 
 def names(directory: Path) -> list[str]:

@@ -62,7 +62,7 @@ def test_bad_config_and_what_is_uploaded(head):
     assert "exit code 2" in job.stdout
     # No environment, no outputs, no history: Ray leaves out what .gitignore names.
     files = re.findall(r"^\./(.+)$", job.stdout, re.MULTILINE)
-    assert {"ray_jobs/pipeline.py", "rpg/config.py", "configs/digits.yaml"} <= set(files)
+    assert {"ray_jobs/pipeline.py", "rpg/config/run.py", "configs/digits.yaml"} <= set(files)
     assert not [name for name in files if name.startswith((".venv/", ".git/", "runs/"))]
     assert not [name for name in files if "__pycache__" in name]
 

@@ -24,6 +24,7 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
+from rpg.client.schema import JobState
 from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
 from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.collection.layout import Layout
@@ -36,7 +37,6 @@ from rpg.tasks.digits import DigitsNet
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
 from serve.dispatch.api import DispatcherDesk
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.records import State
 from serve.dispatch.scheduler import Served
 from serve.dispatch.store import JobStore
 from serve.http.auth import Caller
@@ -57,7 +57,7 @@ class NoMeters:
 
     def first_model(self, generator: str, seconds: float) -> None: ...
 
-    def ended(self, generator: str, state: State, seconds: float) -> None: ...
+    def ended(self, generator: str, state: JobState, seconds: float) -> None: ...
 
 
 def bearer(name: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
+from rpg.client.schema import JobState
 from rpg.collection.layout import Layout
 from rpg.config import ConditionKind, RecurrentKind, SamplingConfig
 from rpg.errors import RPGError
@@ -32,7 +33,7 @@ from serve.dispatch import dispatcher as dispatcher_module
 from serve.dispatch import scheduler as feed
 from serve.dispatch import store as job_store
 from serve.dispatch.lease import Description, Lease
-from serve.dispatch.records import Made, Manifest, State
+from serve.dispatch.records import JobManifest, Made
 from serve.dispatch.store import JobStore, is_id, new_id
 from serve.replicas.replica import Replica
 from tests.s3_server import Proxy, S3Server
@@ -182,7 +183,7 @@ def test_networks_without_conditions_are_not_measured(
     make_generator(layout, RecurrentKind.lstm, condition=kind).save_pretrained(tmp_path / "roots" / "other")
     config.generators[0].path = str(tmp_path / "roots" / "other")
     reason = "evaluate: generator 'small' takes no conditions, and without one nothing says what is right"
-    manifest = Manifest(
+    manifest = JobManifest(
         new_id(), "alice", "small", 0, time.time(), GenerationJob(None, 2, 0, SamplingConfig()), evaluate=True
     )
     JobStore(Path(config.storage)).create(manifest)
@@ -408,7 +409,7 @@ def test_a_job_that_cannot_be_stored_is_not_accepted(
         async with in_process(config) as service:
             with monkeypatch.context() as patch:
 
-                def full(self: JobStore, manifest: Manifest) -> None:
+                def full(self: JobStore, manifest: JobManifest) -> None:
                     raise RPGError("job.json: cannot be written: No space left on device")
 
                 patch.setattr(JobStore, "create", full)
@@ -423,7 +424,7 @@ def test_a_job_that_cannot_be_stored_is_not_accepted(
 def test_a_job_that_is_stored_is_accepted_whatever_can_be_read(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreadable(self: JobStore, manifest: Manifest) -> None:
+    def unreadable(self: JobStore, manifest: JobManifest) -> None:
         raise RPGError("jobs: cannot be read: the storage cannot be reached")
 
     async def run() -> None:
@@ -566,7 +567,7 @@ def test_a_job_that_is_revived_while_others_are_removed_stays(
             for key in ("a", "b"):
                 ids[key] = (await submit(service, key=key, number=5000, steps=50)).json()["id"]
                 job = service.dispatcher.job(caller(), ids[key])
-                await service.dispatcher.end(job, State.failed, "the disk was full")
+                await service.dispatcher.end(job, JobState.failed, "the disk was full")
             config.retention.days = 0
             monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.0)
             await asyncio.to_thread(held.wait, 30)
@@ -591,7 +592,7 @@ def test_a_job_that_is_revived_while_it_is_to_be_removed_is_cancelled(
         async with in_process(config) as service:
             id = (await submit(service, key="k", number=5000, steps=50)).json()["id"]
             job = service.dispatcher.job(caller(), id)
-            await service.dispatcher.end(job, State.failed, "the disk was full")
+            await service.dispatcher.end(job, JobState.failed, "the disk was full")
             async with job.saving:
                 removal = asyncio.create_task(
                     service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from rpg.client.schema import JobState
 from rpg.config import SamplingConfig
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
 from rpg.storage.locations import AnyPath, location
 from serve.dispatch import store as job_store
-from serve.dispatch.records import Made, Manifest, Progress, State
+from serve.dispatch.records import JobManifest, JobProgress, Made
 from serve.dispatch.store import JobStore, Quarantined, new_id
 from tests.s3_server import Proxy, S3Server
 
@@ -32,14 +33,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> JobStore:
 def ended_job(store: JobStore) -> str:
     """The id of a job on storage that has made two models."""
     job = GenerationJob(None, 2, 0, SamplingConfig())
-    manifest = Manifest(new_id(), "alice", "small", 0, time.time(), job)
+    manifest = JobManifest(new_id(), "alice", "small", 0, time.time(), job)
     store.create(manifest)
     if isinstance(store.root, Path):
         store.models(manifest.id).mkdir()
     for index in range(2):
         store.model(manifest.id, index).write_bytes(b"a model")
     made = {index: Made(index, "0" * 64, 7) for index in range(2)}
-    store.save(manifest.id, Progress(State.succeeded, ended=time.time(), made=made))
+    store.save(manifest.id, JobProgress(JobState.succeeded, ended=time.time(), made=made))
     return manifest.id
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from rpg.client.schema import ModelFile
 from serve.config import ServeConfig
 from serve.http import downloads as download
-from serve.http.schema import ModelView
 from tests.serve.conftest import CONDITIONS, bearer, token_entry
 
 InProcess = Callable[..., Any]
@@ -240,7 +240,7 @@ def test_an_archive_of_a_large_network_can_be_unpacked(
     monkeypatch.setattr(download, "_blocks", lambda path, start, end: iter([path.name.encode()]))
     monkeypatch.setattr(download, "_padded", lambda size: size)
     files = [
-        (tmp_path / name, ModelView(bytes=size, **unknown), f"{'a' * 22}/{name}.safetensors")
+        (tmp_path / name, ModelFile(bytes=size, **unknown), f"{'a' * 22}/{name}.safetensors")
         for name, size in sizes.items()
     ]
     archive = tmp_path / "archive.tar"

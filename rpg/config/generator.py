@@ -1,0 +1,233 @@
+"""A generator: what its networks, its diffusion and its sampling can be set to."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge, Interval, Le, MultipleOf
+from pydantic import ConfigDict
+
+from rpg.config.bounds import Count, Finite, check_bounds
+from rpg.errors import RPGError
+
+LONGEST_DESCRIPTION = 2000
+"""Characters of a description. An encoder has a limit of its own, in tokens, and often a smaller one."""
+
+Steps = Count
+"""Evaluations of the denoiser."""
+Guidance = Annotated[Finite, Ge(0)]
+Eta = Annotated[Finite, Interval(ge=0, le=1)]
+Temperature = Annotated[Finite, Ge(0)]
+
+
+class RecurrentKind(StrEnum):
+    """The network that turns positions and the condition into prototypes."""
+
+    mamba2 = "mamba2"
+    lstm = "lstm"
+    transformer = "transformer"
+    none = "none"
+
+
+class DenoiserKind(StrEnum):
+    """The network that denoises a token given its prototype."""
+
+    unet = "unet"
+    adaln_mlp = "adaln_mlp"
+
+
+class ConditionKind(StrEnum):
+    """What the recurrent network is conditioned on besides positions."""
+
+    permutation = "permutation"
+    vector = "vector"
+    none = "none"
+
+
+class Schedule(StrEnum):
+    """Noise schedule of the diffusion."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Prediction(StrEnum):
+    """What the denoiser predicts."""
+
+    noise = "noise"
+    v = "v"
+    x0 = "x0"
+
+
+class Solver(StrEnum):
+    """Sampler of the reverse diffusion."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+    dpmpp_2m = "dpmpp_2m"
+
+
+class SamplingPrecision(StrEnum):
+    """Arithmetic of matrix products in sampling, where there is a GPU; a CPU samples in float32."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float8 = "float8"
+
+
+@dataclass
+class RecurrentConfig:
+    """The recurrent network."""
+
+    kind: RecurrentKind = RecurrentKind.mamba2
+    width: Annotated[int, Ge(1), MultipleOf(4)] = 256
+    """Width of position embeddings and prototypes (`d_model`)."""
+    depth: Count = 1
+    state_size: Count = 32
+    """Mamba-2: `d_state`."""
+    conv_width: Count = 4
+    """Mamba-2: `d_conv`."""
+    expand: Count = 1
+    """Mamba-2: inner width over `width`."""
+    head_size: Count = 64
+    """Mamba-2 and Transformer: width of one head."""
+
+
+@dataclass
+class DenoiserConfig:
+    """The denoiser."""
+
+    kind: DenoiserKind = DenoiserKind.adaln_mlp
+    width: Count = 512
+    """AdaLN MLP: hidden width."""
+    depth: Count = 3
+    """AdaLN MLP: residual blocks."""
+    channels: list[int] = field(default_factory=lambda: [1, 32, 64, 128, 64, 32, 1])
+    """U-Net: channels of its layers, first and last 1."""
+    kernel_size: Count = 7
+    """U-Net: convolution width, odd."""
+
+
+@dataclass
+class ConditionConfig:
+    """How the condition enters the recurrent network."""
+
+    kind: ConditionKind = ConditionKind.vector
+    size: int = 0
+    """Values in the condition vector, or number of permutation states; 0: taken from the collection."""
+    states: Annotated[int, Ge(-1)] = 0
+    """Permutation states beside the vector; 0: none, -1: as many as the collection has."""
+    width: Count = 256
+    """Hidden width of the condition's MLP."""
+    dropout: Annotated[Finite, Interval(ge=0, lt=1)] = 0.0
+    """Share of training samples whose condition is dropped, for classifier-free guidance."""
+    encoder: str = ""
+    """Digest of the text encoder whose embeddings of descriptions the conditions are; empty: taken from the
+    collection, where there is one."""
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward process and what is predicted."""
+
+    schedule: Schedule = Schedule.linear
+    prediction: Prediction = Prediction.x0
+    timesteps: Annotated[int, Ge(2), Le(10**6)] = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+
+@dataclass
+class SamplingConfig:
+    """The reverse process: sampling settings in full."""
+
+    # Requests and answers of the service hold these settings too; OpenAPI then tells what each one means.
+    __pydantic_config__ = ConfigDict(
+        use_attribute_docstrings=True, json_schema_serialization_defaults_required=True
+    )
+
+    solver: Solver = Solver.dpmpp_2m
+    steps: Steps = 8
+    eta: Eta = 0.0
+    """DDIM: 0 is deterministic, 1 adds the noise of DDPM."""
+    guidance: Guidance = 1.0
+    """Classifier-free guidance scale; 1 is off and needs one evaluation a step instead of two."""
+    temperature: Temperature = 1.0
+    """Standard deviation of the noise that sampling starts from."""
+    clip: Annotated[Finite, Ge(0)] = 0.0
+    """Largest magnitude of the estimate x̂ (normalised values) that a step may go by; 0: any. Where noise is
+    predicted, an error is multiplied by up to 1/signal in it."""
+    token_batch: Annotated[int, Ge(1), Le(2**20)] = 256
+    """Tokens denoised together; peak memory depends on this alone."""
+    precision: SamplingPrecision = SamplingPrecision.auto
+    """On a GPU: `auto` and `bfloat16` are bfloat16; `float8` makes the AdaLN MLP's products in 8-bit floats
+    with a scale for every row, where the GPU has them and token size and width are multiples of 16, and is
+    `auto` elsewhere; `float32`. Without a GPU, or without Triton: float32."""
+
+
+@dataclass
+class GeneratorConfig:
+    """A generator: condition, recurrent network, denoiser, diffusion, and its default sampling."""
+
+    recurrent: RecurrentConfig = field(default_factory=RecurrentConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
+    """Check a generator's ranges and combinations; `prefix` goes before the keys in messages."""
+    check_bounds(config, prefix)
+    recurrent, denoiser, diffusion = config.recurrent, config.denoiser, config.diffusion
+    inner = recurrent.expand * recurrent.width
+    if recurrent.kind == RecurrentKind.mamba2 and inner % recurrent.head_size:
+        raise RPGError(
+            f"{prefix}recurrent.head_size: expected a divisor of expand * width = {inner}, "
+            f"got {recurrent.head_size}"
+        )
+    if recurrent.kind == RecurrentKind.transformer and recurrent.width % recurrent.head_size:
+        raise RPGError(
+            f"{prefix}recurrent.head_size: expected a divisor of width = {recurrent.width}, "
+            f"got {recurrent.head_size}"
+        )
+    channels = denoiser.channels
+    if len(channels) < 5 or len(channels) % 2 == 0 or channels[0] != 1 or channels[-1] != 1:
+        raise RPGError(
+            f"{prefix}denoiser.channels: expected an odd number of at least 5 values, first and last 1, "
+            f"got {channels}"
+        )
+    if channels != channels[::-1] or min(channels) < 1:
+        raise RPGError(f"{prefix}denoiser.channels: expected a palindrome of positive values, got {channels}")
+    if denoiser.kernel_size % 2 == 0:
+        raise RPGError(f"{prefix}denoiser.kernel_size: expected an odd value, got {denoiser.kernel_size}")
+    if config.condition.states and config.condition.kind != ConditionKind.vector:
+        raise RPGError(
+            f"{prefix}condition.states: expected 0 beside kind '{config.condition.kind}', "
+            f"got {config.condition.states}: they are for kind 'vector'"
+        )
+    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        raise RPGError(
+            f"{prefix}diffusion.beta_start, beta_end: expected 0 < start <= end < 1, "
+            f"got {diffusion.beta_start}, {diffusion.beta_end}"
+        )
+    validate_sampling(config.sampling, config, prefix=f"{prefix}sampling.")
+
+
+def validate_sampling(sampling: SamplingConfig, generator: GeneratorConfig, prefix: str = "") -> None:
+    """Check sampling settings against the generator that they are for."""
+    check_bounds(sampling, prefix)
+    if sampling.steps > generator.diffusion.timesteps:
+        raise RPGError(
+            f"{prefix}steps: expected at most diffusion.timesteps = {generator.diffusion.timesteps}, "
+            f"got {sampling.steps}"
+        )
+    if sampling.precision == SamplingPrecision.float8 and generator.denoiser.kind != DenoiserKind.adaln_mlp:
+        raise RPGError(
+            f"{prefix}precision: float8 needs denoiser.kind adaln_mlp, got {generator.denoiser.kind}"
+        )
+    if sampling.guidance != 1 and generator.condition.dropout == 0:
+        raise RPGError(
+            f"{prefix}guidance: needs a generator trained with condition.dropout > 0, got {sampling.guidance}"
+        )

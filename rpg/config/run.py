@@ -1,0 +1,232 @@
+"""A run: one section for each stage of the flow, from collecting checkpoints to the report."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Interval
+
+from rpg.config.bounds import Count, Expected, Finite, Seed, check_bounds
+from rpg.config.generator import GeneratorConfig, validate_generator
+from rpg.errors import RPGError
+
+
+class Normalisation(StrEnum):
+    """How a tensor's values become token values (see `rpg.collection.layout`)."""
+
+    residual = "residual"
+    zscore = "zscore"
+
+
+class TokenDtype(StrEnum):
+    """Type that values are stored in: tokens in shards, tensors in generated networks."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Split(StrEnum):
+    """Which part of a collection a checkpoint belongs to; generators learn from `train` alone."""
+
+    train = "train"
+    validation = "validation"
+    heldout = "heldout"
+
+
+class Precision(StrEnum):
+    """Arithmetic of matrix products in training: `auto` is float32 on a CPU and bfloat16 on a GPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Optimiser(StrEnum):
+    """What changes the weights; `adamw8bit` keeps its two moments in 8 bits a value."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
+class Sharding(StrEnum):
+    """Whether training workers each hold the whole generator, or (`fsdp`) a share of every tensor."""
+
+    none = "none"
+    fsdp = "fsdp"
+
+
+@dataclass
+class CollectConfig:
+    """Making a collection: networks fine-tuned for every task of a family (stage `collect`)."""
+
+    directory: str = ""
+    """A collection that is there already (see `rpg register`), a directory or URI, used as it is instead of
+    training one."""
+    family: str = "digits"
+    """Task family to train networks for (see `rpg/tasks`): digits or cifar10."""
+    images: str = ""
+    """Directory or URI of the images, for a family that does not bring its own (cifar10: `train.parquet` and
+    `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
+    checkpoints_per_task: Count = 3
+    backbone_epochs: Count = 40
+    epochs: Count = 6
+    batch_size: Count = 32
+    learning_rate: Annotated[Finite, Gt(0)] = 1e-2
+    models_per_batch: Count = 32
+    """Models that train side by side in one Ray task."""
+    validation_tasks: Annotated[int, Ge(0)] = 40
+    """Tasks that the generator is not trained on, for choosing settings; never the held-out ones."""
+
+
+@dataclass
+class ShardConfig:
+    """Cutting a collection into tokens (stage `shard`)."""
+
+    token_size: Count = 256
+    normalisation: Normalisation = Normalisation.residual
+    dtype: TokenDtype = TokenDtype.float32
+    checkpoints_per_shard: Count = 512
+    """At most; fewer where `megabytes_per_shard` is reached before."""
+    megabytes_per_shard: Count = 256
+    """A shard holds as many checkpoints as fit, and at least one."""
+
+
+@dataclass
+class TrainConfig:
+    """Fitting a generator (stage `train`)."""
+
+    steps: Count = 2000
+    checkpoints_per_step: Count = 64
+    tokens_per_checkpoint: Count = 16
+    """Tokens sampled of each checkpoint; a step reads only those."""
+    learning_rate: Annotated[Finite, Gt(0)] = 2e-3
+    warmup_steps: Annotated[int, Ge(0)] = 100
+    weight_decay: Annotated[Finite, Ge(0)] = 0.0
+    gradient_clip: Annotated[Finite, Gt(0)] = 1.0
+    ema_decay: Annotated[Finite, Interval(ge=0, lt=1)] = 0.999
+    precision: Precision = Precision.auto
+    optimiser: Optimiser = Optimiser.adamw
+    sharding: Sharding = Sharding.none
+    save_every: Count = 500
+    """Steps between training checkpoints."""
+    keep: Count = 2
+    """Training checkpoints kept: the newest, besides the best."""
+    validate_every: Annotated[int, Ge(0)] = 0
+    """Steps between generating networks for the validation tasks, whose accuracy chooses the generator;
+    0: never, and the last step's generator is taken."""
+    validation_models: Count = 1
+    """Networks generated for each validation task."""
+    log_every: Count = 50
+
+
+@dataclass
+class GenerateConfig:
+    """Which networks to generate (stage `generate`)."""
+
+    split: Split = Split.heldout
+    """Whose tasks are generated for as unseen ones: the held-out ones, or those for choosing settings."""
+    models_per_task: Count = 5
+    """Models a task; for collections without conditions: models in all."""
+    seen_tasks: Annotated[int, Ge(0)] = 20
+    """Tasks of the training set to generate for as well."""
+    models_per_batch: Count = 50
+    """Models that one worker makes at a time; a lost batch is made again."""
+
+
+@dataclass
+class EvaluateConfig:
+    """What the report measures (stage `evaluate`)."""
+
+    noise_levels: Annotated[list[Annotated[Finite, Gt(0)]], Expected("positive values")] = field(
+        default_factory=lambda: [0.01, 0.02, 0.03, 0.04, 0.05]
+    )
+    """Noised originals, the yardstick of similarity: noise as a share of each tensor's standard deviation."""
+    ridge_penalty: Annotated[Finite, Ge(0)] = 1e-3
+    """Of the ridge regressions from condition to weights."""
+
+
+@dataclass
+class TuneConfig:
+    """Searching settings (job `tune`)."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    """Keys of the config (dotted) and what to try: a list of values, or a range {min, max, log, integer}."""
+    trials: Count = 12
+    compute: Annotated[Finite, Gt(0)] = 1.0
+    """What each trial may spend, as a share of the arithmetic that training with the config itself takes."""
+    reduction: Annotated[int, Ge(2)] = 3
+    """ASHA: at each rung one of so many trials goes on, with so many times the compute."""
+    concurrent: Annotated[int, Ge(0)] = 0
+    """Trials at a time; 0: as many as the cluster has room for."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where training metrics go besides the terminal."""
+
+    tensorboard: bool = True
+    """Event files in `train/` of the output."""
+    mlflow: str = ""
+    """An MLflow tracking URI; empty: not used."""
+    wandb: str = ""
+    """A Weights & Biases project; empty: not used."""
+
+
+@dataclass
+class RayConfig:
+    """What the jobs ask of Ray."""
+
+    num_cpus: Count | None = None
+    """CPUs of a Ray that the job itself starts; None: all of the machine's."""
+    use_gpu: bool = False
+    """One GPU for each training worker, for each generating worker, and for a task that trains or evaluates
+    networks of a family that uses one (cifar10)."""
+    train_workers: Count = 1
+    min_train_workers: Annotated[int, Ge(0)] = 0
+    """Start with as few and grow up to `train_workers` when there is room; 0: always `train_workers`."""
+    train_threads: Annotated[int, Ge(0)] = 0
+    """PyTorch threads of a training worker; 0: its share of its machine's CPUs."""
+    generate_workers: Count = 2
+    wait_seconds: Annotated[Finite, Ge(0)] = 0.0
+    """How long to wait for an autoscaling cluster to bring what the job needs before it is refused."""
+    cache_directory: str = "~/.cache/rpg"
+    """Where a node keeps copies of shards and generators that lie behind a URI."""
+    cache_gigabytes: Annotated[Finite, Gt(0)] = 100.0
+    """Size limit of that directory; what was used longest ago goes first."""
+
+
+@dataclass
+class Config:
+    """One run, from checkpoints to report."""
+
+    name: str = "run"
+    output: str = "runs/${name}"
+    """Directory or URI that holds every stage's output."""
+    seed: Seed = 0
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+def validate(config: Config) -> None:
+    """Check ranges and combinations.
+
+    Raises:
+        RPGError: naming the key and the range expected.
+    """
+    check_bounds(config)
+    if config.generate.split == Split.train:
+        raise RPGError("generate.split: expected validation or heldout: training tasks are not unseen")
+    if config.ray.min_train_workers > config.ray.train_workers:
+        raise RPGError(
+            f"ray.min_train_workers: expected at most ray.train_workers = {config.ray.train_workers}, "
+            f"got {config.ray.min_train_workers}"
+        )
+    validate_generator(config.generator, prefix="generator.")
