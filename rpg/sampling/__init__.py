@@ -1,1 +1,1 @@
-"""Making models with a generator: seeded noise, packed sampling, files written token by token."""
+"""Making models with a generator: requests, the engine, noise, solvers, and files written token by token."""

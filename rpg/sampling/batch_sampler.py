@@ -1,14 +1,14 @@
 """One denoising batch: rows of any models, jobs and conditions that are sampled with the same settings.
 
 Batches always hold the same number of rows, and a model's noise and prototypes are computed in ways that do
-not depend on its neighbours: so a model comes out the same whatever it is batched with (invariant 2 of the
-design).
+not depend on its neighbours. So a model comes out the same whatever it is batched with (invariant 2 of
+docs/architecture.md).
 
 On a CPU this needs two precautions, since a row's bits may depend on where in the batch it lies. PyTorch's
-vectorised functions (SiLU, ELU) round differently in the remainder behind the last full vector: the number of
-rows is a multiple of two vectors, so there is no remainder. Threads leave remainders of their own, and MKL
-multiplies a thread's share with a kernel that suits its size: sampling uses one thread. Workers, not threads,
-use more of a machine's CPUs; and so a model does not depend on how many there are.
+vectorised functions (SiLU, ELU) round differently in the remainder behind the last full vector, so the number
+of rows is a multiple of two vectors, which leaves no remainder. Threads leave remainders of their own, and
+MKL multiplies a thread's share with a kernel that suits its size, so sampling uses one thread. Workers use
+more of a machine's CPUs, and a model does not depend on how many there are.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""Whose turn it is: the highest priority first, and among equals whoever was served least."""
+"""Whose turn it is: the highest priority first, and among equals whoever was served least.
+
+The engine takes rows of its jobs in this order, and the service's dispatcher hands out models so.
+"""
 
 import time
 from collections.abc import Callable
@@ -7,14 +10,14 @@ from typing import Generic, TypeVar
 K = TypeVar("K")
 
 AGEING_SECONDS = 10.0
-"""Who has waited so long for a turn counts as one priority higher, and so on: nobody waits for ever."""
+"""A member gains one priority for every so many seconds without a turn, so that nobody waits for ever."""
 
 
 class FairQueue(Generic[K]):
-    """Members that take turns; what a turn is worth is told by `served`.
+    """Members that take turns; `served` counts what a turn was worth.
 
-    A member that joins is taken for served as much as the least served of its priority: it neither waits for
-    the others nor makes them wait for what it missed.
+    A member that joins counts as served as much as the least served of its priority, so it neither waits for
+    the others to catch up nor makes them wait for what it missed.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -2,7 +2,8 @@
 
 The counter-based generator Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 2011) needs no state, so the noise of a model does not depend on what it is batched with, on the device, or on
-what was generated before (invariant 2 of the design). Box-Muller turns its words into normal values.
+what was generated before (invariant 2 of docs/architecture.md). Box-Muller turns its words into normal
+values.
 """
 
 import math

@@ -36,7 +36,7 @@ class AdaLNMLPOnGPU:
         t = torch.tensor(timesteps, device=denoiser.input.weight.device)
         with torch.inference_mode():
             self._by_time = denoiser.timestep_modulation(F.silu(denoiser.timestep(t)))
-        # Once a token, not once a step: not worth the rounding.
+        # This product is computed once a token, so 8 bits would gain little for their rounding.
         self._modulation = Product(denoiser.prototype_modulation, dtype)
         self._input = Product(denoiser.input, dtype, eight_bits)
         layers = [block.children() for block in denoiser.blocks]
@@ -46,11 +46,11 @@ class AdaLNMLPOnGPU:
         self._output = Product(denoiser.output, dtype, eight_bits)
 
     def prepare(self, prototypes: Tensor) -> Tensor:
-        """As `AdaLNMLP.prepare`, in `dtype`."""
+        """The prototypes' part of the modulation, [N, (3 · depth + 2) · width], in `dtype`."""
         return self._modulation(F.silu(prototypes).to(self.dtype))
 
     def denoise(self, x: Tensor, step: int, modulation: Tensor) -> Tensor:
-        """As `AdaLNMLP.denoise` for noised tokens `x` [N, token_size] at the timestep of `step`."""
+        """Predict for noised tokens `x` [N, token_size] at the timestep of `step`, like `AdaLNMLP`."""
         width, by_time = self.width, self._by_time[step]
         x = self._input(*self._factor(x, silu=False))
         y, scales = self._room(x)

@@ -42,11 +42,11 @@ class UNetOnGPU:
         return powers and kernel <= 7 and token_size % 64 == 0
 
     def prepare(self, prototypes: Tensor) -> Tensor:
-        """As `ConditionalUNet.prepare`, in `dtype`."""
+        """The prototypes at the token's length, [N, token_size], in `dtype`."""
         return nn.functional.linear(prototypes.to(self.dtype), *self._condition)
 
     def denoise(self, x: Tensor, step: int, condition: Tensor) -> Tensor:
-        """As `ConditionalUNet.denoise` for noisy tokens `x` [N, token_size] at the timestep of `step`."""
+        """Predict for noisy tokens `x` [N, token_size] at the timestep of `step`, like `ConditionalUNet`."""
         time = self._time[step]
         encoder = self._encoder_layers
         current = self._buffer(x, 1, "input")

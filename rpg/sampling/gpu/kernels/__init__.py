@@ -1,5 +1,5 @@
-"""Triton kernels of the sampling loop on a GPU; each has its plain PyTorch equal elsewhere in the library.
+"""Triton kernels of the sampling loop.
 
-Triton comes with PyTorch on Linux. Where there is no GPU only tests import this, which run the kernels in
-Triton's interpreter.
+Triton comes with PyTorch on Linux. On a machine without a GPU only the tests import these modules, and run
+the kernels in Triton's interpreter.
 """
