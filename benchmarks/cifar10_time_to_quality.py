@@ -41,7 +41,7 @@ from rpg.storage.files import read_json, write_json
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.families import task_family
 from rpg.training.fit import fit, new_trainer
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 from rpg.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def trained_for(session: Session, kind: str, share: float) -> dict[str, Any]:
     )
     shards = ShardedCollection.open(session.runs / kind / "shards")
     trainer = new_trainer(shards, config.generator, train, config.seed, session.device())
-    last: list[Progress] = []
+    last: list[TrainingProgress] = []
     fit(trainer, shards, config.seed, last.append, lambda trainer, progress: None)
     found = accuracy_of(session, kind, trainer.average)
     return {"training_steps": steps, "training_seconds": last[-1].seconds, "loss": last[-1].loss, **found}

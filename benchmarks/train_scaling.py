@@ -37,7 +37,7 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.fit import fit, new_trainer
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 from rpg.training.workers import Workers
 
 CONDITION_WIDTH = 16
@@ -138,7 +138,7 @@ def train(rank: int, workers: int, rows: int, tiny: bool, shards: Path, port: in
     trainer = new_trainer(collection, size.generator, config, 0, device)
     rates, waiting = [], []
 
-    def on_log(progress: Progress) -> None:
+    def on_log(progress: TrainingProgress) -> None:
         if progress.step > WARM_UP:
             rates.append(progress.tokens_per_second)
             waiting.append(progress.waiting_share)

@@ -33,10 +33,10 @@ from rpg.config import (
     RecurrentConfig,
     TrainConfig,
 )
-from rpg.training.captured import CapturedGradients
 from rpg.training.expandable_segments import allocator_settings
 from rpg.training.fit import fit, new_trainer
-from rpg.training.progress import Progress
+from rpg.training.gradients import CapturedGradients
+from rpg.training.progress import TrainingProgress
 
 LOG_EVERY = 10
 WARM_UP = 20
@@ -89,7 +89,7 @@ def measure(run: Run, shards: ShardedCollection, tiny: bool) -> str:
     trainer = new_trainer(shards, fast if run.denoiser == "fast" else paper, config, 0, device)
     if run.plain and isinstance(trainer.gradients, CapturedGradients):
         trainer.gradients = trainer.gradients.captured
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     with torch.compiler.set_stance("force_eager" if run.plain else "default"):
         fit(trainer, shards, 0, seen.append, lambda trainer, progress: None)
     counted = [progress for progress in seen if progress.step > WARM_UP]

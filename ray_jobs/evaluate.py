@@ -28,7 +28,7 @@ from rpg.config import Split as CollectionSplit
 from rpg.errors import RPGError
 from rpg.evaluation.measure import Condition, Measured, Network, TrainingSet, measure
 from rpg.evaluation.results import Results, Split
-from rpg.generator.generator import CARD_FILE
+from rpg.generator.saving import CARD_FILE
 from rpg.storage.files import read_json, write_text
 from rpg.tasks.class_subsets import task_name
 from rpg.tasks.families import family_of, task_family

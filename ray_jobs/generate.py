@@ -29,7 +29,8 @@ from rpg.config import (
     validate_sampling,
 )
 from rpg.errors import RPGError
-from rpg.generator.generator import CONFIG_FILE, Generator
+from rpg.generator.generator import Generator
+from rpg.generator.saving import CONFIG_FILE
 from rpg.sampling.generate import run_job
 from rpg.sampling.job import GenerationJob
 from rpg.storage.directories import replacing_directory

@@ -27,12 +27,12 @@ from ray_jobs.training.worker import GENERATOR_DIRECTORY, HISTORY_FILE
 from rpg.collection.manifest import read_manifest
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
-from rpg.generator.generator import WEIGHTS_FILE
+from rpg.generator.saving import WEIGHTS_FILE
 from rpg.storage.directories import remove_directory, replacing_directory
 from rpg.storage.files import copy_file
 from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY, check_encoder, copy_encoder
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 
 
 def run(config: Config) -> None:
@@ -99,7 +99,7 @@ def _watched(fitting: Any, board: Any) -> ray.train.Checkpoint:
         raise RPGError(f"train: failed for good: {reason}") from error
 
 
-def _show(progress: StageProgress, latest: Progress | None) -> None:
+def _show(progress: StageProgress, latest: TrainingProgress | None) -> None:
     if latest:
         note = f"loss {latest.loss:.4f}  {latest.tokens_per_second:,.0f} tokens/s"
         if latest.validation_accuracy is not None:

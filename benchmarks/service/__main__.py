@@ -18,7 +18,7 @@ from benchmarks.service import chaos, gpus, latency, packing, soak, start
 from benchmarks.service.running import Setup
 from benchmarks.service.table import Row, load, show
 from rpg.config import generator_config_from_yaml
-from rpg.generator.generator import CONFIG_FILE
+from rpg.generator.saving import CONFIG_FILE
 
 
 def main() -> None:

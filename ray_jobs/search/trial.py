@@ -9,7 +9,7 @@ from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, TrackingConfig, with_values
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.training.compute import step_flops
+from rpg.training.flops import step_flops
 
 
 @dataclass(frozen=True)

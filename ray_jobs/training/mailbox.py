@@ -2,7 +2,7 @@
 
 import ray
 
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 
 
 @ray.remote(num_cpus=0)
@@ -10,11 +10,11 @@ class Board:
     """Where the first worker writes how far it is, or any worker why it cannot go on, for the driver."""
 
     def __init__(self) -> None:
-        self._latest: Progress | None = None
+        self._latest: TrainingProgress | None = None
         self._refusal: str | None = None
         self._stopped = False
 
-    def post(self, progress: Progress) -> None:
+    def post(self, progress: TrainingProgress) -> None:
         """Say how far training is."""
         self._latest = progress
 
@@ -30,7 +30,7 @@ class Board:
         """Whether they are asked to."""
         return self._stopped
 
-    def latest(self) -> Progress | None:
+    def latest(self) -> TrainingProgress | None:
         """How far training is."""
         return self._latest
 

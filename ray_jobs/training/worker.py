@@ -24,7 +24,7 @@ from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from rpg.training.trainer import Trainer
@@ -86,7 +86,7 @@ def _train(settings: Settings) -> None:
     places = (config.tracking, config.name, settings.name, settings.storage, Path.cwd(), trainer.step)
     tracking = trackers(*places) if first else []
 
-    def on_log(progress: Progress) -> None:
+    def on_log(progress: TrainingProgress) -> None:
         if first:
             row = _row(progress)
             history.append(row)
@@ -97,7 +97,7 @@ def _train(settings: Settings) -> None:
             if trainer.workers.from_first(float(stopped)):
                 raise _StoppedError
 
-    def on_save(trainer: "Trainer", progress: Progress) -> None:
+    def on_save(trainer: "Trainer", progress: TrainingProgress) -> None:
         checkpoints.save(trainer, progress)
         for tracker in tracking:
             tracker.save()
@@ -138,7 +138,7 @@ class _Checkpoints:
             with opened(checkpoint, settings.storage) as directory:
                 self._resume(directory)
 
-    def save(self, trainer: "Trainer", progress: Progress) -> None:
+    def save(self, trainer: "Trainer", progress: TrainingProgress) -> None:
         """Report a step, with a checkpoint if it is time for one or the generator is the best so far."""
         config, accuracy = self._settings.config.train, progress.validation_accuracy
         best = accuracy is not None and (self._best is None or accuracy > self._best)
@@ -228,5 +228,5 @@ def _sync(directory: Path) -> None:
 _ASYNC = ray.train.CheckpointUploadMode.ASYNC
 
 
-def _row(progress: Progress) -> dict[str, Any]:
+def _row(progress: TrainingProgress) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(progress).items() if value is not None}

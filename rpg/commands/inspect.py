@@ -19,7 +19,7 @@ from rpg.collection.tensor_spec import TensorKind
 from rpg.collection.tokens import count_tokens
 from rpg.config import RayConfig, generator_config_from_yaml, to_plain
 from rpg.errors import RPGError
-from rpg.generator.generator import CONFIG_FILE, WEIGHTS_FILE
+from rpg.generator.saving import CONFIG_FILE, WEIGHTS_FILE
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, exists, fetched
 from rpg.storage.node_cache import local_copy

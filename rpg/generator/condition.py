@@ -13,9 +13,10 @@ class VectorCondition(nn.Module):
     Inputs are standardised by the training conditions' mean and standard deviation, kept as buffers. With
     dropout, a learned vector stands for "no condition" (classifier-free guidance, arXiv 2207.12598).
 
-    With permutation states a condition's last value is the number of one. Checkpoints of one state share what
-    is chance in their training, such as the order of the data. Tokens are drawn independently of each other,
-    given their prototypes: what chance did to all of a network's tokens together has to come from there.
+    With permutation states a condition's last value is the number of one. Checkpoints of one state share the
+    random choices of their training, such as the order of the data. Given their prototypes, tokens are drawn
+    independently of each other, so the prototypes have to carry what such a choice did to all tokens
+    together.
     """
 
     mean: Tensor
@@ -30,12 +31,12 @@ class VectorCondition(nn.Module):
         self.null = nn.Parameter(torch.zeros(width))
         self.state = nn.Embedding(states, hidden) if states else None
         if self.state is not None:
-            # As much as the first layer makes of a standardised value.
+            # The scale of what the first layer makes of a standardised value.
             nn.init.normal_(self.state.weight, std=size**-0.5)
 
     def fit(self, conditions: Tensor) -> None:
         """Take the standardisation from the training conditions [checkpoints, size]."""
-        # In float32 a column of equal values would come out with a deviation: that of its rounding.
+        # In float32 a column of equal values would get a deviation other than zero, from rounding.
         exact = conditions.double()
         mean, deviation = exact.mean(0), exact.std(0, correction=0)
         varies = (conditions != conditions[0]).any(0)

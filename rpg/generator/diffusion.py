@@ -34,7 +34,7 @@ class Diffusion(nn.Module):
         return self.signal[t][..., None] * x0 + self.noise[t][..., None] * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser should answer at (x_t, t): the noise, v = signal·ε - noise·x_0, or x_0."""
+        """What the denoiser should predict at (x_t, t): the noise, v = signal·ε - noise·x_0, or x_0."""
         if self.prediction == Prediction.noise:
             return noise
         if self.prediction == Prediction.x0:
@@ -42,7 +42,7 @@ class Diffusion(nn.Module):
         return self.signal[t][..., None] * noise - self.noise[t][..., None] * x0
 
     def to_x0(self, prediction: Tensor, xt: Tensor, t: int) -> Tensor:
-        """The x_0 that a denoiser's answer at (`xt`, `t`) implies; all shapes equal."""
+        """The x_0 that a denoiser's prediction at (`xt`, `t`) implies; all shapes are equal."""
         if self.prediction == Prediction.x0:
             return prediction
         signal, noise = self.signal[t], self.noise[t]

@@ -1,43 +1,38 @@
-"""What a training step sees: a pure function of (seed, step), so that a resumed run sees the same.
+"""The batches of training: a pure function of (seed, step), so that a resumed run sees the same; read ahead.
 
-Every row, one checkpoint's tokens, has random numbers of its own: a worker draws those of its rows alone, and
-together the workers see the batch that one would see.
+A row of a batch is one checkpoint's tokens. Every row has random numbers of its own, so a worker draws only
+those of its own rows, and together the workers see the batch that one worker would see.
 """
 
-from dataclasses import dataclass
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from rpg.collection.retokenised import AnyShards
 from rpg.config import TrainConfig
+from rpg.generator.generator import Batch
 from rpg.seeds import derived_seed
 from rpg.training.workers import Workers
 
+_STEPS_AHEAD = 2
+"""Steps that may be queued on a GPU: each holds the memory of its batch."""
 
-@dataclass
-class Batch:
-    """The tokens of one step and the noise that they meet; see `Generator.loss` for the fields."""
-
-    tokens: Tensor
-    mask: Tensor
-    indices: Tensor
-    condition: Tensor
-    t: Tensor
-    noise: Tensor
-    dropped: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        """All that there are."""
-        return [value for value in vars(self).values() if value is not None]
+_GPU_READERS = 3
+"""Batches read at the same time for a GPU, whose steps can be shorter than reading one. For a CPU one is
+read, since the processor has to compute the steps."""
 
 
 class BatchSource:
     """Draws batches from a sharded collection; reads the sampled tokens and no others.
 
-    Tokens go to a GPU as they are stored and become float32 there, and so does the mask come about: less
-    traffic for tokens of 16 bits, and less work for the processor.
+    Tokens go to a GPU in the type that they are stored in and become float32 there, and the mask is computed
+    there. This halves the traffic for tokens of 16 bits and leaves the processor less work.
     """
 
     def __init__(
@@ -55,14 +50,14 @@ class BatchSource:
 
         Args:
             shards: the training checkpoints.
-            conditions: one row a checkpoint, as the generator's condition takes it.
+            conditions: one row a checkpoint, in the form that the generator's condition takes.
             config: batch sizes, of all workers together.
             seed: of the run.
             timesteps: of the diffusion.
             condition_dropout: share of conditions to drop.
-            workers: whose rows to draw.
-            device: of the batches. It draws the noise, by far the most of the random numbers; kinds of device
-                draw different ones.
+            workers: tells which rows this process draws.
+            device: of the batches. It also draws the noise, which is most of the random numbers; a GPU and a
+                CPU draw different numbers.
 
         Raises:
             RPGError: if there are fewer rows than workers.
@@ -82,12 +77,12 @@ class BatchSource:
     def batch(self, step: int) -> Batch:
         """This worker's rows of the batch of step number `step`, on the source's device.
 
-        A GPU may still be fetching them in its current stream.
+        On a GPU the copies may still be running in its current stream.
         """
         random = torch.Generator().manual_seed(derived_seed(self.seed, "step", step))
         count, rows = self.checkpoints_per_step, slice(self.rows.start, self.rows.stop)
         checkpoints = self._checkpoints(step)[rows]
-        # One timestep a checkpoint, stratified over the batch: an even spread of noise levels at every step.
+        # One timestep a checkpoint, stratified over the batch, so that every step sees all levels of noise.
         level = (torch.arange(count) + torch.rand(count, generator=random)) / count
         t = (level * self.timesteps).long().clamp(max=self.timesteps - 1)[rows]
         dropped = None
@@ -120,12 +115,12 @@ class BatchSource:
         return values.pin_memory().to(self.device, non_blocking=True)
 
     def _order(self, row: int) -> Tensor:
-        """Which tokens of its checkpoint a row holds; rows are counted through all steps."""
+        """Which tokens of its checkpoint a row holds; `row` counts the rows of all steps."""
         random = torch.Generator().manual_seed(derived_seed(self.seed, "tokens", row))
         return torch.randperm(self.shards.layout.tokens, generator=random)[: self.tokens_per_checkpoint]
 
     def _checkpoints(self, step: int) -> Tensor:
-        """Checkpoints of a step: consecutive places in an endless row of shuffled epochs."""
+        """The checkpoints of a step: consecutive places in an endless sequence of shuffled epochs."""
         total = len(self.shards)
         places = step * self.checkpoints_per_step + torch.arange(self.checkpoints_per_step)
         epochs = places // total
@@ -143,3 +138,63 @@ def epoch_order(seed: int, epoch: int, total: int) -> Tensor:
     """The order of `total` checkpoints in an epoch, int64 [total]."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
     return torch.randperm(total, generator=generator)
+
+
+class Prefetch:
+    """Reads the batches of the next steps and brings them to the device while a step is computed.
+
+    Attributes:
+        waited: seconds that `next` spent waiting for data.
+    """
+
+    def __init__(self, source: BatchSource, first: int, end: int) -> None:
+        """Batches of the steps `first` to `end - 1` of `source`, in order."""
+        self.waited = 0.0
+        self._source = source
+        self._steps = iter(range(first, end))
+        self._stream = torch.cuda.Stream(source.device) if source.on_gpu else None
+        self._queued: deque[torch.cuda.Event] = deque()
+        readers = _GPU_READERS if source.on_gpu else 1
+        self._readers = ThreadPoolExecutor(readers)
+        self._pending: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
+        for _ in range(readers):
+            self._begin()
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._readers.shutdown(cancel_futures=True)
+
+    def next(self) -> Batch:
+        """The batch of the next step, for use in the device's current stream."""
+        self._let_catch_up()
+        before = time.perf_counter()
+        batch, ready = self._pending.popleft().result()
+        self.waited += time.perf_counter() - before
+        self._begin()
+        if ready is not None:
+            current = torch.cuda.current_stream(self._source.device)
+            current.wait_event(ready)
+            for tensor in batch.tensors():
+                tensor.record_stream(current)
+        return batch
+
+    def _begin(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._pending.append(self._readers.submit(self._read, step))
+
+    def _read(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            batch = self._source.batch(step)
+            return batch, None if self._stream is None else self._stream.record_event()
+
+    def _let_catch_up(self) -> None:
+        if self._stream is None:
+            return
+        self._queued.append(torch.cuda.current_stream(self._source.device).record_event())
+        if len(self._queued) > _STEPS_AHEAD:
+            self._queued.popleft().synchronize()

@@ -11,12 +11,11 @@ from torch import Tensor
 from rpg.collection.retokenised import AnyShards
 from rpg.config import ConditionConfig, ConditionKind, GeneratorConfig, TrainConfig
 from rpg.errors import RPGError
-from rpg.generator.generator import Generator
+from rpg.generator.generator import Batch, Generator
 from rpg.seeds import derived_seed
-from rpg.training.batch import Batch, BatchSource
+from rpg.training.batch import BatchSource, Prefetch
 from rpg.training.optimiser import learning_rate
-from rpg.training.prefetch import Prefetch
-from rpg.training.progress import NOISE_LEVELS, Progress
+from rpg.training.progress import NOISE_LEVELS, TrainingProgress
 from rpg.training.trainer import Trainer
 
 
@@ -40,8 +39,8 @@ def fit(
     trainer: Trainer,
     shards: AnyShards,
     seed: int,
-    on_log: Callable[[Progress], None],
-    on_save: Callable[[Trainer, Progress], None],
+    on_log: Callable[[TrainingProgress], None],
+    on_save: Callable[[Trainer, TrainingProgress], None],
     validate: Callable[[Generator], float] | None = None,
     seconds: float = 0.0,
 ) -> None:
@@ -52,10 +51,10 @@ def fit(
         shards: the training checkpoints.
         seed: of the run; with the step number it determines every batch.
         on_log: called every `log_every` steps, and before `on_save`.
-        on_save: called every `save_every` steps, after the last, and after every validation.
-        validate: the accuracy of the moving average, which the first worker asks for every `validate_every`
-            steps and after the last; None: never.
-        seconds: already spent on training, if resumed.
+        on_save: called every `save_every` steps, after the last step, and after every validation.
+        validate: returns the accuracy of the moving average; the first worker calls it every `validate_every`
+            steps and after the last step. None: there is no validation.
+        seconds: that earlier runs, which this one resumes, spent on training.
 
     Raises:
         RPGError: if the loss stops being a number, or a step has fewer checkpoints than there are workers.
@@ -99,7 +98,7 @@ def fit(
 
 
 class _Meter:
-    """Collects what `Progress` tells."""
+    """Collects what `TrainingProgress` reports."""
 
     def __init__(self, trainer: Trainer, batches: Prefetch, source: BatchSource, seconds: float) -> None:
         self._trainer = trainer
@@ -109,7 +108,7 @@ class _Meter:
         self.start()
 
     def start(self) -> None:
-        """Begin anew, from the trainer's step."""
+        """Begin a new report at the trainer's step."""
         self._since, self._waited = self._trainer.step, self._batches.waited
         self._began = time.perf_counter()
         # The loss, and for every noise level the weighted sum of losses and the sum of weights.
@@ -117,21 +116,21 @@ class _Meter:
         self._norms = torch.zeros((), device=self._trainer.device)
 
     def add(self, batch: Batch, result: dict[str, Tensor]) -> None:
-        """Take in a finished step."""
+        """Count a finished step."""
         level = batch.t * NOISE_LEVELS // self._source.timesteps
         self._sums[0] += result["loss"]
         self._sums.index_add_(0, 1 + level, result["losses"].float() * result["weights"])
         self._sums.index_add_(0, 1 + NOISE_LEVELS + level, result["weights"])
         self._norms += result["gradient_norm"]
 
-    def read(self) -> Progress:
-        """Means since the start; all workers must call this."""
+    def read(self) -> TrainingProgress:
+        """The report since `start`; all workers must call this."""
         trainer, source = self._trainer, self._source
         sums, norms = trainer.workers.sum(self._sums).tolist(), float(self._norms)
         count, elapsed = trainer.step - self._since, time.perf_counter() - self._began
         self._seconds += elapsed
         losses, weights = sums[1 : 1 + NOISE_LEVELS], sums[1 + NOISE_LEVELS :]
-        return Progress(
+        return TrainingProgress(
             step=trainer.step,
             steps=trainer.config.steps,
             loss=sums[0] / count,
@@ -149,18 +148,22 @@ class _Meter:
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Linux counts in KiB.
+    # Linux reports KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def condition_inputs(shards: AnyShards, config: ConditionConfig) -> Tensor:
-    """One row a checkpoint, as the condition takes it: vectors (and states), state numbers, or nothing."""
+    """One row a checkpoint, in the form that the generator's condition takes.
+
+    Vectors are float32 [checkpoints, size], with a last column of state numbers if the configuration has
+    states; for kind `permutation` int64 [checkpoints], for kind `none` [checkpoints, 0].
+    """
     if config.kind == ConditionKind.permutation:
         return torch.arange(len(shards))
     if config.kind == ConditionKind.none or shards.conditions is None:
         return torch.zeros(len(shards), 0)
     if config.states and shards.states is not None:
-        # Any numbers will do, seeds for example: the generator's are counted from 0.
+        # A collection's states may be any numbers, such as seeds. The generator counts them from 0.
         counted = shards.states.unique(return_inverse=True)[1]
         return torch.cat([shards.conditions, counted[:, None]], 1)
     return shards.conditions

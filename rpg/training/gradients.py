@@ -1,55 +1,113 @@
-"""The loss of a batch and its gradients."""
+"""The loss of a batch and its gradients: their arithmetic, the other workers' share, and one CUDA graph."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rpg.config import Precision
-from rpg.generator.generator import Generator
-from rpg.training.batch import Batch
-from rpg.training.precision import arithmetic
+from rpg.generator.generator import Batch, Generator
 from rpg.training.workers import Workers
 
 Gradients = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
-"""Leaves the gradients of a batch, and of no other, in a generator's parameters.
+"""Sets the gradients of a generator's parameters to those of a batch.
 
 Returns, detached: this worker's share of the batch's loss (their sum over the workers), scalar; and for each
 row of this worker its loss and how much that counts, both [rows].
 """
 
+_WARM_UP = 2
+"""Passes before a graph is captured. They compile and tune kernels, and libraries allocate workspaces."""
 
-class PlainGradients:
-    """`Gradients` in operations that are started one by one, with other workers where there are any."""
+
+class EagerGradients:
+    """Computes `Gradients` kernel by kernel, together with other workers where there are any."""
 
     def __init__(
         self, generator: Generator, precision: Precision, device: torch.device, sharded: bool
     ) -> None:
-        """Of `generator`, which lies on `device`, a share of it if `sharded`."""
+        """Prepare to compute the gradients of `generator`.
+
+        Args:
+            generator: on `device`; all of it, or this worker's share if `sharded`.
+            precision: see `arithmetic`.
+            device: where batches lie.
+            sharded: whether FSDP has split the generator's tensors between the workers.
+        """
         self._generator = generator
         self._precision = precision
         self._device = device
         self._workers = Workers.current()
-        self._losses: Callable[..., Tensor] = generator.loss
+        self._losses: Callable[[Batch], Tensor] = generator.loss
         if self._workers.count > 1 and not sharded:
-            # Buffers are the same everywhere already.
+            # Every worker computes the same buffers, so they need no broadcast.
             self._losses = DistributedDataParallel(_Losses(generator), broadcast_buffers=False)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Gradients`."""
-        # Checkpoints count by the values sampled of them, so that every value weighs the same.
+        """Set the gradients to those of `batch`; `Gradients` says what is returned."""
+        # A checkpoint counts by the number of values sampled of it, so that every value weighs the same.
         weights = batch.mask.sum((1, 2)).float()
         total = self._workers.sum(weights.sum())
         self._generator.zero_grad(set_to_none=True)
         with arithmetic(self._precision, self._device):
-            losses = self._losses(
-                batch.tokens, batch.mask, batch.indices, batch.condition, batch.t, batch.noise, batch.dropped
-            )
+            losses = self._losses(batch)
             loss = (losses * weights).sum() / total
-            # Workers' gradients are averaged, where the batch's is their sum.
+            # PyTorch averages the workers' gradients, but the batch's gradient is their sum.
             torch.autograd.backward(loss * self._workers.count if self._workers.count > 1 else loss)
         return loss.detach(), losses.detach(), weights
+
+
+class CapturedGradients:
+    """Replays other `Gradients` as one CUDA graph, which is captured at the first call.
+
+    A step of a small generator is some hundred kernels of a few microseconds each, and starting them one by
+    one takes several times as long as they run.
+
+    A graph works on fixed memory. So every batch is copied into the first one's tensors and must have their
+    shapes, and every call overwrites the gradients and the results of the call before.
+    """
+
+    def __init__(self, gradients: Gradients, module: nn.Module) -> None:
+        """Prepare to capture `gradients`, which are those of the parameters of `module`."""
+        self.captured = gradients
+        self._module = module
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch
+        self._results: tuple[Tensor, Tensor, Tensor]
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Set the gradients to those of `batch`, in the current stream; `Gradients` says what is returned."""
+        if self._graph is None:
+            self._graph = self._capture(batch)
+        for target, source in zip(self._batch.tensors(), batch.tensors(), strict=True):
+            target.copy_(source)
+        self._graph.replay()
+        return self._results
+
+    def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
+        self._batch = copy.deepcopy(batch)
+        # BatchNorm's buffers change with every pass in training mode, but the warm-up must leave no trace.
+        before = [buffer.clone() for buffer in self._module.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self.captured(self._batch)
+        self._module.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        for buffer, value in zip(self._module.buffers(), before, strict=True):
+            buffer.copy_(value)
+        # The graph allocates from a pool of its own, which cannot use what the warm-up left in PyTorch's
+        # cache.
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may be bringing the next batch to the GPU, which must not end the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._results = self.captured(self._batch)
+        return graph
 
 
 class _Losses(nn.Module):
@@ -59,6 +117,25 @@ class _Losses(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, *batch: Tensor | None) -> Tensor:
-        losses: Tensor = self.generator.loss(*batch)  # type: ignore[arg-type]
-        return losses
+    def forward(self, batch: Batch) -> Tensor:
+        return self.generator.loss(batch)
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run a block's matrix products with `precision` on `device`.
+
+    `float32` is plain float32 everywhere, `bfloat16` is autocast. `auto` is bfloat16 autocast on a GPU. On a
+    CPU `auto` keeps float32 tensors and lets PyTorch choose oneDNN for their products ("medium"), which is
+    more than twice as fast as its default on some processors (docs/ablations.md); processors with bfloat16
+    matrix units may round the factors.
+    """
+    autocast = precision == Precision.bfloat16 or (precision == Precision.auto and device.type == "cuda")
+    before = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        if autocast:
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if precision == Precision.auto and device.type == "cpu":
+            torch.set_float32_matmul_precision("medium")
+            stack.callback(torch.set_float32_matmul_precision, before)
+        yield

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, its moments in 32 or in 8 bits, and the learning rate's schedule."""
+"""The optimiser: AdamW with moments in 32 or 8 bits, its saved state, and the learning rate's schedule."""
 
 import math
 from contextlib import nullcontext
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rpg.config import Optimiser, TrainConfig
 from rpg.errors import RPGError
 from rpg.gpu_compiler import has_gpu_compiler
-from rpg.training.eight_bits import load_moment, whole_moment
+from rpg.training.sharding import local, sharded_as, shards_evenly, share, whole
 
 
 def build_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -44,11 +45,11 @@ def step(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimiser_state(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimiser's state by parameter name, as `whole` gives each tensor; see `eight_bits` for those."""
+    """The state by parameter name, whole on the first worker's CPU; all workers must call this."""
     state = {}
     for name, parameter in module.named_parameters():
         if values := optimiser.state.get(parameter):
-            state[name] = {key: whole_moment(value) for key, value in values.items()}
+            state[name] = {key: _whole_moment(value) for key, value in values.items()}
     return state
 
 
@@ -56,11 +57,15 @@ def optimiser_state(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict
 def load_optimiser_state(
     module: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, dict[str, Any]]
 ) -> None:
-    """Go on from what `optimiser_state` gathered, whatever the number of workers was."""
+    """Set the state to what `optimiser_state` returned, whatever the number of workers was then.
+
+    Raises:
+        ValueError: naming the parameter that does not fit.
+    """
     parameters = dict(module.named_parameters())
     if unknown := sorted(set(state) - set(parameters)):
         raise ValueError(f"optimiser: unexpected parameter '{unknown[0]}'")
-    # A step of length zero makes the state's tensors, in the optimiser's own format.
+    # A step of length zero creates the state's tensors in the optimiser's own format.
     for name, parameter in parameters.items():
         parameter.grad = torch.zeros_like(parameter) if name in state else None
     step(optimiser, 0.0)
@@ -70,11 +75,11 @@ def load_optimiser_state(
         if set(own) != set(values):
             raise ValueError(f"optimiser: '{name}': expected {sorted(own)}, found {sorted(values)}")
         for key, value in values.items():
-            load_moment(own[key], value)
+            _load_moment(own[key], value)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a half cosine to zero at `config.steps`."""
+    """The learning rate of a step: linear warm-up, then a half cosine to zero at `config.steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -82,7 +87,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Weight decay is for matrices alone: not for biases, norms and the decay rates of Mamba-2."""
+    """Matrices with weight decay; biases, norms and the decay rates of Mamba-2 without."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
     return [
@@ -92,9 +97,47 @@ def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, 
 
 
 def _can_compile(optimiser: torch.optim.Optimizer) -> bool:
-    """Whether torchao may compile its step: it saves memory traffic on a GPU, and needs a C compiler there.
+    """Whether torchao may compile its step.
 
-    On a CPU compiling takes minutes of a C++ compiler's time and gains nothing.
+    On a GPU this saves memory traffic and needs a C compiler. On a CPU compiling takes minutes and gains
+    nothing.
     """
     on_gpu = optimiser.param_groups[0]["params"][0].is_cuda
     return on_gpu and has_gpu_compiler()
+
+
+def _whole_moment(moment: Tensor) -> Any:
+    """A moment for a checkpoint: a tensor, or the codes, scale and levels of 8-bit values, each a tensor.
+
+    torchao's optimisers keep 8 bits a value: a block of 256 values has one scale, and a value's code names
+    one of 256 levels of it (arXiv 2110.02861). If the workers' shares are unequal, their blocks do not line
+    up, and the moment is saved as float32.
+    """
+    part: Any = local(moment)
+    if not hasattr(part, "codes"):
+        return whole(moment)
+    if not shards_evenly(moment):
+        return whole(sharded_as(part.dequantize(), moment))
+    return {
+        "codes": whole(sharded_as(part.codes, moment)),
+        "scale": whole(sharded_as(part.scale, moment)),
+        "levels": whole(part.qmap),
+    }
+
+
+@torch.no_grad()
+def _load_moment(moment: Tensor, saved: Any) -> None:
+    """Set this worker's share of a moment from what `_whole_moment` returned, for any number of workers."""
+    part: Any = local(moment)
+    if isinstance(saved, Tensor):
+        part.copy_(local(share(saved, moment)))
+    elif hasattr(part, "codes") and shards_evenly(moment):
+        part.codes.copy_(local(share(saved["codes"], moment)))
+        scale = saved["scale"]
+        if isinstance(moment, DTensor):
+            scale = scale.chunk(moment.device_mesh.size())[moment.device_mesh.get_local_rank()]
+        part.scale.copy_(scale)
+    else:
+        codes, scale = saved["codes"], saved["scale"]
+        blocks = saved["levels"][codes.int()].view(len(scale), -1) * scale[:, None]
+        part.copy_(local(share(blocks.view(codes.shape), moment)))

@@ -1,4 +1,4 @@
-"""How far training is. Without PyTorch: whoever only passes it on need not load that."""
+"""How far training is. Jobs only pass this on, so the module does without PyTorch, which loads slowly."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ NOISE_LEVELS = 4
 
 
 @dataclass
-class Progress:
-    """Where training stands: means since the last report, over all workers."""
+class TrainingProgress:
+    """Where training stands; losses and norms are means over all workers since the last report."""
 
     step: int
     steps: int
@@ -21,9 +21,9 @@ class Progress:
     waiting_share: float
     """Share of the time spent waiting for data."""
     memory_bytes: int
-    """The most that the first worker has held: on its GPU, or in all where it has none."""
+    """The most memory that the first worker has held: on its GPU, or of its process if it has none."""
     workers: int
     seconds: float
-    """Spent on training since step 0, without saving and validation."""
+    """Spent on training since step 0, without saving and validation, over all runs."""
     validation_accuracy: float | None = None
-    """Of networks generated for the validation tasks, where they were at this step."""
+    """Of networks generated for the validation tasks; None if none were generated at this step."""

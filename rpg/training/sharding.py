@@ -16,7 +16,7 @@ from rpg.training.workers import Workers
 def shard(generator: Generator, device: torch.device, workers: int) -> None:
     """Leave each of `workers` a share of every tensor of `generator`, along its first dimension, on `device`.
 
-    Every worker comes with the same weights. A part of the generator is whole only while it computes.
+    Before the call all workers must have the same weights. FSDP gathers a module's tensors while it computes.
     """
     mesh = init_device_mesh(device.type, (workers,))
     lists = [module for module in generator.modules() if isinstance(module, nn.ModuleList)]
@@ -24,7 +24,7 @@ def shard(generator: Generator, device: torch.device, workers: int) -> None:
     for module in [*blocks, *generator.children(), generator]:
         fully_shard(module, mesh=mesh)
     for module in generator.modules():
-        # gloo knows sums, but no averages.
+        # gloo, the backend on CPUs, cannot average.
         if isinstance(module, FSDPModule) and device.type == "cpu":
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(generator, "loss")
@@ -32,12 +32,13 @@ def shard(generator: Generator, device: torch.device, workers: int) -> None:
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, sharded or not, as a whole on the first worker's CPU, empty on others; all must call this."""
+    """A tensor, sharded or not, whole on the first worker's CPU and empty on others; all must call this."""
     joined = tensor
     if isinstance(tensor, DTensor):
-        # By the process group itself: with `DTensor.full_tensor` one run in thirty crashed (PyTorch 2.11).
+        # Gathered with the process group, because with `DTensor.full_tensor` one run in thirty crashed
+        # (PyTorch 2.11).
         part, workers = tensor.to_local(), tensor.device_mesh.size()
-        # FSDP2 gives each worker as many rows as the first, until there are none left.
+        # FSDP2 gives every worker as many rows as the first one until none are left.
         rows = -(-tensor.shape[0] // workers)
         padded = part.new_zeros(rows, *tensor.shape[1:])
         padded[: len(part)] = part
@@ -48,7 +49,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients of a module, sharded or not, to a norm of at most `limit`; returns what it was."""
+    """Scale a module's gradients, sharded or not, to a norm of at most `limit`; return the norm before."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norms = torch._foreach_norm([local(each) for each in gradients])
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
@@ -59,12 +60,12 @@ def clip_gradients(module: nn.Module, limit: float) -> Tensor:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The `state_dict` of a module, as `whole` gives each tensor."""
+    """The `state_dict` of a module, each tensor made `whole`; all workers must call this."""
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
 def share(tensor: Tensor, like: Tensor) -> Tensor:
-    """This worker's share of a whole tensor, sharded as `like`, or all of it."""
+    """This worker's share of a whole tensor, sharded like `like`; all of it if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return tensor
     device = like.to_local().device
@@ -80,12 +81,16 @@ def load_state(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def shards_evenly(tensor: Tensor) -> bool:
-    """Whether all workers hold as much of a tensor."""
+    """Whether all workers hold equally much of a tensor."""
     return not isinstance(tensor, DTensor) or tensor.shape[0] % tensor.device_mesh.size() == 0
 
 
 def sharded_as(part: Tensor, like: Tensor) -> Tensor:
-    """This worker's `part` as its share of a tensor sharded as `like`; unevenly: of the same shape."""
+    """This worker's `part` as its share of a tensor sharded like `like`.
+
+    If the shares of `like` are unequal, the tensor has the shape of `like`; else all shares are as large as
+    `part`.
+    """
     if not isinstance(like, DTensor):
         return part
     if shards_evenly(like):
@@ -97,6 +102,6 @@ def sharded_as(part: Tensor, like: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's share of a tensor; all of it if it is not sharded."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,4 @@
-"""One training step, and all that it changes: generator, moving average, optimiser, position.
-
-Knows nothing of Ray or of files of shards; see `fit.py` for the loop.
-"""
+"""One training step, and the state that it changes: generator, moving average, optimiser, step number."""
 
 import copy
 from pathlib import Path
@@ -14,13 +11,10 @@ from rpg.config import Sharding, TrainConfig
 from rpg.errors import RPGError, one_line
 from rpg.generator.condition import VectorCondition
 from rpg.generator.denoiser.unet import ConditionalUNet
-from rpg.generator.generator import Generator
+from rpg.generator.generator import Batch, Generator
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.storage.files import replacing_file
-from rpg.training.batch import Batch
-from rpg.training.captured import CapturedGradients
-from rpg.training.global_batch_norm import normalise_globally
-from rpg.training.gradients import Gradients, PlainGradients
+from rpg.training.gradients import CapturedGradients, EagerGradients, Gradients
 from rpg.training.optimiser import (
     build_optimiser,
     learning_rate,
@@ -29,15 +23,25 @@ from rpg.training.optimiser import (
     step,
 )
 from rpg.training.sharding import clip_gradients, load_state, shard, whole_state
-from rpg.training.workers import Workers
+from rpg.training.workers import Workers, normalise_globally
 
 STATE_FILE = "training_state.pt"
 
 
 class Trainer:
-    """Fits a generator, alone or with other workers of PyTorch's process group; `step` counts finished steps.
+    """Fits a generator, in this process only or together with the other workers of its process group.
 
-    Workers do the same in the same order, each with its own rows of a batch.
+    All workers call the same methods in the same order, each with its own rows of a batch.
+
+    Attributes:
+        config: training settings.
+        device: of the generator and the batches.
+        workers: tells which of the workers this process is.
+        generator: being fitted; this worker's share if the generator is sharded.
+        average: the moving average of its weights, in evaluation mode, sharded like it.
+        gradients: computes the gradients of a batch.
+        optimiser: changes the weights.
+        step: number of finished steps.
     """
 
     def __init__(self, generator: Generator, config: TrainConfig, device: torch.device) -> None:
@@ -48,7 +52,7 @@ class Trainer:
         self.generator = generator
         condition = generator.condition
         if isinstance(condition, VectorCondition) and not generator.config.condition.dropout:
-            # Nothing stands for "no condition": other workers must not wait for its gradient.
+            # Without dropout the null vector gets no gradient, which other workers must not wait for.
             condition.null.requires_grad_(False)
         self.average = copy.deepcopy(generator).eval().requires_grad_(False)
         self._sharded = config.sharding == Sharding.fsdp and self.workers.count > 1
@@ -62,12 +66,12 @@ class Trainer:
                 each.to(device)
         for module in self.average.modules():
             if isinstance(module, nn.RNNBase) and not self._sharded:
-                # A deep copy scatters the weights that cuDNN wants in one piece.
+                # cuDNN needs these weights in one piece of memory, and a deep copy scatters them.
                 module.flatten_parameters()
-        self.gradients: Gradients = PlainGradients(self.generator, config.precision, device, self._sharded)
+        self.gradients: Gradients = EagerGradients(self.generator, config.precision, device, self._sharded)
         if device.type == "cuda" and self.workers.count == 1:
             if isinstance(generator.denoiser, ConditionalUNet) and has_gpu_compiler():
-                # Between its convolutions lie six passes over memory, which the compiler makes one.
+                # The compiler fuses the six passes over memory between two convolutions into one.
                 generator.denoiser.compile()
             self.gradients = CapturedGradients(self.gradients, generator)
         self.optimiser = build_optimiser(self.generator, config)
@@ -77,9 +81,9 @@ class Trainer:
         """Take one step on this worker's rows of a batch, which lies on its device.
 
         Returns:
-            Detached, and on a GPU overwritten by the next step: `loss`, this worker's share of the batch's
-            loss (their sum over the workers), scalar; `gradient_norm` of the whole batch, scalar; and for
-            each row of this worker `losses` and how much they count, `weights`, both [rows].
+            `loss`, this worker's share of the batch's loss (their sum over the workers), scalar;
+            `gradient_norm` of the whole batch, scalar; and for each row of this worker `losses` and how much
+            they count, `weights`, both [rows]. All are detached, and on a GPU the next step overwrites them.
         """
         self.generator.train()
         loss, losses, weights = self.gradients(batch)
@@ -90,7 +94,7 @@ class Trainer:
         return {"loss": loss, "gradient_norm": norm, "losses": losses, "weights": weights}
 
     def whole_average(self) -> Generator | None:
-        """The moving average as a generator that is not sharded, for the first worker; all must call this."""
+        """The moving average, not sharded, on the first worker and None on others; all must call this."""
         if not self._sharded:
             return self.average if self.workers.rank == 0 else None
         state = whole_state(self.average)
@@ -102,9 +106,13 @@ class Trainer:
         return generator.eval().to(self.device)
 
     def save(self, directory: Path) -> None:
-        """Write everything that resuming needs into `directory`, as tensors and plain values.
+        """Write everything that resuming needs to `directory`/training_state.pt, as tensors and plain values.
 
-        All workers must call this; the first one writes. Tensors are whole: any number of workers can go on.
+        All workers must call this; the first one writes. Tensors are whole, so any number of workers can
+        resume.
+
+        Raises:
+            RPGError: naming the file, if it cannot be written.
         """
         state = {
             "step": self.step,
@@ -114,7 +122,8 @@ class Trainer:
         }
         if self.workers.rank:
             return
-        # Four times the generator, at every save: training would wait for the disk. The caller may sync.
+        # The file is four times as large as the generator, and training would wait at every save until it is
+        # on the disk. Callers that need this can sync the file themselves.
         with replacing_file(directory / STATE_FILE, synced=False) as temporary:
             try:
                 torch.save(state, temporary)
@@ -123,7 +132,7 @@ class Trainer:
                 raise OSError(str(error).splitlines()[0]) from error
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote.
+        """Resume from what `save` wrote.
 
         Raises:
             RPGError: naming the file, if it is missing, damaged, or of another generator.
@@ -143,7 +152,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # Early averages forget their random start: the decay grows with the number of steps.
+        # The decay grows with the number of steps, so that early averages forget their random start.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         average: list[torch.Tensor] = list(self.average.parameters())
         torch._foreach_lerp_(average, [p.detach() for p in self.generator.parameters()], 1 - decay)

@@ -16,7 +16,7 @@ from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from rpg.generator.generator import CONFIG_FILE, WEIGHTS_FILE
+from rpg.generator.saving import CONFIG_FILE, WEIGHTS_FILE
 from rpg.storage.locations import identity, location
 from serve.config import GeneratorEntry, ServeConfig
 from serve.ray_metrics import batch_metrics

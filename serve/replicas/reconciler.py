@@ -8,7 +8,7 @@ import ray
 
 from rpg.config import GeneratorConfig, generator_config_from_yaml
 from rpg.errors import RPGError
-from rpg.generator.generator import CONFIG_FILE
+from rpg.generator.saving import CONFIG_FILE
 from rpg.storage.errors import StorageError
 from rpg.storage.locations import fetched, identity, location
 from serve.config import ConfigFile, GeneratorEntry, ServeConfig

@@ -18,7 +18,8 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.collection.layout import Layout
 from rpg.errors import RPGError
-from rpg.generator.generator import CARD_FILE, Generator
+from rpg.generator.generator import Generator
+from rpg.generator.saving import CARD_FILE
 from rpg.sampling.engine import Engine
 from rpg.sampling.job import JobPlan
 from rpg.sampling.model_writer import ModelWriter

@@ -26,27 +26,28 @@ from rpg.config import (
     SamplingConfig,
 )
 from rpg.errors import RPGError
-from rpg.generator import generator as generator_module
-from rpg.generator.generator import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE, Generator
+from rpg.generator import saving
+from rpg.generator.generator import Batch, Generator
+from rpg.generator.saving import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE
 from tests.sampling.packing import Asked, sampled_tokens
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]
 
 
-def loss_inputs(layout: Layout, batch: int = 4, tokens: int = 3) -> dict[str, Tensor]:
+def random_batch(layout: Layout, batch: int = 4, tokens: int = 3) -> Batch:
     random = torch.Generator().manual_seed(3)
     indices = torch.stack([torch.randperm(layout.tokens, generator=random)[:tokens] for _ in range(batch)])
     mask = layout.mask()[indices]
     shape = (batch, tokens, layout.token_size)
-    return {
-        "tokens": torch.randn(shape, generator=random) * mask,
-        "mask": mask,
-        "indices": indices,
-        "condition": torch.randn(batch, 3, generator=random),
-        "t": torch.randint(1000, (batch,), generator=random),
-        "noise": torch.randn(shape, generator=random),
-    }
+    return Batch(
+        tokens=torch.randn(shape, generator=random) * mask,
+        mask=mask,
+        indices=indices,
+        condition=torch.randn(batch, 3, generator=random),
+        t=torch.randint(1000, (batch,), generator=random),
+        noise=torch.randn(shape, generator=random),
+    )
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
@@ -56,17 +57,20 @@ def test_loss_equals_a_loop_over_values(
 ) -> None:
     layout = make_layout(16)
     generator = make_generator(layout, prediction=prediction, denoiser=denoiser).double()
-    given = loss_inputs(layout, tokens=layout.tokens)
-    found = generator.loss(**{k: v.double() if v.is_floating_point() else v for k, v in given.items()})
+    given = random_batch(layout, tokens=layout.tokens)
+    floats = {
+        "tokens": given.tokens.double(), "condition": given.condition.double(), "noise": given.noise.double()
+    }  # fmt: skip
+    found = generator.loss(dataclasses.replace(given, **floats))
     for b in range(4):
-        power = generator.diffusion.alpha_bar[given["t"][b]]
-        prototypes = generator.prototypes(given["condition"][b][None].double())[0]
+        power = generator.diffusion.alpha_bar[given.t[b]]
+        prototypes = generator.prototypes(given.condition[b][None].double())[0]
         errors = []
         for k in range(layout.tokens):
-            index = int(given["indices"][b, k])
-            x0, noise = given["tokens"][b, k].double(), given["noise"][b, k].double()
+            index = int(given.indices[b, k])
+            x0, noise = given.tokens[b, k].double(), given.noise[b, k].double()
             xt = power.sqrt() * x0 + (1 - power).sqrt() * noise
-            answer = generator.denoiser(xt[None], given["t"][b][None], prototypes[index][None])[0]
+            answer = generator.denoiser(xt[None], given.t[b][None], prototypes[index][None])[0]
             v = power.sqrt() * noise - (1 - power).sqrt() * x0
             target = {Prediction.noise: noise, Prediction.x0: x0, Prediction.v: v}[prediction]
             length = int(layout.lengths()[index])
@@ -77,8 +81,8 @@ def test_loss_equals_a_loop_over_values(
 def test_loss_ignores_answers_at_padding(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
     layout = make_layout(16)
     generator = make_generator(layout)
-    given = loss_inputs(layout, tokens=layout.tokens)
-    assert not given["mask"].all()
+    given = random_batch(layout, tokens=layout.tokens)
+    assert not given.mask.all()
     answered: list[Tensor] = []
     denoise = generator.denoiser.forward
 
@@ -87,27 +91,27 @@ def test_loss_ignores_answers_at_padding(make_generator: MakeGenerator, make_lay
         return answered[-1]
 
     generator.denoiser.forward = spy  # type: ignore[method-assign]
-    (gradient,) = torch.autograd.grad(generator.loss(**given).sum(), answered[0])
-    used = gradient.view_as(given["mask"]) != 0
-    assert torch.equal(used, given["mask"])
+    (gradient,) = torch.autograd.grad(generator.loss(given).sum(), answered[0])
+    used = gradient.view_as(given.mask) != 0
+    assert torch.equal(used, given.mask)
 
 
 def test_loss_of_nothing_but_padding_is_zero(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
     layout = make_layout(16)
-    given = loss_inputs(layout)
-    given["mask"] = torch.zeros_like(given["mask"])
-    assert torch.equal(make_generator(layout).loss(**given), torch.zeros(4))
+    given = random_batch(layout)
+    given.mask = torch.zeros_like(given.mask)
+    assert torch.equal(make_generator(layout).loss(given), torch.zeros(4))
 
 
 def test_dropped_conditions_do_not_matter(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
     layout = make_layout(16)
     generator = make_generator(layout, dropout=0.5)
-    given = loss_inputs(layout)
-    dropped = torch.tensor([True, False, True, False])
-    other = {**given, "condition": given["condition"] + 1}
-    one, two = generator.loss(**given, dropped=dropped), generator.loss(**other, dropped=dropped)
-    assert torch.equal(one == two, dropped)
-    assert not torch.equal(generator.loss(**given), one)
+    given = random_batch(layout)
+    dropped = dataclasses.replace(given, dropped=torch.tensor([True, False, True, False]))
+    other = dataclasses.replace(dropped, condition=given.condition + 1)
+    one, two = generator.loss(dropped), generator.loss(other)
+    assert torch.equal(one == two, torch.tensor([True, False, True, False]))
+    assert not torch.equal(generator.loss(given), one)
 
 
 PAPER = GeneratorConfig(
@@ -130,8 +134,7 @@ def test_shapes_of_both_presets(make_layout: MakeLayout, config: GeneratorConfig
     generator = Generator(config, layout)
     assert generator.positions.shape == (layout.tokens, 32)
     assert generator.prototypes(condition).shape == (2, layout.tokens, 32)
-    given = loss_inputs(layout, batch=2)
-    losses = generator.loss(**{**given, "condition": condition})
+    losses = generator.loss(dataclasses.replace(random_batch(layout, batch=2), condition=condition))
     assert losses.shape == (2,)
     assert losses.isfinite().all()
     torch.autograd.backward(losses.sum())
@@ -400,7 +403,7 @@ def test_a_failed_save_leaves_the_earlier_generator(
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(generator_module, "write_text", full)
+    monkeypatch.setattr(saving, "write_text", full)
     with pytest.raises(RPGError, match="generator: cannot be written: No space left on device"):
         other.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -6,7 +6,7 @@ import torch
 from rpg.config import RecurrentConfig, RecurrentKind
 from rpg.errors import RPGError
 from rpg.generator.recurrent import build_recurrent
-from rpg.generator.recurrent.transformer import Transformer
+from rpg.generator.recurrent.ablations import Transformer
 
 KINDS = list(RecurrentKind)
 WITH_STATE = [kind for kind in KINDS if kind != RecurrentKind.none]

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from rpg.config import DenoiserConfig, DenoiserKind
 from rpg.errors import RPGError
 from rpg.generator.denoiser import build_denoiser
-from rpg.generator.denoiser.timestep import TimestepEmbedding
 from rpg.generator.denoiser.unet import ConditionalUNet
+from rpg.generator.embeddings import TimestepEmbedding
 
 PUBLISHED = [1, 32, 64, 128, 64, 32, 1]
 
@@ -174,7 +174,7 @@ def test_timestep_embedding_refuses_odd_frequencies() -> None:
 
 @pytest.mark.parametrize("kind", list(DenoiserKind))
 def test_built_denoisers_map_tokens_to_tokens(kind: DenoiserKind) -> None:
-    denoiser = build_denoiser(DenoiserConfig(kind=kind, width=32, depth=2), token_size=20, condition_width=8)
+    denoiser = build_denoiser(DenoiserConfig(kind=kind, width=32, depth=2), token_size=20, prototype_width=8)
     out = denoiser(torch.randn(3, 20), torch.tensor([0, 5, 999]), torch.randn(3, 8))
     assert out.shape == (3, 20)
     assert out.isfinite().all()

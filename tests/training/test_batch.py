@@ -14,7 +14,9 @@ from torch import Tensor
 from rpg.collection.shards import ShardedCollection
 from rpg.config import TrainConfig
 from rpg.errors import RPGError
-from rpg.training.batch import Batch, BatchSource, derived_seed, epoch_order
+from rpg.generator.generator import Batch
+from rpg.seeds import derived_seed
+from rpg.training.batch import BatchSource, epoch_order
 from rpg.training.workers import Workers
 
 COUNT = 10

@@ -20,9 +20,10 @@ from rpg.config import (
     TokenDtype,
     TrainConfig,
 )
-from rpg.training.batch import Batch, BatchSource
+from rpg.generator.generator import Batch
+from rpg.training.batch import BatchSource
 from rpg.training.fit import condition_inputs, fit, new_trainer
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
 from rpg.training.workers import Workers
 
@@ -93,7 +94,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     generator = generator_config(RecurrentKind.mamba2, DenoiserKind.unet)
     config, device = replace(TRAIN, save_every=3), torch.device("cuda")
 
-    def save(trainer: Trainer, progress: Progress) -> None:
+    def save(trainer: Trainer, progress: TrainingProgress) -> None:
         if progress.step == 3:
             trainer.save(tmp_path)
 

@@ -20,7 +20,7 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.fit import condition_inputs, fit, new_trainer
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -47,9 +47,9 @@ def shards(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) ->
 
 
 def run(
-    trainer: Trainer, shards: ShardedCollection, on_save: Callable[[Trainer, Progress], None]
-) -> list[Progress]:
-    logged: list[Progress] = []
+    trainer: Trainer, shards: ShardedCollection, on_save: Callable[[Trainer, TrainingProgress], None]
+) -> list[TrainingProgress]:
+    logged: list[TrainingProgress] = []
     fit(trainer, shards, 0, logged.append, on_save)
     return logged
 
@@ -89,7 +89,7 @@ def test_stopped_and_resumed_ends_as_if_nothing_had_happened(
     class StoppedError(Exception):
         pass
 
-    def save_then_stop(trainer: Trainer, progress: Progress) -> None:
+    def save_then_stop(trainer: Trainer, progress: TrainingProgress) -> None:
         trainer.save(tmp_path)
         if progress.step == 8:
             raise StoppedError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rpg.config import Precision
-from rpg.training.precision import arithmetic
+from rpg.training.gradients import arithmetic
 
 CPU = torch.device("cpu")
 

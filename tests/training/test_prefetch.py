@@ -11,8 +11,8 @@ import torch
 from rpg.collection.shards import ShardedCollection
 from rpg.config import TrainConfig
 from rpg.errors import RPGError
-from rpg.training.batch import Batch, BatchSource
-from rpg.training.prefetch import Prefetch
+from rpg.generator.generator import Batch
+from rpg.training.batch import BatchSource, Prefetch
 from rpg.training.workers import Workers
 
 

@@ -32,8 +32,8 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.errors import RPGError
-from rpg.generator.generator import Generator
-from rpg.training.batch import Batch, BatchSource
+from rpg.generator.generator import Batch, Generator
+from rpg.training.batch import BatchSource
 from rpg.training.fit import condition_inputs, new_trainer
 from rpg.training.optimiser import learning_rate
 from rpg.training.trainer import STATE_FILE, Trainer

@@ -33,7 +33,7 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.fit import fit, new_trainer
-from rpg.training.progress import Progress
+from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
 
 # Gradients are cut in some of the steps.
@@ -89,9 +89,9 @@ def train(shards: ShardedCollection, scenario: str, output: Path, resume: Path |
     trainer = new_trainer(shards, generator, config, 0, torch.device("cpu"))
     if resume:
         trainer.load(resume / scenario / "step_5")
-    logged: list[Progress] = []
+    logged: list[TrainingProgress] = []
 
-    def save(trainer: Trainer, progress: Progress) -> None:
+    def save(trainer: Trainer, progress: TrainingProgress) -> None:
         trainer.save(output / scenario / f"step_{progress.step}")
         if (average := trainer.whole_average()) and progress.step == config.steps:
             average.save_pretrained(output / scenario / "generator")

@@ -8,7 +8,7 @@ first once a token and the second once a step.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.generator.denoiser.timestep import TimestepEmbedding
+from rpg.generator.embeddings import TimestepEmbedding
 
 
 class AdaLNMLP(nn.Module):
@@ -26,7 +26,7 @@ class AdaLNMLP(nn.Module):
             nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
         )
         self.output = nn.Linear(width, token_size)
-        # Blocks start closed and the output at zero: at first the network is the identity of its input layer.
+        # All gates start at zero, so that a block returns its input, and so does the output layer.
         nn.init.zeros_(self.timestep_modulation.weight)
         nn.init.zeros_(self.prototype_modulation.weight)
         nn.init.zeros_(self.prototype_modulation.bias)
@@ -49,7 +49,7 @@ class AdaLNMLP(nn.Module):
         return modulation
 
     def denoise(self, x: Tensor, t: Tensor, modulation: Tensor) -> Tensor:
-        """As `forward`, with the prototype's part of the modulation computed before."""
+        """Predict like `forward`, from the prototypes' part of the modulation that `prepare` returned."""
         by_time = self.timestep_modulation(F.silu(self.timestep(t)))
         groups = len(t)
         total = modulation.view(groups, -1, modulation.shape[-1]) + by_time[:, None]

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from rpg.errors import RPGError
-from rpg.generator.denoiser.timestep import TimestepEmbedding
+from rpg.generator.embeddings import TimestepEmbedding
 
 
 class ConditionalUNet(nn.Module):
@@ -52,11 +52,12 @@ class ConditionalUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, prototype: Tensor) -> Tensor:
         """Predict for noisy tokens, [N, token_size] -> [N, token_size].
 
-        In training mode the tokens of a batch influence each other through BatchNorm; in evaluation mode not.
+        In training mode the tokens of a batch influence each other through BatchNorm. In evaluation mode each
+        token's prediction is independent of the others.
 
         Args:
             x: noisy tokens [N, token_size].
-            t: timesteps [G]; the rows of `x` come in G equal groups, each at one timestep.
+            t: int64 timesteps [G]; the rows of `x` come in G equal groups, each at one timestep.
             prototype: [N, prototype_width].
         """
         return self.denoise(x, t, self.prepare(prototype))
@@ -67,7 +68,7 @@ class ConditionalUNet(nn.Module):
         return condition
 
     def denoise(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """As `forward`, with the prototype prepared before."""
+        """Predict like `forward`, from the prototypes that `prepare` brought to the token's length."""
         time = self.time_embedder(t).repeat_interleave(len(x) // len(t), dim=0).unsqueeze(1)
         condition = condition.unsqueeze(1)
         x = x.unsqueeze(1)

@@ -1,23 +1,21 @@
 """Recurrent networks: from a sequence of positions and conditions to one prototype a token.
 
-Every network is causal and maps `forward(x: [B, L, width], state=None, keep_state=True, at=None)` to the
-outputs, [B, L, width], and the state after the last element (None without `keep_state`, which saves its cost
-where it is not needed). A sequence fed in pieces, each with the state that the piece before returned, gives
-the outputs of the whole. With `at`, int64 [B, K], outputs are those of these elements alone, [B, K, width],
-and what only the others need is not computed.
+Every network is causal. `forward(x: [B, L, width], state=None, keep_state=True, at=None)` returns the
+outputs, [B, L, width], and the state after the last element. A sequence may be fed in pieces, each with the
+state that the piece before returned; the outputs are those of the whole sequence. Without `keep_state` the
+returned state is None, which saves its cost. With `at`, int64 [B, K], only the outputs of these elements are
+computed, [B, K, width].
 """
 
 from torch import nn
 
 from rpg.config import RecurrentConfig, RecurrentKind
-from rpg.generator.recurrent.identity import Identity
-from rpg.generator.recurrent.lstm import LSTM
+from rpg.generator.recurrent.ablations import LSTM, Identity, Transformer
 from rpg.generator.recurrent.mamba2 import Mamba2Stack
-from rpg.generator.recurrent.transformer import Transformer
 
 
 def build_recurrent(config: RecurrentConfig) -> nn.Module:
-    """The recurrent network that a configuration asks for; this package's description has its interface."""
+    """The recurrent network that a configuration asks for."""
     match config.kind:
         case RecurrentKind.mamba2:
             return Mamba2Stack(

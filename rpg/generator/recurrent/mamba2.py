@@ -2,8 +2,8 @@
 
 The layer has the parameters of `mamba_ssm.Mamba2`, so that upstream checkpoints load, but needs neither a GPU
 nor a compiled kernel. Its sequence is scanned in chunks (state-space duality, arXiv 2405.21060, section 6):
-quadratic products within a chunk, a recurrent state between chunks. Where mamba_ssm's own kernels are
-installed they are used on a GPU.
+quadratic products within a chunk, a recurrent state between chunks. On a GPU, training uses mamba_ssm's own
+kernels where they are installed.
 """
 
 import math
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.errors import RPGError
-from rpg.generator.recurrent.chosen import chosen
+from rpg.generator.recurrent.elements import elements_at
 from rpg.generator.recurrent.mamba_kernels import fused_kernel
-from rpg.generator.recurrent.rounded_weight import linear
 
 
 class Mamba2State(NamedTuple):
@@ -101,17 +100,17 @@ class Mamba2(nn.Module):
 
         Args:
             u: [B, L, d_model], L at least 1.
-            state: what an earlier call returned; None at the start of a sequence.
+            state: what the call for the previous piece returned; None at the start of a sequence.
             keep_state: False saves the time and memory of the final state, B · d_state · expand · d_model
-                values: more than the activations of a short sequence.
-            at: int64 [B, K], the elements whose outputs are wanted; None: all. Saves the output product of
-                the others.
+                values, which is more than the activations of a short sequence.
+            at: int64 [B, K], the elements whose outputs are wanted; None: all. The output product is computed
+                for these elements only.
 
         Returns:
             [B, L or K, d_model] in u's dtype (autocast's under autocast), and the state after the last
             element, or None without `keep_state`.
         """
-        projected = linear(self.in_proj, u)
+        projected = autocast_linear(self.in_proj, u)
         a = -self.A_log.to(_accurate(projected)).exp()
         kernel = fused_kernel() if self._kernel_serves(projected, state) else None
         if kernel is not None:
@@ -132,7 +131,8 @@ class Mamba2(nn.Module):
             keep_state,
         )
         y = y + x * self.D.repeat_interleave(self.headdim).to(x.dtype)
-        out = linear(self.out_proj, self.norm(chosen(y, at), chosen(gate, at)).to(gate.dtype))
+        normed = self.norm(elements_at(y, at), elements_at(gate, at)).to(gate.dtype)
+        out = autocast_linear(self.out_proj, normed)
         return out, None if ssm_state is None else Mamba2State(conv_state, ssm_state)
 
     def _convolve(self, inputs: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -141,16 +141,16 @@ class Mamba2(nn.Module):
             extended = F.pad(inputs, (0, 0, self.d_conv - 1, 0))
         else:
             extended = torch.cat([before.to(inputs.dtype), inputs], dim=1)
-        # A 2-D convolution of height 1 reads [B, L, C] as it lies in memory (channels last); on a CPU it
+        # A 2-D convolution of height 1 reads [B, L, C] as it lies in memory (channels last). On a CPU it
         # takes a third of the time of conv1d, which rearranges its input and output.
         image = extended.transpose(1, 2).unsqueeze(2)
         out = F.conv2d(image, self.conv1d.weight.unsqueeze(2), self.conv1d.bias, groups=self.conv_channels)
         return out.squeeze(2).transpose(1, 2), extended[:, inputs.shape[1] :].clone()
 
     def _kernel_serves(self, projected: Tensor, state: Mamba2State | None) -> bool:
-        # For training alone: a fresh process compiles the kernels for nine seconds, more than the prototypes
-        # of a generation job take without them. Older causal_conv1d kernels refuse rows that are not a
-        # multiple of eight values.
+        # Generation does without the kernels: importing and compiling them takes a fresh process longer than
+        # the prototypes of a job take. Older causal_conv1d kernels refuse rows that are not a multiple of
+        # eight values.
         fits = projected.dtype != torch.float64 and projected.shape[-1] % 8 == 0
         return projected.is_cuda and fits and state is None and torch.is_grad_enabled()
 
@@ -176,7 +176,7 @@ class Mamba2(nn.Module):
         )
         out, ssm_state = result if keep_state else (result, None)
         if at is not None:
-            out = linear(self.out_proj, chosen(out, at))
+            out = autocast_linear(self.out_proj, elements_at(out, at))
         if ssm_state is None:
             return out, None
         inputs = projected[..., self.d_inner : self.d_inner + self.conv_channels]
@@ -260,7 +260,7 @@ def scan(
 def _scan_chunk(
     x: Tensor, dt: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None, keep_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """One chunk of `scan`: x [B, Q, G, R, P], dt and log_decay [B, Q, G, R], b and c [B, Q, G, N]."""
+    """Scan one chunk: x [B, Q, G, R, P], dt and log_decay [B, Q, G, R], b and c [B, Q, G, N]."""
     length, per_value = x.shape[1], x.shape[-1]
     total = log_decay.cumsum(dim=1)
     b, c = b.transpose(1, 2), c.transpose(1, 2)
@@ -285,5 +285,45 @@ def _scan_chunk(
 
 
 def _accurate(values: Tensor) -> torch.dtype:
-    """Dtype for decays: half precision would lose the difference of two long sums."""
+    """The dtype for decays: half precision would lose the difference of two long sums."""
     return torch.promote_types(values.dtype, torch.float32)
+
+
+def autocast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)` for a layer without bias and hooks, with less memory under autocast.
+
+    For the backward pass autograd keeps what a product was made of. If a layer is large against its batch,
+    that is above all its weight rounded to half precision. Here the float32 weight is kept instead, which is
+    there anyway, and rounded once more in the backward pass.
+    """
+    assert layer.bias is None
+    kind = x.device.type
+    rounds = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    if not (rounds and torch.is_grad_enabled()):
+        return F.linear(x, layer.weight)
+    out: Tensor = _RoundedWeight.apply(  # type: ignore[no-untyped-call]
+        x, layer.weight, torch.get_autocast_dtype(kind)
+    )
+    return out
+
+
+class _RoundedWeight(torch.autograd.Function):
+    """A product with a weight rounded to `dtype`, which is rounded again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.x_dtype = x.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        by_x = (gradient @ weight.to(gradient.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            by_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        return by_x, by_weight, None

@@ -1,20 +1,18 @@
-"""mamba_ssm's fused kernels, without the minutes that they otherwise spend on their first call.
+"""mamba_ssm's fused kernels, without the minutes of tuning that their first call otherwise takes.
 
 Each of their 14 Triton kernels compiles and times 6 to 11 configurations for every new shape: 40 s for the
-forward pass and 72 s for the backward on an H100. Here each keeps the configuration that won there, with 8
-sequences of 1,510 elements of width 8192, and they are compiled side by side: 9.4 s where Triton has nothing
-in its cache, 17 s one after the other. A step took 60.9 ms, and 61.4 ms with all of them to choose from.
+forward pass and 72 s for the backward pass on an H100. Here each kernel keeps only the configuration that won
+there, with 8 sequences of 1,510 elements of width 8192. Then the first call takes 17 s if Triton's cache is
+empty. A training step took 60.9 ms, and 61.4 ms with all configurations to choose from.
 
-Importing mamba_ssm takes 9.4 s, since it imports transformers; the kernels alone take 0.3 s.
+mamba_ssm imports transformers. On a machine that has just started, importing it takes 9.4 s, of which 0.3 s
+are for the kernels.
 """
 
 import importlib
-import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
-
-from rpg.generator.recurrent.compiled_together import CompiledTogether
-from rpg.generator.recurrent.deferred_package import defer_init
 
 _CHOSEN: dict[str, dict[str, tuple[dict[str, int], int, int]]] = {
     "ssd_bmm": {
@@ -46,16 +44,14 @@ _CHOSEN: dict[str, dict[str, tuple[dict[str, int], int, int]]] = {
         ),
     },
 }  # fmt: skip
-"""By module and kernel: block sizes, warps, pipeline stages."""
+"""The chosen configurations by module and kernel: block sizes, warps, pipeline stages."""
 
 
 @cache
-def fused_kernel() -> CompiledTogether | None:
-    """mamba_ssm's fused layer, or None where it or causal_conv1d is not installed."""
+def fused_kernel() -> Callable[..., Any] | None:
+    """mamba_ssm's function for a fused layer, or None where mamba_ssm or causal_conv1d is not installed."""
     try:
         import causal_conv1d  # noqa: F401  (the kernel calls it, but imports without it)
-
-        defer_init("mamba_ssm")
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
     except ImportError:
         return None
@@ -63,14 +59,12 @@ def fused_kernel() -> CompiledTogether | None:
         loaded = importlib.import_module(f"mamba_ssm.ops.triton.{module}")
         for name, chosen in kernels.items():
             _restrict(getattr(loaded, name, None), chosen)
-    modules = [each for name, each in list(sys.modules.items()) if name.startswith("mamba_ssm.ops.triton.")]
-    return CompiledTogether(
-        mamba_split_conv1d_scan_combined, (value for module in modules for value in vars(module).values())
-    )
+    function: Callable[..., Any] = mamba_split_conv1d_scan_combined
+    return function
 
 
 def _restrict(kernel: Any, chosen: tuple[dict[str, int], int, int]) -> None:
-    """Keep the chosen configuration alone; other releases that do not have it keep all of theirs."""
+    """Leave a kernel only its chosen configuration. If a release of mamba_ssm lacks it, all of them stay."""
     while kernel is not None and not hasattr(kernel, "configs"):
         kernel = getattr(kernel, "fn", None)
     if kernel is None:

@@ -12,7 +12,7 @@ from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, save_config
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
-from rpg.training.compute import step_flops
+from rpg.training.flops import step_flops
 
 ROUNDS = 9
 POINTS = [

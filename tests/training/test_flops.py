@@ -16,7 +16,7 @@ from rpg.config import (
     RecurrentKind,
     TrainConfig,
 )
-from rpg.training.compute import step_flops
+from rpg.training.flops import step_flops
 
 GENERATOR = GeneratorConfig(
     recurrent=RecurrentConfig(kind=RecurrentKind.none, width=24),

@@ -1,14 +1,47 @@
-"""Causal Transformer as recurrent network, an ablation of the published model."""
+"""What the published model's Mamba-2 is compared with: no recurrence, an LSTM and a causal Transformer.
+
+The package's description has the interface that they share.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.errors import RPGError
-from rpg.generator.recurrent.chosen import chosen
+from rpg.generator.recurrent.elements import elements_at
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of the sequence so far, each [B, heads, length, head_size]."""
+
+
+class Identity(nn.Module):
+    """Returns its input: every token's prototype is its own input, and there is no state."""
+
+    def forward(
+        self, x: Tensor, state: None = None, keep_state: bool = True, at: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """[B, L, width] -> the same tensor or its elements `at`, and None."""
+        return elements_at(x, at), None
+
+
+class LSTM(nn.Module):
+    """LSTM layers and a linear output layer, all of one width."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, num_layers=depth, batch_first=True)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: tuple[Tensor, Tensor] | None = None,
+        keep_state: bool = True,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """[B, L, width] -> [B, L or K, width], and the hidden and cell states, each [depth, B, width]."""
+        hidden, after = self.lstm(x, state)
+        return self.to_out(elements_at(hidden, at)), after if keep_state else None
 
 
 class TransformerLayer(nn.Module):
@@ -40,7 +73,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal Transformer of `width / head_size` heads. Positions are in its input, not added here.
+    """Causal Transformer of `width / head_size` heads. It adds no positions: its input contains them.
 
     Raises:
         RPGError: if `head_size` does not divide `width`.
@@ -65,4 +98,4 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             x, after = layer(x, None if state is None else state[index])
             states.append(after)
-        return self.norm(chosen(x, at)), tuple(states) if keep_state else None
+        return self.norm(elements_at(x, at)), tuple(states) if keep_state else None

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step takes: what settings of different size are compared at."""
+"""How much arithmetic a training step takes, to compare generators of different sizes at equal cost."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,22 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rpg.collection.layout import Layout
 from rpg.config import ConditionKind, GeneratorConfig, TrainConfig
-from rpg.generator.generator import Generator
+from rpg.generator.generator import Batch, Generator
 
 
 def step_flops(
     generator: GeneratorConfig, train: TrainConfig, layout: Layout, conditions: torch.Tensor | None
 ) -> int:
-    """Floating-point operations of the matrix products and convolutions of one training step, both ways.
+    """Floating-point operations of a training step's matrix products and convolutions, forward and backward.
 
-    One checkpoint's share is counted as it runs, and the others' are the same. The optimiser, whose work
-    does not depend on the batch, is left out.
+    One checkpoint's share is run and counted; the others take as many. The optimiser is left out, since its
+    work does not depend on the batch.
 
     Args:
-        generator: its configuration.
-        train: its batch sizes count.
+        generator: the generator's configuration.
+        train: gives the batch sizes.
         layout: of the collection.
-        conditions: [checkpoints, width], or None.
+        conditions: [checkpoints, width], or None if the collection has none.
     """
     # A permutation state is a row of a table, read without arithmetic.
     generator = replace(generator, condition=replace(generator.condition, states=0))
@@ -39,23 +39,23 @@ def step_flops(
         condition = torch.zeros(1, 0)
     values = torch.randn(1, tokens, layout.token_size)
     with _without_onednn(), FlopCounterMode(display=False) as counter:
-        loss = built.loss(
-            values,
-            torch.ones_like(values, dtype=torch.bool),
-            torch.arange(tokens)[None],
-            condition,
-            torch.zeros(1, dtype=torch.int64),
-            torch.randn_like(values),
+        batch = Batch(
+            tokens=values,
+            mask=torch.ones_like(values, dtype=torch.bool),
+            indices=torch.arange(tokens)[None],
+            condition=condition,
+            t=torch.zeros(1, dtype=torch.int64),
+            noise=torch.randn_like(values),
         )
-        torch.autograd.backward(loss.sum())
+        torch.autograd.backward(built.loss(batch).sum())
     return int(counter.get_total_flops()) * train.checkpoints_per_step
 
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Its LSTM is one operation, which the counter does not know."""
+    """Switch oneDNN off: the counter does not know the one operation that it computes an LSTM with."""
     with warnings.catch_warnings():
-        # Switching sets TF32 as well, for GPUs that are not there.
+        # PyTorch also sets TF32 then, and warns about it where there is no GPU.
         warnings.simplefilter("ignore", UserWarning)
         with torch.backends.mkldnn.flags(enabled=False):
             yield

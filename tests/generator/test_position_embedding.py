@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpg.errors import RPGError
-from rpg.generator.positions import position_embedding
+from rpg.generator.embeddings import position_embedding
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,4 +1,4 @@
-"""The layer that rounds its weight twice, against PyTorch's own under autocast."""
+"""`autocast_linear`, which rounds its weight twice, against PyTorch's own layer under autocast."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rpg.generator.recurrent.rounded_weight import linear
+from rpg.generator.recurrent.mamba2 import autocast_linear
 
 Kept = list[tuple[tuple[int, ...], torch.dtype]]
 
@@ -48,7 +48,7 @@ def passes(
 @pytest.mark.parametrize("input_gradient", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_same_output_and_gradients(autocast: bool, input_gradient: bool, shape: tuple[int, ...]) -> None:
-    found, _ = passes(linear, autocast, input_gradient, shape)
+    found, _ = passes(autocast_linear, autocast, input_gradient, shape)
     expected, _ = passes(plain, autocast, input_gradient, shape)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
@@ -56,7 +56,7 @@ def test_same_output_and_gradients(autocast: bool, input_gradient: bool, shape: 
 
 
 def test_double_precision_stays() -> None:
-    found, expected = (passes(apply, dtype=torch.float64)[0] for apply in (linear, plain))
+    found, expected = (passes(apply, dtype=torch.float64)[0] for apply in (autocast_linear, plain))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -68,4 +68,4 @@ def test_the_rounded_weight_is_not_kept() -> None:
         return [each for each in kept if each[1] == torch.bfloat16 and set(each[0]) == {24, 40}]
 
     assert rounded(passes(plain)[1]), "autograd keeps it otherwise"
-    assert not rounded(passes(linear)[1])
+    assert not rounded(passes(autocast_linear)[1])
