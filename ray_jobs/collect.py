@@ -11,12 +11,12 @@ import ray
 import torch
 from torch import Tensor
 
-from ray_jobs.progress import stage_progress
 from ray_jobs.resources import Need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
+from rpg.commands.progress import stage_progress
 from rpg.config import CollectConfig, Config
 from rpg.errors import RPGError
 from rpg.storage.directories import replacing_directory

@@ -14,7 +14,6 @@ from rich.console import Console
 from ray_jobs.collect import family_name
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
 from ray_jobs.node_copies import load_generator, open_shards
-from ray_jobs.progress import stage_progress
 from ray_jobs.resources import Need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main, stage_seconds, with_stages_before
@@ -23,6 +22,7 @@ from ray_jobs.training.worker import HISTORY_FILE
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.collection.shards import ShardedCollection
+from rpg.commands.progress import stage_progress
 from rpg.config import ConditionKind, Config, to_plain
 from rpg.config import Split as CollectionSplit
 from rpg.errors import RPGError

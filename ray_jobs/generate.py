@@ -12,13 +12,13 @@ import ray.data
 import torch
 
 from ray_jobs.node_copies import load_generator
-from ray_jobs.progress import stage_progress
 from ray_jobs.ray_data import Row, map_rows, returns_errors
 from ray_jobs.resources import generation_need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from ray_jobs.train import TRAIN
 from rpg.collection.collection import Collection
+from rpg.commands.progress import stage_progress
 from rpg.config import (
     ConditionKind,
     Config,

@@ -8,9 +8,9 @@ import time
 
 from ray_jobs.evaluate import EVALUATE, why_not
 from ray_jobs.generate import GENERATE
-from ray_jobs.progress import console
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import is_done, job_main, require_needs, run_stage, with_stages_before
+from rpg.commands.progress import console
 from rpg.config import Config
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from ray_jobs.progress import console
+from rpg.commands.progress import console
 from rpg.config import Config
 from rpg.errors import RPGError
 

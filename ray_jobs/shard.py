@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.collect import COLLECT
-from ray_jobs.progress import console, stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.sharding.layout_pass import compute_layout
 from ray_jobs.sharding.resume import Unfinished, plan_digest
@@ -24,6 +23,7 @@ from rpg.collection.layout import Layout
 from rpg.collection.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from rpg.collection.shard_file import ShardInfo
 from rpg.collection.verified import damage, remember
+from rpg.commands.progress import console, stage_progress
 from rpg.config import Config, ShardConfig
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for

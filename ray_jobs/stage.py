@@ -18,11 +18,11 @@ from typing import Any
 
 from ray_jobs.cluster import ray_cluster
 from ray_jobs.only_job import only_job
-from ray_jobs.progress import console
 from ray_jobs.resources import Need, require
 from ray_jobs.run_paths import RunPaths
 from rpg import __version__
 from rpg.commands.exit_status import run_command
+from rpg.commands.progress import console
 from rpg.config import Config, load_config, to_plain
 from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for

@@ -14,7 +14,6 @@ import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_jobs.progress import StageProgress, stage_progress
 from ray_jobs.resources import training_need
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
@@ -25,6 +24,7 @@ from ray_jobs.training.mailbox import Board
 from ray_jobs.training.tracking import TENSORBOARD_DIRECTORY
 from ray_jobs.training.worker import GENERATOR_DIRECTORY, HISTORY_FILE
 from rpg.collection.manifest import read_manifest
+from rpg.commands.progress import ProgressDisplay, stage_progress
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.generator.saving import WEIGHTS_FILE
@@ -99,7 +99,7 @@ def _watched(fitting: Any, board: Any) -> ray.train.Checkpoint:
         raise RPGError(f"train: failed for good: {reason}") from error
 
 
-def _show(progress: StageProgress, latest: TrainingProgress | None) -> None:
+def _show(progress: ProgressDisplay, latest: TrainingProgress | None) -> None:
     if latest:
         note = f"loss {latest.loss:.4f}  {latest.tokens_per_second:,.0f} tokens/s"
         if latest.validation_accuracy is not None:

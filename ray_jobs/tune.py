@@ -28,7 +28,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from ray_jobs.node_copies import open_shards
-from ray_jobs.progress import StageProgress, console, stage_progress
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.search.results import (
     BEST_FILE,
@@ -47,6 +46,7 @@ from ray_jobs.training.fitting import fit_generator, storage_filesystem
 from ray_jobs.training.mailbox import Board
 from ray_jobs.validation import ValidationTasks
 from rpg.collection.collection import Collection
+from rpg.commands.progress import ProgressDisplay, console, stage_progress
 from rpg.config import Config, with_values
 from rpg.errors import RPGError
 from rpg.storage.directories import remove_directory
@@ -96,7 +96,7 @@ def run(config: Config) -> None:
     run_stage(SHARD, best)
 
 
-def _watched(searching: Any, board: Any, progress: StageProgress, trials: list[Trial]) -> list[TrialResult]:
+def _watched(searching: Any, board: Any, progress: ProgressDisplay, trials: list[Trial]) -> list[TrialResult]:
     """Wait for the search while showing how far it is."""
     done: list[Any] = []
     while not done:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_jobs.progress import StageProgress
 from ray_jobs.ray_data import Row, map_in_order, returns_errors
 from rpg.collection.checkpoint import check_finite
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.collection.statistics import LayoutStatistics, StatisticsPart
+from rpg.commands.progress import ProgressDisplay
 from rpg.config import ShardConfig
 from rpg.errors import RPGError
 from rpg.threads import one_thread
@@ -26,7 +26,7 @@ _FEWEST, _MOST = 16, 256
 
 
 def compute_layout(
-    collection: Collection, entries: Sequence[Entry], config: ShardConfig, progress: StageProgress
+    collection: Collection, entries: Sequence[Entry], config: ShardConfig, progress: ProgressDisplay
 ) -> Layout:
     """The layout of these checkpoints; each worker holds one, the reference and the mean at a time.
 

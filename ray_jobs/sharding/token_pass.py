@@ -9,7 +9,6 @@ import ray
 import torch
 from torch import Tensor
 
-from ray_jobs.progress import StageProgress
 from ray_jobs.ray_data import Row, map_rows, returns_errors
 from ray_jobs.sharding.resume import Unfinished
 from rpg.collection.appending import check_fits
@@ -17,6 +16,7 @@ from rpg.collection.checkpoint import check_finite
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
 from rpg.collection.shard_file import ShardInfo, token_bytes, write_shard
+from rpg.commands.progress import ProgressDisplay
 from rpg.config import ShardConfig, TokenDtype
 from rpg.errors import RPGError
 
@@ -58,7 +58,7 @@ def write_shards(
     layout: Layout,
     dtype: TokenDtype,
     unfinished: Unfinished,
-    progress: StageProgress,
+    progress: ProgressDisplay,
 ) -> list[ShardInfo]:
     """Write the shards of these groups, but for those that a killed run has finished.
 

@@ -1,1 +1,1 @@
-"""The `rpg` command and its parts, and what every command does about errors and progress."""
+"""The `rpg` command: a module for each command, and what they share: arguments, errors, progress."""

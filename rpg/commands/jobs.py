@@ -12,9 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rpg.commands.arguments import condition_text, condition_values, count, seed
+from rpg.commands.arguments import (
+    Commands,
+    add_request_arguments,
+    add_sampling_arguments,
+    condition_values,
+)
 from rpg.commands.progress import bytes_progress, models_progress
-from rpg.config import Solver, TokenDtype
+from rpg.config import TokenDtype
 from rpg.errors import RPGError
 
 if TYPE_CHECKING:
@@ -25,36 +30,22 @@ SERVER, TOKEN = "RPG_SERVER", "RPG_TOKEN"
 _NEWEST = 20
 
 
-def add_jobs_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Make it a command of `rpg`."""
+def add_jobs_command(commands: Commands) -> None:
+    """Add `rpg jobs` to the command's parsers."""
     description = f"Have models made by a service (rpg serve). The token is read from {TOKEN}."
     parser = commands.add_parser("jobs", help="have models made by a service", description=description)
     actions = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     submit = _action(actions, "submit", "ask for models, and print the job's id", _submit)
     submit.add_argument("generator", help="name of a generator that is served")
-    asked = submit.add_mutually_exclusive_group()
-    asked.add_argument(
-        "--condition",
-        action="append",
-        type=condition_text,
-        metavar="C",
-        help="as for `rpg generate`: one digit a value, or numbers with commas; may be given several times",
+    add_request_arguments(
+        submit,
+        condition_help="as for `rpg generate`: one digit a value, or numbers with commas; may be given "
+        "several times",
+        description_help="in place of a condition, where the generator reads such; may be given several "
+        "times",
     )
-    asked.add_argument(
-        "--description",
-        action="append",
-        metavar="TEXT",
-        help="in place of a condition, where the generator reads such; may be given several times",
-    )
-    submit.add_argument(
-        "--number", type=count, default=1, metavar="N", help="models for each condition (default: 1)"
-    )
-    submit.add_argument("--seed", type=seed, default=0, metavar="S", help="default: 0")
-    submit.add_argument("--solver", choices=[solver.value for solver in Solver])
-    submit.add_argument("--steps", type=count, metavar="N", help="evaluations of the denoiser")
-    submit.add_argument("--temperature", type=float, metavar="T", help="scale of the starting noise")
-    submit.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance; 1 is off")
+    add_sampling_arguments(submit)
     submit.add_argument(
         "--dtype", choices=[dtype.value for dtype in TokenDtype], help="of the networks' tensors"
     )
@@ -78,7 +69,7 @@ def add_jobs_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _action(
-    actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    actions: Commands,
     name: str,
     text: str,
     run: Callable[["Client", argparse.Namespace], None],
@@ -137,8 +128,10 @@ def _status(client: "Client", options: argparse.Namespace) -> None:
 
 
 def _wait(client: "Client", options: argparse.Namespace) -> None:
-    with models_progress() as update:
-        job = client.wait(options.id, lambda job: update(job.finished, job.models, job.error or job.state))
+    with models_progress() as display:
+        job = client.wait(
+            options.id, lambda job: display.update(job.finished, job.models, job.error or job.state)
+        )
     line = f"{job.finished} of {job.models} models"
     if job.state != "succeeded":
         raise RPGError(f"job {job.id} {job.state} with {line}" + (f": {job.error}" if job.error else ""))
@@ -146,8 +139,8 @@ def _wait(client: "Client", options: argparse.Namespace) -> None:
 
 
 def _download(client: "Client", options: argparse.Namespace) -> None:
-    with bytes_progress() as update:
-        paths = client.download(options.id, options.out, lambda done, total: update(done, total, ""))
+    with bytes_progress() as display:
+        paths = client.download(options.id, options.out, display.update)
     for path in paths:
         print(path)
     job = client.job(options.id)
@@ -175,7 +168,7 @@ def _show(jobs: Sequence["Job"]) -> None:
             _figure(job.accuracy),
             escape(job.error or ""),
         )
-    # Into a pipe or file there is no width to keep to.
+    # A pipe or a file has no width that the table would have to fit into.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 

@@ -10,7 +10,7 @@ import torch
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.descriptions import read_descriptions
 from rpg.collection.register import register
-from rpg.commands.inspect import inspect
+from rpg.commands.inspection import inspect
 from rpg.errors import RPGError
 from rpg.storage.locations import location
 from rpg.text_encoder import TextEncoder, encoder_digest

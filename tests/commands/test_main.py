@@ -368,7 +368,7 @@ class TestProcess:
             "try: main(['--help'])\n"
             "except SystemExit: pass\n"
             "loaded = 'torch' in sys.modules\n"
-            "import rpg.collection.register, rpg.commands.inspect\n"
+            "import rpg.collection.register, rpg.commands.inspection\n"
             "print('LOADED', loaded, 'ray' in sys.modules)"
         )
         out, _ = process(code, env={**os.environ}).communicate(timeout=120)

@@ -14,7 +14,7 @@ from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.shards import write_manifest, write_shard
 from rpg.collection.statistics import LayoutStatistics
-from rpg.commands.inspect import Inspection, inspect
+from rpg.commands.inspection import Inspection, inspect
 from rpg.config import GeneratorConfig, Normalisation, TokenDtype, save_config
 from rpg.errors import RPGError
 
