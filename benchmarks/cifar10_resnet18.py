@@ -36,8 +36,8 @@ from rpg.errors import RPGError
 from rpg.evaluation.distance import nearest_checkpoint, spread
 from rpg.evaluation.figures import Points, similarity_scatter, to_png, to_svg
 from rpg.evaluation.measure import flatten
-from rpg.evaluation.noised import noised
-from rpg.evaluation.similarity import BoolArray, Predictions, similarity, wrong_iou
+from rpg.evaluation.results import versions
+from rpg.evaluation.similarity import BoolArray, Predictions, add_noise, similarity, wrong_iou
 from rpg.generator.generator import Generator
 from rpg.seeds import derived_seed
 from rpg.storage.directories import remove_directory
@@ -45,7 +45,6 @@ from rpg.storage.files import read_json, write_json
 from rpg.tasks.along_training import Recipe, collect_along_training
 from rpg.tasks.cifar10_images import Images, check_files, cifar10_images
 from rpg.tasks.cifar10_resnet18 import cifar10_resnet18, predicted_classes
-from rpg.versions import versions
 
 ROOT = Path(__file__).parents[1]
 PRESET = ROOT / "configs" / "cifar10-resnet18.yaml"
@@ -193,7 +192,7 @@ def evaluate(session: Session) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(config.seed)
     of_originals, of_generated, of_centre = wrong(originals), wrong(generated), wrong([centre])
     of_noised = {
-        level: wrong(noised(original, level, noise) for original in originals[::YARDSTICK])
+        level: wrong(add_noise(original, level, noise) for original in originals[::YARDSTICK])
         for level in config.evaluate.noise_levels
     }
     found = similarity(

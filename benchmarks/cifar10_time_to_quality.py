@@ -35,6 +35,7 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config, to_plain
 from rpg.evaluation.figures import LIGHT, legend_below, style, to_png, to_svg
+from rpg.evaluation.results import versions
 from rpg.generator.generator import Generator
 from rpg.sampling.model_writer import NotFiniteError
 from rpg.storage.files import read_json, write_json
@@ -42,7 +43,6 @@ from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
 from rpg.tasks.families import task_family
 from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import TrainingProgress
-from rpg.versions import versions
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"fast": "cifar10-binary", "paper": "cifar10-binary-paper"}

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.train_scaling import FULL, TINY, write_collection
+from ray_jobs.training.fitting import allocator_settings
 from rpg.collection.shards import ShardedCollection
 from rpg.config import (
     ConditionConfig,
@@ -33,7 +34,6 @@ from rpg.config import (
     RecurrentConfig,
     TrainConfig,
 )
-from rpg.training.expandable_segments import allocator_settings
 from rpg.training.fit import fit, new_trainer
 from rpg.training.gradients import CapturedGradients
 from rpg.training.progress import TrainingProgress

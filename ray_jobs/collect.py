@@ -11,7 +11,8 @@ import ray
 import torch
 from torch import Tensor
 
-from ray_jobs.resources import Need
+from ray_jobs.loading import load_collection
+from ray_jobs.resources import ResourceRequest
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
@@ -33,7 +34,7 @@ def run(config: Config) -> None:
     """Train a collection of networks, or check the one that is there."""
     paths = RunPaths.of(config)
     if config.collect.directory:
-        Collection.load(paths.collection)
+        load_collection(paths.collection)
         return
     splits = task_splits(config.collect.validation_tasks, config.seed)
     copies = range(config.collect.checkpoints_per_task)
@@ -44,12 +45,12 @@ def run(config: Config) -> None:
         for tasks in _evenly(list(splits), config.collect.models_per_batch)
     ]
     resources = {"num_cpus": 1, "num_gpus": int(_uses_gpu(config))}
-    given = (replace(config.collect, images=paths.images), config.seed, _uses_gpu(config))
-    with stage_progress("collect") as progress, replacing_directory(paths.collection) as directory:
-        progress.update(0, len(models), "backbone")
-        backbone = _train_backbone.options(**resources).remote(*given)
+    shared = (replace(config.collect, images=paths.images), config.seed, _uses_gpu(config))
+    with stage_progress("collect") as display, replacing_directory(paths.collection) as directory:
+        display.update(0, len(models), "backbone")
+        backbone = _train_backbone.options(**resources).remote(*shared)
         fine_tune = _fine_tune.options(**resources)
-        waiting = [fine_tune.remote(*given, backbone, batch, directory) for batch in batches]
+        waiting = [fine_tune.remote(*shared, backbone, batch, directory) for batch in batches]
         batch_of = dict(zip(waiting, batches, strict=True))
         entries: dict[tuple[int, int], Entry] = {}
         while waiting:
@@ -57,7 +58,7 @@ def run(config: Config) -> None:
             for model, entry in zip(batch_of[finished], ray.get(finished), strict=True):
                 entry["split"] = splits[model[0]]
                 entries[model] = Entry(**entry)
-            progress.update(len(entries), len(models), _mean_accuracy(list(entries.values())))
+            display.update(len(entries), len(models), _mean_accuracy(list(entries.values())))
         architecture = {FAMILY: config.collect.family}
         Collection(directory, architecture, [entries[model] for model in models]).save()
 
@@ -65,41 +66,38 @@ def run(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse a family, images, splits or an output that networks cannot be trained for."""
     if not config.collect.directory:
-        task_family(config.collect.family, RunPaths.of(config).images).check_images()
+        paths = RunPaths.of(config)
+        task_family(config.collect.family, paths.images).check_images()
         task_splits(config.collect.validation_tasks, config.seed)
-        refuse_foreign(RunPaths.of(config).collection)
+        _refuse_foreign_files(paths.collection)
 
 
 def family_name(config: Config) -> str:
     """The task family that the networks of a run's collection belong to.
 
     Raises:
-        RPGError: if the collection was there before and does not say.
+        RPGError: if the collection is the user's and does not say.
     """
     if not config.collect.directory:
         return config.collect.family
-    return family_of(Collection.load(RunPaths.of(config).collection))
+    return family_of(load_collection(RunPaths.of(config).collection))
 
 
-def refuse_foreign(directory: AnyPath) -> None:
-    """Training a collection replaces the directory: not one that this stage did not make.
-
-    Raises:
-        RPGError: if there is something else in it.
-    """
+def _refuse_foreign_files(directory: AnyPath) -> None:
+    """Refuse to replace the directory of the collection if it holds files that this stage did not make."""
     with storage_errors_for(directory):
         is_empty = not directory.is_dir() or not any(directory.iterdir())
     if not is_empty:
         record = directory / COLLECTION_FILE
-        if not exists(record) or FAMILY not in Collection.load(directory).architecture:
+        if not exists(record) or FAMILY not in load_collection(directory).architecture:
             raise RPGError(
                 f"{directory}: holds files that this job did not make and would replace; "
                 "choose another output, or use them with collect.directory"
             )
 
 
-# GPU workers are kept from task to task (Ray keeps those that are not declared with GPUs): starting one and
-# reading the images takes longer than many a task.
+# The tasks are declared without GPUs and get them by `options`: then Ray keeps a GPU's worker from one task
+# to the next. Starting a worker and reading the images takes longer than many of the tasks.
 @ray.remote
 def _train_backbone(config: CollectConfig, seed: int, use_gpu: bool) -> dict[str, Tensor]:
     return _family(config, use_gpu).train_backbone(config, seed)
@@ -130,11 +128,11 @@ def _fine_tune(
         state = copy if family.copies_share_order else None
         return asdict(Entry(path.name, digest, conditions[index], metrics, state=state))
 
-    # Writing is mostly waiting for the disk.
+    # Writing mostly waits for the disk, which threads can do at the same time.
     with ThreadPoolExecutor(_WRITERS) as pool:
         entries = list(pool.map(write, range(len(models))))
     if use_gpu:
-        # The process stays for a while, and its memory is wanted by the next stage.
+        # The process stays for a while, and the next stage needs the GPU's memory.
         torch.cuda.empty_cache()
     return entries
 
@@ -145,7 +143,7 @@ def _family(config: CollectConfig, use_gpu: bool) -> TaskFamily:
 
 
 def _evenly(tasks: list[int], most: int) -> list[list[int]]:
-    """As few parts of at most `most` tasks as there can be, of sizes that differ by one at most."""
+    """Cut `tasks` into as few parts of at most `most` as possible; the sizes differ by at most one."""
     parts = -(-len(tasks) // most)
     return [tasks[len(tasks) * i // parts : len(tasks) * (i + 1) // parts] for i in range(parts)]
 
@@ -154,10 +152,10 @@ def _uses_gpu(config: Config) -> bool:
     return config.ray.use_gpu and task_family(config.collect.family).uses_gpu
 
 
-def _need(config: Config) -> Need | None:
+def _resources(config: Config) -> ResourceRequest | None:
     if config.collect.directory or not _uses_gpu(config):
         return None
-    return Need("collecting", 1, "ray.use_gpu=true", use_gpu=True)
+    return ResourceRequest("collecting", 1, "ray.use_gpu=true", use_gpu=True)
 
 
 def _mean_accuracy(entries: list[Entry]) -> str:
@@ -170,7 +168,7 @@ COLLECT = Stage(
     run=run,
     sections=("seed", "collect"),
     after=None,
-    need=_need,
+    resources=_resources,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],
     distinguishing=lambda paths: paths.collection / COLLECTION_FILE,
     check=check,

@@ -11,9 +11,9 @@ from functools import cached_property
 import ray.data
 import torch
 
-from ray_jobs.node_copies import load_generator
+from ray_jobs.loading import load_collection, load_generator
 from ray_jobs.ray_data import Row, map_rows, returns_errors
-from ray_jobs.resources import generation_need
+from ray_jobs.resources import generation_request
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from ray_jobs.train import TRAIN
@@ -43,24 +43,24 @@ JOB_FILE = "job.json"
 def run(config: Config) -> None:
     """Generate networks for tasks that the generator has not seen, and for some that it has."""
     paths = RunPaths.of(config)
-    unseen, seen = chosen_conditions(Collection.load(paths.collection), config)
+    unseen, seen = chosen_conditions(load_collection(paths.collection), config)
     conditions = [*unseen, *seen] or None
     number = config.generate.models_per_task
     job = GenerationJob(conditions, number, config.seed, config.generator.sampling)
     size = config.generate.models_per_batch
     batches = [list(range(i, min(i + size, len(job)))) for i in range(0, len(job), size)]
-    with stage_progress("generate") as progress, replacing_directory(paths.generated) as directory:
-        progress.update(0, len(job))
+    with stage_progress("generate") as display, replacing_directory(paths.generated) as directory:
+        display.update(0, len(job))
         done = 0
 
         def finished(row: Row) -> None:
             nonlocal done
             done += len(batches[int(row["index"])])
-            progress.update(done, len(job))
+            display.update(done, len(job))
 
         map_rows(
             [{"index": i, "models": batch} for i, batch in enumerate(batches)],
-            _Worker,
+            _GenerationWorker,
             finished,
             fn_constructor_args=(paths.generator, job, directory, config.ray),
             compute=ray.data.ActorPoolStrategy(size=min(config.ray.generate_workers, len(batches))),
@@ -76,11 +76,11 @@ def run(config: Config) -> None:
             for i in range(len(job))
         ]
         write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
-    _sample_so_by_default(paths.generator, config.generator.sampling)
+    _set_default_sampling(paths.generator, config.generator.sampling)
 
 
-def _sample_so_by_default(generator: AnyPath, sampling: SamplingConfig) -> None:
-    """Write into a saved generator how its networks were made: what a report says is then what users get."""
+def _set_default_sampling(generator: AnyPath, sampling: SamplingConfig) -> None:
+    """Make `sampling` the default of a saved generator: users then get networks like those of the report."""
     with fetched(generator / CONFIG_FILE) as file:
         saved = generator_config_from_yaml(file)
     if saved.sampling != sampling:
@@ -88,8 +88,10 @@ def _sample_so_by_default(generator: AnyPath, sampling: SamplingConfig) -> None:
 
 
 def chosen_conditions(collection: Collection, config: Config) -> tuple[list[list[float]], list[list[float]]]:
-    """The conditions to generate for: all of `generate.split`, and as many drawn ones of the training tasks;
-    none for a generator that takes none.
+    """The conditions of unseen tasks and of seen tasks to generate for.
+
+    The unseen ones are all tasks of `generate.split`; of the training tasks, `generate.seen_tasks` are drawn.
+    Both lists are empty for a generator that takes no conditions.
 
     Raises:
         RPGError: if there is nothing to generate for.
@@ -106,7 +108,7 @@ def chosen_conditions(collection: Collection, config: Config) -> tuple[list[list
     return unseen, seen
 
 
-class _Worker:
+class _GenerationWorker:
     """An actor that holds the generator and makes batches of the job's models."""
 
     def __init__(self, generator: AnyPath, job: GenerationJob, directory: AnyPath, config: RayConfig) -> None:
@@ -117,7 +119,7 @@ class _Worker:
 
     @cached_property
     def generator(self) -> Generator:
-        """Loaded at the first batch, where an error can be reported."""
+        """The generator, loaded at the first batch, because an error can be returned only from there."""
         if self.config.use_gpu:
             return load_generator(self.path, self.config).to("cuda")
         torch.set_num_threads(1)
@@ -135,7 +137,7 @@ GENERATE = Stage(
     sections=("seed", "generate", "generator.sampling"),
     after=TRAIN,
     ignored=("generate.models_per_batch",),
-    need=generation_need,
+    resources=generation_request,
     check=lambda config: validate_sampling(
         config.generator.sampling, config.generator, prefix="generator.sampling."
     ),

@@ -25,10 +25,10 @@ def map_rows(rows: list[Row], function: Any, on_row: Callable[[Row], None], **op
         options: of Ray Data's `map`.
 
     Returns:
-        The results by `index`, in whatever order they finished.
+        The results in the order of their `index`.
 
     Raises:
-        RPGError: the first that a worker met.
+        RPGError: the first one that a worker raised.
     """
     finished = []
     for row in _results(rows, function, False, **options):
@@ -38,9 +38,10 @@ def map_rows(rows: list[Row], function: Any, on_row: Callable[[Row], None], **op
 
 
 def map_in_order(rows: list[Row], function: Any, **options: Any) -> Iterator[Row]:
-    """As `map_rows`, but results come one by one, in the order of `rows`: for results that are large.
+    """Map over `rows` in parallel and yield the results one by one, in the order of `rows`.
 
-    Ray Data starts no more work than it has room for results in the object store.
+    This is for large results: Ray Data starts no more work than it has room for results in the object store.
+    The arguments and errors are those of `map_rows`.
     """
     return _results(rows, function, True, **options)
 
@@ -55,7 +56,10 @@ def _results(rows: list[Row], function: Any, in_order: bool, **options: Any) -> 
 
 
 def returns_errors(function: Callable[..., Row]) -> Callable[..., Row]:
-    """A worker's errors come back as rows: of exceptions, Ray Data keeps the text alone, with its trace."""
+    """Make a worker's function return an `RPGError` as a row, which `map_rows` and `map_in_order` raise.
+
+    Of an exception, Ray Data would keep the text of the traceback alone.
+    """
 
     def guarded(*arguments: Any) -> Row:
         try:

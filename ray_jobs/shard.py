@@ -2,8 +2,8 @@
 
 python -m ray_jobs.shard CONFIG [key=value …] [--refit]
 
-A run that was killed goes on where it stopped. Checkpoints that were added to the collection since are
-appended: the shards that are there, the layout and the centre stay.
+A run that was killed goes on where it stopped. Checkpoints that have been added to the collection since the
+last run are appended: the shards that are there, the layout and the centre stay.
 """
 
 import sys
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_jobs.collect import COLLECT
+from ray_jobs.loading import load_collection
 from ray_jobs.run_paths import RunPaths
-from ray_jobs.sharding.layout_pass import compute_layout
-from ray_jobs.sharding.resume import Unfinished, plan_digest
+from ray_jobs.sharding.layout_pass import PART_LIMITS, compute_layout
+from ray_jobs.sharding.resume import ShardResume, plan_digest
 from ray_jobs.sharding.token_pass import Group, checkpoints_per_shard, cut_into_groups, write_shards
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.collection import Collection, Entry
@@ -30,49 +31,55 @@ from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath
 
 
-def run(config: Config, refit: bool = False) -> None:
-    """Turn training checkpoints into shards; new ones are appended to those that are there."""
+def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART_LIMITS) -> None:
+    """Turn training checkpoints into shards; new ones are appended to those that are there.
+
+    Args:
+        config: of the run.
+        refit: compute layout, centre and all shards anew.
+        part_limits: fewest and most checkpoints whose statistics one task gathers.
+    """
     paths = RunPaths.of(config)
-    collection = Collection.load(paths.collection)
+    collection = load_collection(paths.collection)
     entries = _training_entries(collection)
-    directory, unfinished = paths.shards, Unfinished(paths.shards)
+    directory, resume = paths.shards, ShardResume(paths.shards)
     plan = plan_digest(entries, config.shard)
-    layout = unfinished.layout(plan)
-    # A layout that a killed run was about to write shards with goes before shards of an earlier one.
-    earlier = None if refit or layout else _earlier(directory, entries, config.shard)
-    with stage_progress("shard") as progress:
+    layout = resume.layout(plan)
+    # A killed run's layout takes precedence over the complete shards that were there before that run.
+    earlier = None if refit or layout else _earlier_shards(directory, entries, config.shard)
+    with stage_progress("shard") as display:
         if earlier:
             layout, fitted, kept = earlier.layout, earlier.manifest.fitted, earlier.intact(directory)
             groups = earlier.groups(entries, config.shard)
         else:
             if layout is None:
-                layout = compute_layout(collection, entries, config.shard, progress)
-                unfinished.save_layout(layout, plan)
+                layout = compute_layout(collection, entries, config.shard, display, part_limits)
+                resume.save_layout(layout, plan)
             fitted, kept = len(entries), {}
             groups = cut_into_groups(entries, layout, config.shard)
         dtype = config.shard.dtype
         missing = [group for group in groups if _names(group) not in kept]
-        written = write_shards(collection, missing, layout, dtype, unfinished, progress)
+        written = write_shards(collection, missing, layout, dtype, resume, display)
     known = {**kept, **{shard.checkpoints: shard for shard in written}}
     shards = [known[_names(group)] for group in groups]
     write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder)
     if isinstance(directory, Path):
         remember(directory, shards)
-    unfinished.clear()
-    _remove_others(directory, shards)
+    resume.clear()
+    _remove_other_shards(directory, shards)
     if earlier:
         new = len(entries) - len(earlier.manifest.names)
-        says = f"{new} new checkpoint{'s' * (new > 1)} appended" if new else "no new checkpoints"
+        news = f"{new} new checkpoint{'s' * (new > 1)} appended" if new else "no new checkpoints"
         console.print(
-            f"shard: {says}; centre and scales stay those of the first {fitted}: --refit computes them anew",
+            f"shard: {news}; centre and scales stay those of the first {fitted}: --refit computes them anew",
             soft_wrap=True,
         )
 
 
 def check(config: Config) -> None:
-    """Refuse a collection of the user's that cannot be sharded; one to be trained is not there yet."""
+    """Refuse a collection of the user's that cannot be sharded; one that the run trains is not there yet."""
     if config.collect.directory:
-        _training_entries(Collection.load(RunPaths.of(config).collection))
+        _training_entries(load_collection(RunPaths.of(config).collection))
 
 
 def _training_entries(collection: Collection) -> list[Entry]:
@@ -86,28 +93,30 @@ def _training_entries(collection: Collection) -> list[Entry]:
 
 
 @dataclass(frozen=True)
-class _Earlier:
+class _EarlierShards:
     """A complete set of shards that checkpoints can be appended to."""
 
     layout: Layout
     manifest: Manifest
 
     def intact(self, directory: AnyPath) -> dict[tuple[str, ...], ShardInfo]:
-        """Its shards that are what they should be, by the names of their checkpoints."""
+        """The shards that are undamaged, by the names of their checkpoints."""
         shards = self.manifest.shards
         damaged = damage(directory, shards)
         return {shard.checkpoints: shard for shard in shards if shard.file not in damaged}
 
     def groups(self, entries: Sequence[Entry], config: ShardConfig) -> list[Group]:
-        """Its shards' checkpoints, and then the new ones."""
+        """The groups of the shards that are there, followed by those of the new checkpoints."""
         by_name = {entry.file: entry for entry in entries}
         old = [Group([by_name[name] for name in shard.checkpoints]) for shard in self.manifest.shards]
         new = [entry for entry in entries if entry.file not in self.manifest.sha256]
         return old + cut_into_groups(new, self.layout, config, is_appended=True)
 
 
-def _earlier(directory: AnyPath, entries: Sequence[Entry], config: ShardConfig) -> _Earlier | None:
-    """The shards that are there, if they are complete and of these checkpoints and this config."""
+def _earlier_shards(
+    directory: AnyPath, entries: Sequence[Entry], config: ShardConfig
+) -> _EarlierShards | None:
+    """The shards that are there, if they are complete and were cut from `entries` with this config."""
     try:
         manifest, layout = read_manifest(directory), Layout.load(directory)
     except RPGError:
@@ -121,15 +130,15 @@ def _earlier(directory: AnyPath, entries: Sequence[Entry], config: ShardConfig) 
         and all(len(shard.checkpoints) <= size for shard in manifest.shards)
         and all(digests.get(name) == digest for name, digest in manifest.sha256.items())
     )
-    return _Earlier(layout, manifest) if fits else None
+    return _EarlierShards(layout, manifest) if fits else None
 
 
 def _names(group: Group) -> tuple[str, ...]:
     return tuple(entry.file for entry in group.entries)
 
 
-def _remove_others(directory: AnyPath, shards: Sequence[ShardInfo]) -> None:
-    """Remove shards that the manifest does not name, and what killed workers left."""
+def _remove_other_shards(directory: AnyPath, shards: Sequence[ShardInfo]) -> None:
+    """Remove shards that the manifest does not name, and partial files that killed workers left."""
     named = {shard.file for shard in shards}
     with storage_errors_for(directory):
         files: list[AnyPath] = list(directory.iterdir())

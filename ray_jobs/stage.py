@@ -1,4 +1,4 @@
-"""Stages: what they depend on, whether their output is still good, and how long they took.
+"""Stages: what they depend on, whether their output is up to date, and how long they took.
 
 A finished stage leaves `stages/NAME.json` with the fingerprint of its inputs: its sections of the config and
 the fingerprint of the stage before. A stage whose fingerprint is unchanged is not run again.
@@ -18,7 +18,7 @@ from typing import Any
 
 from ray_jobs.cluster import ray_cluster
 from ray_jobs.only_job import only_job
-from ray_jobs.resources import Need, require
+from ray_jobs.resources import ResourceRequest, require_resources
 from ray_jobs.run_paths import RunPaths
 from rpg import __version__
 from rpg.commands.exit_status import run_command
@@ -42,16 +42,17 @@ class Stage:
     outputs: Callable[[RunPaths], list[AnyPath]]
     """Files that must be there for the stage to count as done."""
     distinguishing: Callable[[RunPaths], AnyPath] | None = None
-    """An output whose content the later stages depend on: equal inputs need not give an equal output."""
+    """An output whose content the later stages depend on, for a stage whose equal inputs need not give equal
+    outputs."""
     ignored: tuple[str, ...] = ()
-    """Keys of those sections that change nothing in the output."""
+    """Keys of those sections that do not change the output."""
     given: Callable[[Config], AnyPath | None] = lambda config: None
-    """The file that describes an output which was there before, if the config names one: then the stage is
-    only a check, made when a later stage needs it."""
-    need: Callable[[Config], Need | None] = lambda config: None
-    """Workers that it cannot do without, besides one CPU."""
+    """The file that describes an output which the user has given, if the config names one. The stage then
+    only checks that output, when a later stage needs it."""
+    resources: Callable[[Config], ResourceRequest | None] = lambda config: None
+    """The workers that the stage cannot do without; None if one CPU is enough."""
     check: Callable[[Config], None] = lambda config: None
-    """Refuses with an `RPGError` what can be seen to be wrong before Ray is started."""
+    """Raises an `RPGError` for what can be seen to be wrong before Ray is started."""
 
 
 def fingerprint(stage: Stage, config: Config) -> str:
@@ -74,7 +75,7 @@ def _content_digest(stage: Stage, config: Config) -> str:
 
 
 def is_done(stage: Stage, config: Config) -> bool:
-    """Whether the stage's output is there and was made from the same inputs."""
+    """Whether the stage's output is there and was made from the inputs of this config."""
     paths = RunPaths.of(config)
     record = _record_path(paths, stage)
     if not exists(record) or not all(exists(path) for path in stage.outputs(paths)):
@@ -84,7 +85,7 @@ def is_done(stage: Stage, config: Config) -> bool:
 
 
 def check_stage(stage: Stage, config: Config) -> None:
-    """Refuse to run the stage for what is wrong with the config, or missing before it; needs no Ray.
+    """Refuse to run the stage where the config is wrong or the stage before is missing; needs no Ray.
 
     Raises:
         RPGError: with the reason.
@@ -99,7 +100,10 @@ def check_stage(stage: Stage, config: Config) -> None:
 
 
 def run_stage(stage: Stage, config: Config) -> None:
-    """Run the stage and note that it is done; the stage before must be."""
+    """Run the stage and record that it is done.
+
+    The stage before must be done, or its output given by the user; then that output is checked first.
+    """
     check_stage(stage, config)
     paths, before = RunPaths.of(config), stage.after
     if before and not is_done(before, config):
@@ -113,14 +117,14 @@ def run_stage(stage: Stage, config: Config) -> None:
     console.print(f"{stage.name}: done in {seconds:.1f} s")
 
 
-def require_needs(stages: Sequence[Stage], config: Config) -> None:
-    """Refuse at once what the cluster has no workers for, before any of the stages has begun.
+def require_resources_of(stages: Sequence[Stage], config: Config) -> None:
+    """Check that the cluster has the workers that the stages need, before any of them has begun.
 
     Raises:
-        RPGError: as `require`.
+        RPGError: naming the setting that asks for more than there is.
     """
-    needs = [stage.need(config) for stage in stages]
-    require([need for need in needs if need], config.ray.wait_seconds)
+    requests = [stage.resources(config) for stage in stages]
+    require_resources([request for request in requests if request], config.ray.wait_seconds)
 
 
 def with_stages_before(stage: Stage) -> list[Stage]:
@@ -129,7 +133,7 @@ def with_stages_before(stage: Stage) -> list[Stage]:
 
 
 def stage_seconds(stage: Stage, config: Config) -> float:
-    """How long the stage took when it ran."""
+    """How many seconds the stage took when it last ran."""
     record = read_json(_record_path(RunPaths.of(config), stage), "a stage's record")
     return float(record["seconds"])
 
@@ -139,11 +143,12 @@ def stage_main(name: str, **switches: str) -> int:
 
     `switches` are keyword arguments of the stage's `run` that `--NAME` sets to True, with their help texts.
     """
-    # By its import name, not as __main__: workers can then import what they are sent instead of copying it.
+    # The module is imported by its name, since it runs as __main__: Ray's workers import by name what the
+    # module defines, and would be sent copies of what is in __main__.
     stage: Stage = getattr(importlib.import_module(f"ray_jobs.{name}"), name.upper())
 
     def run(config: Config, **switched: bool) -> None:
-        require_needs([stage], config)
+        require_resources_of([stage], config)
         run_stage(replace(stage, run=functools.partial(stage.run, **switched)), config)
 
     return job_main(
@@ -160,7 +165,7 @@ def job_main(
 ) -> int:
     """Parse CONFIG [key=value …], `check` it, join Ray and call `run`; errors become one line, exit status 2.
 
-    `switches` as in `stage_main`.
+    `switches` are keyword arguments of `run` that `--NAME` sets to True, with their help texts.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description.splitlines()[0])
     parser.add_argument(
@@ -175,7 +180,7 @@ def job_main(
         config = load_config(arguments.config, arguments.overrides)
         cache = Path(config.ray.cache_directory)
         with only_job(RunPaths.of(config).root, cache):
-            # Starting Ray takes seconds: what it is not needed for is told before.
+            # Starting Ray takes seconds, so mistakes that can be found without it are told before.
             check(config)
             with ray_cluster(config.ray):
                 run(config, **{switch: getattr(arguments, switch) for switch in switches})
@@ -185,7 +190,8 @@ def job_main(
 
 @contextmanager
 def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
-    """Take a stage's record away while it runs; if it fails and left its outputs alone, put it back."""
+    """Remove a stage's record while the stage runs, and put it back if the stage fails without having changed
+    its outputs."""
     with storage_errors_for(record):
         earlier = record.read_text(encoding="utf-8") if record.is_file() else None
     before = _identities(outputs)
@@ -194,7 +200,7 @@ def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Where the storage itself has failed, it fails again; the first failure is what is told.
+        # A storage that has failed fails here again; the user is told of the first failure.
         with suppress(StorageError):
             if earlier is not None and _identities(outputs) == before:
                 write_text(record, earlier)
@@ -202,7 +208,11 @@ def _withdrawn(record: AnyPath, outputs: list[AnyPath]) -> Iterator[None]:
 
 
 def _identities(outputs: list[AnyPath]) -> list[object]:
-    """What changes when a stage changes its outputs, behind a URI with the first of their files."""
+    """Values that differ once a stage has changed its outputs.
+
+    A local stage replaces its outputs as a whole, so each output's own identity is enough. Behind a URI the
+    other files of an output's directory are written before it, so the whole directory counts.
+    """
     return [identity(path.parent if is_remote(path) else path) for path in outputs]
 
 

@@ -2,8 +2,8 @@
 
     python -m ray_jobs.train CONFIG [key=value …]
 
-The workers report a checkpoint every `train.save_every` steps; workers that die are replaced and go on from
-the last one, and so does a job that was stopped and started again with the same config.
+The workers report a checkpoint every `train.save_every` steps. Workers that die are replaced and go on from
+the last one, and so does a job that was stopped and is started again with the same config.
 """
 
 import sys
@@ -14,23 +14,20 @@ import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_jobs.resources import training_need
+from ray_jobs.resources import training_request
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, fingerprint, stage_main
-from ray_jobs.training.checkpoints import opened
+from ray_jobs.training.checkpoints import HISTORY_FILE, copy_generator
 from ray_jobs.training.fitting import check_fit, fit_generator
-from ray_jobs.training.mailbox import Board
+from ray_jobs.training.mailbox import TrainingMailbox
 from ray_jobs.training.tracking import TENSORBOARD_DIRECTORY
-from ray_jobs.training.worker import GENERATOR_DIRECTORY, HISTORY_FILE
 from rpg.collection.manifest import read_manifest
 from rpg.commands.progress import ProgressDisplay, stage_progress
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
 from rpg.generator.saving import WEIGHTS_FILE
 from rpg.storage.directories import remove_directory, replacing_directory
-from rpg.storage.files import copy_file
-from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY, check_encoder, copy_encoder
 from rpg.training.progress import TrainingProgress
 
@@ -42,52 +39,44 @@ def run(config: Config) -> None:
     digest = read_manifest(paths.shards).encoder
     if digest and config.generator.condition.kind == ConditionKind.vector:
         encoder = paths.collection / ENCODER_DIRECTORY
-        # Before the hours that training may take.
+        # A missing encoder is told now, since training may take hours.
         check_encoder(encoder, digest)
     # The name finds the checkpoints of an interrupted run of the same inputs, and of no other.
     name = fingerprint(TRAIN, config)[:16]
-    # Both stay on the driver's node: the job cannot outlive that one anyway.
+    # Both stay on the driver's node: without that node the job ends anyway.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    checkpoint = _watched(_fit.options(scheduling_strategy=here).remote(config, name, board), board)
+    mailbox = TrainingMailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    fitting = _fit.options(scheduling_strategy=here).remote(config, name, mailbox)
+    checkpoint = _wait(fitting, mailbox)
     with replacing_directory(paths.generator) as target:
         if encoder is not None:
             copy_encoder(encoder, target / ENCODER_DIRECTORY)
         copy_generator(checkpoint, paths.train, target)
     for other in paths.train.iterdir():
-        # Checkpoints of other configs could only be resumed from by going back to them.
+        # Only a job with an earlier config could resume from other checkpoints.
         if other.name not in (name, TENSORBOARD_DIRECTORY):
             remove_directory(other)
 
 
-def copy_generator(checkpoint: ray.train.Checkpoint, storage: AnyPath, target: AnyPath) -> None:
-    """Bring the generator that a run in `storage` ended with, and its history, into a directory."""
-    with opened(checkpoint, storage) as directory:
-        copy_file(directory / HISTORY_FILE, target / HISTORY_FILE)
-        # The weights last: they make a generator of a directory that cannot be renamed into place.
-        files = (directory / GENERATOR_DIRECTORY).iterdir()
-        for file in sorted(files, key=lambda file: file.name == WEIGHTS_FILE):
-            copy_file(file, target / file.name)
-
-
 @ray.remote(num_cpus=0)
-def _fit(config: Config, name: str, board: Any) -> Any:
+def _fit(config: Config, name: str, mailbox: Any) -> Any:
     """Run Ray Train; returns the last checkpoint.
 
-    A task of its own: in the driver Ray Train would take over Ctrl-C, and end it with status 1.
+    This is a task of its own, because in the driver Ray Train would take over Ctrl-C and end the process with
+    status 1.
     """
     paths = RunPaths.of(config)
-    return fit_generator(config, paths.shards, paths.train, name, board).checkpoint
+    return fit_generator(config, paths.shards, paths.train, name, mailbox).checkpoint
 
 
-def _watched(fitting: Any, board: Any) -> ray.train.Checkpoint:
-    """Wait for `_fit` while showing progress."""
-    with stage_progress("train") as progress:
+def _wait(fitting: Any, mailbox: Any) -> ray.train.Checkpoint:
+    """Wait for the task `_fit` while showing progress; returns its checkpoint."""
+    with stage_progress("train") as display:
         done: list[Any] = []
         while not done:
             done, _ = ray.wait([fitting], timeout=0.5)
-            _show(progress, ray.get(board.latest.remote()))
-    if (refusal := ray.get(board.refusal.remote())) is not None:
+            _show(display, ray.get(mailbox.progress.remote()))
+    if (refusal := ray.get(mailbox.refusal.remote())) is not None:
         raise RPGError(refusal)
     try:
         checkpoint: ray.train.Checkpoint = ray.get(fitting)
@@ -99,12 +88,12 @@ def _watched(fitting: Any, board: Any) -> ray.train.Checkpoint:
         raise RPGError(f"train: failed for good: {reason}") from error
 
 
-def _show(progress: ProgressDisplay, latest: TrainingProgress | None) -> None:
-    if latest:
-        note = f"loss {latest.loss:.4f}  {latest.tokens_per_second:,.0f} tokens/s"
-        if latest.validation_accuracy is not None:
-            note += f"  validation accuracy {latest.validation_accuracy:.3f}"
-        progress.update(latest.step, latest.steps, note)
+def _show(display: ProgressDisplay, progress: TrainingProgress | None) -> None:
+    if progress:
+        note = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+        if progress.validation_accuracy is not None:
+            note += f"  validation accuracy {progress.validation_accuracy:.3f}"
+        display.update(progress.step, progress.steps, note)
 
 
 TRAIN = Stage(
@@ -120,7 +109,8 @@ TRAIN = Stage(
     ),
     after=SHARD,
     # The encoder is the collection's, which the stages before depend on. `generator.sampling` is left out,
-    # though validation samples with it: no generator is trained anew to be sampled otherwise.
+    # though validation samples with it: otherwise a generator would have to be trained anew before it could
+    # be sampled in another way.
     ignored=(
         "train.log_every",
         "train.save_every",
@@ -128,10 +118,10 @@ TRAIN = Stage(
         "train.sharding",
         "generator.condition.encoder",
     ),
-    need=training_need,
+    resources=training_request,
     check=check_fit,
     outputs=lambda paths: [paths.generator / WEIGHTS_FILE],
-    # It holds the seconds of each step: no two trainings leave the same.
+    # The history holds the seconds of each step, so that no two trainings leave the same.
     distinguishing=lambda paths: paths.generator / HISTORY_FILE,
 )
 

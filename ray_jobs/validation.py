@@ -1,4 +1,4 @@
-"""Accuracy of networks generated for the validation tasks: what generators and settings are chosen by."""
+"""Accuracy of networks generated for the validation tasks, by which generators and settings are chosen."""
 
 import tempfile
 from dataclasses import dataclass

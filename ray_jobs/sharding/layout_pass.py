@@ -1,7 +1,7 @@
 """First pass of stage `shard`: the layout, from statistics that Ray Data's workers gather in parts.
 
-Which checkpoints make a part depends on the collection alone, and parts are merged in its order: the layout
-does not depend on the cluster or on which worker was faster.
+Which checkpoints make a part depends on the collection alone, and parts are merged in the collection's order.
+So the layout does not depend on the cluster or on which worker was faster.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,26 @@ from rpg.errors import RPGError
 from rpg.threads import one_thread
 
 _PART_BYTES = 64_000_000
-_FEWEST, _MOST = 16, 256
-"""Checkpoints of a part. Sending one costs as much as two float32 checkpoints, a task some milliseconds."""
+PART_LIMITS = (16, 256)
+"""Fewest and most checkpoints of a part. A small part wastes time: sending its statistics costs as much as
+sending two float32 checkpoints, and its task costs some milliseconds."""
 
 
 def compute_layout(
-    collection: Collection, entries: Sequence[Entry], config: ShardConfig, progress: ProgressDisplay
+    collection: Collection,
+    entries: Sequence[Entry],
+    config: ShardConfig,
+    display: ProgressDisplay,
+    part_limits: tuple[int, int] = PART_LIMITS,
 ) -> Layout:
     """The layout of these checkpoints; each worker holds one, the reference and the mean at a time.
+
+    Args:
+        collection: where the checkpoints are.
+        entries: the training checkpoints, in order; the first is the reference for names and shapes.
+        config: token size and normalisation.
+        display: shows how many checkpoints have been read, as the first half of the stage.
+        part_limits: fewest and most checkpoints of a part.
 
     Raises:
         RPGError: naming the checkpoint that is not what was registered, does not fit the first or is not
@@ -41,7 +53,7 @@ def compute_layout(
     @returns_errors
     def statistics(row: Row) -> Row:
         torch.set_num_threads(1)
-        # Read anew by every worker: tensors that share storage would come apart on their way through Ray.
+        # Every worker reads the reference itself: Ray would send tensors that share storage as separate ones.
         found = LayoutStatistics(light_collection.read(reference))
         for file, digest in zip(row["files"], row["sha256"], strict=True):
             entry = Entry(file, digest)
@@ -51,7 +63,7 @@ def compute_layout(
         return {"index": row["index"], **vars(found.part())}
 
     first = collection.read(reference)
-    size = _part_size(first)
+    size = _part_size(first, part_limits)
     rows = [
         {
             "index": i,
@@ -60,12 +72,12 @@ def compute_layout(
         }
         for i in range(0, len(entries), size)
     ]
-    # Sums of large tensors depend on how many threads share them, and layouts must not.
+    # The sum of a large tensor depends on how many threads share it, and the layout must not.
     with one_thread():
         total = LayoutStatistics(first)
         for row in map_in_order(rows, statistics):
             total.merge(StatisticsPart(row["reference"], row["count"], row["sums"], row["means"]))
-            progress.update(total.count, 2 * len(entries), "layout")
+            display.update(total.count, 2 * len(entries), "layout")
         layout = total.layout(config.token_size, config.normalisation)
     values = sum(spec.numel for spec in layout.specs)
     if config.token_size > values:
@@ -78,7 +90,7 @@ def compute_layout(
     return layout
 
 
-def _part_size(state_dict: dict[str, Tensor]) -> int:
-    """Checkpoints of a part; one architecture's are of one size."""
+def _part_size(state_dict: dict[str, Tensor], limits: tuple[int, int]) -> int:
+    """Checkpoints of a part, given one of them; all have the same size."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
-    return int(np.clip(_PART_BYTES // max(size, 1), _FEWEST, _MOST))
+    return int(np.clip(_PART_BYTES // max(size, 1), *limits))

@@ -1,6 +1,7 @@
-"""What a run of stage `shard` leaves for the next one, should it be killed: `pending/` beside the shards.
+"""Resuming stage `shard`: a run that is killed leaves what it has finished in `pending/` beside the shards.
 
-It holds the layout with the plan that it was made for, and the size and digest of every finished shard.
+The directory holds the layout, the digest of the plan that it was computed for, and the size and digest of
+every finished shard.
 """
 
 import hashlib
@@ -21,16 +22,16 @@ PENDING = "pending"
 PLAN_FILE = "plan.json"
 
 
-class Unfinished:
-    """The folder `pending/` of a directory of shards."""
+class ShardResume:
+    """The directory `pending/` of a directory of shards."""
 
     def __init__(self, shards: AnyPath) -> None:
-        """Nothing is read or written yet."""
+        """Use the directory of `shards`, without reading or writing anything yet."""
         self.shards = shards
         self.directory = shards / PENDING
 
     def layout(self, plan: str) -> Layout | None:
-        """The layout, if there is a whole one that was made for this plan."""
+        """The layout of a killed run, if it is complete and was computed for this plan."""
         try:
             if read_json(self.directory / PLAN_FILE, "a plan") != {"plan": plan}:
                 return None
@@ -39,36 +40,36 @@ class Unfinished:
             return None
 
     def save_layout(self, layout: Layout, plan: str) -> None:
-        """Keep a layout; the plan is written last."""
+        """Keep a layout; the plan is written last, because it says that the layout is complete."""
         with suppress(FileNotFoundError):
             (self.directory / PLAN_FILE).unlink()
         layout.save(self.directory)
         write_json(self.directory / PLAN_FILE, {"plan": plan})
 
     def finished(self, file: str) -> tuple[int, str] | None:
-        """Bytes and SHA-256 of a shard that was finished, if it still is what it was."""
+        """Bytes and SHA-256 of a shard that a run has finished; None if it is missing or has changed."""
         try:
-            record = read_json(self._record(file), "a finished shard's record")
+            record = read_json(self._record_path(file), "a finished shard's record")
             size, digest = (self.shards / file).stat().st_size, sha256(self.shards / file)
         except (RPGError, OSError):
             return None
         return (size, digest) if record == {"bytes": size, "sha256": digest} else None
 
-    def note(self, file: str, size: int, digest: str) -> None:
-        """Remember a shard that is finished."""
-        write_json(self._record(file), {"bytes": size, "sha256": digest})
+    def record(self, file: str, size: int, digest: str) -> None:
+        """Record that a shard is finished."""
+        write_json(self._record_path(file), {"bytes": size, "sha256": digest})
 
     def clear(self) -> None:
-        """Remove the folder."""
+        """Remove the directory."""
         with suppress(FileNotFoundError):
             for path in self.directory.iterdir():
                 path.unlink()
-        # Object stores have no folders.
+        # Object stores have no directories.
         if isinstance(self.directory, Path):
             with suppress(OSError):
                 self.directory.rmdir()
 
-    def _record(self, file: str) -> AnyPath:
+    def _record_path(self, file: str) -> AnyPath:
         return self.directory / f"{file}.json"
 
 

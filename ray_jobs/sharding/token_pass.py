@@ -1,4 +1,4 @@
-"""Second pass of stage `shard`: Ray Data's workers write shards, each named by what it is made of."""
+"""Second pass of stage `shard`: Ray Data's workers write the shards, each named by a digest of its inputs."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ray_jobs.ray_data import Row, map_rows, returns_errors
-from ray_jobs.sharding.resume import Unfinished
+from ray_jobs.sharding.resume import ShardResume
 from rpg.collection.appending import check_fits
 from rpg.collection.checkpoint import check_finite
 from rpg.collection.collection import Collection, Entry
@@ -29,10 +29,10 @@ class Group:
 
     entries: Sequence[Entry]
     is_appended: bool = False
-    """The layout was computed without them."""
+    """Whether the layout was computed without these checkpoints."""
 
     def file(self, layout: Layout, dtype: TokenDtype) -> str:
-        """Name of the shard: of equal names, the content is equal."""
+        """Name of the shard's file; shards of equal names have equal content."""
         checkpoints = [(entry.file, entry.sha256) for entry in self.entries]
         text = json.dumps([layout.digest(), dtype.value, checkpoints])
         return f"shard-{hashlib.sha256(text.encode()).hexdigest()[:16]}.arrow"
@@ -41,7 +41,7 @@ class Group:
 def cut_into_groups(
     entries: Sequence[Entry], layout: Layout, config: ShardConfig, is_appended: bool = False
 ) -> list[Group]:
-    """The shards that these checkpoints shall be in, in order."""
+    """Cut checkpoints into groups, one for each shard, in order."""
     size = checkpoints_per_shard(layout, config)
     return [Group(entries[i : i + size], is_appended) for i in range(0, len(entries), size)]
 
@@ -57,10 +57,10 @@ def write_shards(
     groups: Sequence[Group],
     layout: Layout,
     dtype: TokenDtype,
-    unfinished: Unfinished,
-    progress: ProgressDisplay,
+    resume: ShardResume,
+    display: ProgressDisplay,
 ) -> list[ShardInfo]:
-    """Write the shards of these groups, but for those that a killed run has finished.
+    """Write the shards of these groups, except those that a killed run has finished.
 
     Raises:
         RPGError: naming the checkpoint that is not what was registered or does not fit the layout, or the
@@ -68,7 +68,7 @@ def write_shards(
     """
     if not groups:
         return []
-    layout.digest()  # Computed once and sent along.
+    layout.digest()  # The layout keeps its digest, so that workers do not compute it again.
     shared = ray.put(layout)
     # Ray sends it with every task: without the other entries it is small.
     light_collection = Collection(collection.root, {}, collection.entries[:1])
@@ -76,15 +76,15 @@ def write_shards(
     @returns_errors
     def write(row: Row) -> Row:
         file: str = row["file"]
-        finished = unfinished.finished(file)
+        finished = resume.finished(file)
         if finished is None:
             torch.set_num_threads(1)
             received: Layout = ray.get(shared)
             entries = [Entry(*pair) for pair in zip(row["files"], row["sha256"], strict=True)]
             checkpoints = _checkpoints(light_collection, entries, received if row["is_appended"] else None)
-            info = write_shard(unfinished.shards / file, received, checkpoints, dtype)
+            info = write_shard(resume.shards / file, received, checkpoints, dtype)
             finished = info.bytes, info.sha256
-            unfinished.note(file, *finished)
+            resume.record(file, *finished)
         return {"index": row["index"], "bytes": finished[0], "sha256": finished[1]}
 
     rows: list[Row] = [
@@ -97,14 +97,14 @@ def write_shards(
         }
         for i, group in enumerate(groups)
     ]
-    # The layout's part of the way lies behind.
+    # The display counts every checkpoint twice, once for each pass; the first pass is done.
     total = sum(len(group.entries) for group in groups)
     done = total
 
     def on_row(row: Row) -> None:
         nonlocal done
         done += len(groups[row["index"]].entries)
-        progress.update(done, 2 * total, "tokens")
+        display.update(done, 2 * total, "tokens")
 
     return [
         ShardInfo(

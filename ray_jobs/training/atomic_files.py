@@ -1,6 +1,7 @@
-"""The local file system with files that appear as a whole or not at all, as objects in a store do.
+"""The file systems that Ray Train writes to: files appear as a whole or not at all.
 
-Ray Train writes its list of complete checkpoints in place: a job killed in that moment could not be resumed.
+Ray Train writes its list of complete checkpoints in place, so a job that is killed in that moment could not
+be resumed. Objects in a store appear as a whole anyway; on a local disk this module sees to it.
 """
 
 import io
@@ -11,22 +12,26 @@ from typing import Any
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
+from rpg.storage.locations import AnyPath
 
-class WholeFiles(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """Files are written beside their target, synced to disk and renamed."""
+
+def storage_filesystem(storage: AnyPath) -> tuple[Any, str]:
+    """The file system to write `storage` with, as pyarrow's, and the path of `storage` on it."""
+    if isinstance(storage, Path):
+        return _as_pyarrow(AtomicFiles(auto_mkdir=True)), str(storage)
+    return _as_pyarrow(storage.fs), storage.path
+
+
+class AtomicFiles(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """The local file system; files are written beside their target, synced to disk and renamed."""
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
         if mode == "wb":
-            return _WholeFile(Path(path))
+            return _AtomicWriter(Path(path))
         return super()._open(path, mode, block_size, **options)
 
 
-def whole_files() -> Any:
-    """The file system as pyarrow's, for Ray."""
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(WholeFiles(auto_mkdir=True)))
-
-
-class _WholeFile(io.BufferedWriter):
+class _AtomicWriter(io.BufferedWriter):
     def __init__(self, target: Path) -> None:
         self._target = target
         self._partial = target.parent / f".{target.name}.{os.getpid()}.partial"
@@ -53,3 +58,7 @@ class _WholeFile(io.BufferedWriter):
                 super().close()
             finally:
                 self._partial.unlink(missing_ok=True)
+
+
+def _as_pyarrow(filesystem: Any) -> Any:
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))

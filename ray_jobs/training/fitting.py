@@ -1,33 +1,34 @@
 """Ray Train fits one generator: how many workers there are, what they reserve, where their checkpoints go."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
+from ray_jobs.loading import load_collection
+from ray_jobs.resources import cpus_per_worker, node_resources, worker_resources
 from ray_jobs.run_paths import RunPaths
-from ray_jobs.training.atomic_files import whole_files
-from ray_jobs.training.own_cluster import own_cluster_named
+from ray_jobs.training.atomic_files import storage_filesystem
+from ray_jobs.training.checkpoints import remove_interrupted_uploads
 from ray_jobs.training.tracking import refuse_missing_packages
-from ray_jobs.training.worker import Settings, train_worker
+from ray_jobs.training.worker import WorkerConfig, train_worker
 from ray_jobs.validation import ValidationTasks
-from rpg.collection.collection import Collection
 from rpg.config import Config, RayConfig
 from rpg.errors import RPGError
 from rpg.storage.locations import AnyPath
-from rpg.training.expandable_segments import allocator_settings
 
 RESIZE_SECONDS = 60.0
 """How often an elastic run looks whether it may grow."""
 _RETRIES = 8
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_ADDRESS = "RAY_ADDRESS"
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def fit_generator(
@@ -35,7 +36,7 @@ def fit_generator(
     shards: AnyPath,
     storage: AnyPath,
     name: str,
-    board: Any,
+    mailbox: Any,
     token_size: int | None = None,
     on_report: Callable[[dict[str, Any]], None] | None = None,
 ) -> ray.train.Result:
@@ -46,10 +47,10 @@ def fit_generator(
         shards: directory of the shards.
         storage: directory of training runs.
         name: of this run; it stands for all that determines its result.
-        board: a `Board`.
+        mailbox: handle of a `TrainingMailbox`.
         token_size: train on tokens of this size, cut anew from the shards' own; None: as they are.
-        on_report: makes the run one that `Board.stop` ends early; called with the metrics of every saved or
-            validated step (`Progress` without what is None), in Ray Train's controller: a process of its own.
+        on_report: called with the metrics of every saved or validated step (`history_row`) in the process of
+            Ray Train's controller. A run with it can be ended early (`TrainingMailbox.request_stop`).
 
     Returns:
         Ray Train's result, whose checkpoint holds the best generator (`copy_generator`).
@@ -61,23 +62,20 @@ def fit_generator(
     check_fit(config)
     tasks = None
     if config.train.validate_every:
-        tasks = ValidationTasks.of(config, Collection.load(RunPaths.of(config).collection))
+        tasks = ValidationTasks.of(config, load_collection(RunPaths.of(config).collection))
     # Ray Train takes in one report each time it looks, every two seconds unless told otherwise.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if config.tracking.mlflow and "://" not in config.tracking.mlflow:
-        # A directory as seen from here: Ray's workers run elsewhere.
+        # Ray's workers run in other directories, where a relative path would lead elsewhere.
         local = str(Path(config.tracking.mlflow).expanduser().absolute())
         config = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, mlflow=local))
     filesystem, root = storage_filesystem(storage)
-    _remove_unfinished(filesystem, f"{root}/{name}")
-    callbacks = [_Reports(on_report)] if on_report else []
+    remove_interrupted_uploads(filesystem, f"{root}/{name}")
+    worker = WorkerConfig(config, shards, storage, name, mailbox, token_size, tasks, on_report is not None)
+    callbacks = [_ReportCallback(on_report)] if on_report else []
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={
-            "settings": Settings(
-                config, shards, storage, name, board, token_size, tasks, on_report is not None
-            )
-        },
+        train_loop_config={"worker": worker},
         scaling_config=_scaling(config.ray),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train V1
             name=name,
@@ -87,17 +85,17 @@ def fit_generator(
             failure_config=ray.train.FailureConfig(max_failures=_RETRIES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=callbacks,  # type: ignore[arg-type]
-            # Before Ray Train chooses the GPU: PyTorch reads it then.
+            # Workers need these from their start: PyTorch reads them when Ray Train chooses the GPU.
             worker_runtime_env={"env_vars": allocator_settings()} if config.ray.use_gpu else None,
         ),
     )
-    with own_cluster_named():
+    with ray_train_finds_this_cluster():
         result = trainer.fit()
-    if (refusal := ray.get(board.refusal.remote())) is not None:
+    if (refusal := ray.get(mailbox.refusal.remote())) is not None:
         raise RPGError(refusal)
     if result.checkpoint is None:
         raise RPGError("train: ended without a checkpoint")
-    _remove_unfinished(filesystem, f"{root}/{name}")
+    remove_interrupted_uploads(filesystem, f"{root}/{name}")
     return result
 
 
@@ -115,17 +113,40 @@ def check_fit(config: Config) -> None:
     refuse_missing_packages(config.tracking, config.train)
 
 
-def cpus_per_worker(nodes: list[dict[str, float]], workers: int, use_gpu: bool) -> int:
-    """The most CPUs that each of `workers` can have on `nodes` (their resources); at least 1."""
-    for cpus in range(int(max((node.get("CPU", 0) for node in nodes), default=1)), 1, -1):
-        room = (min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if use_gpu else workers) for node in nodes)
-        if sum(room) >= workers:
-            return cpus
-    return 1
+@contextmanager
+def ray_train_finds_this_cluster() -> Iterator[None]:
+    """Have runs of Ray Train that begin in the block find the cluster that this process is connected to.
+
+    Ray Train has a helper process that asks whether a run's controller is alive, and that takes the run's
+    workers away if it is not. The helper looks for the cluster at RAY_ADDRESS, and without that takes the
+    one that somebody last started on the node (Ray 2.60). If that cluster was killed, every run ends twelve
+    seconds late; if it lives, it does not know the controller.
+    """
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    try:
+        yield
+    finally:
+        del os.environ[_ADDRESS]
+        if before is not None:
+            os.environ[_ADDRESS] = before
+
+
+def allocator_settings() -> dict[str, str]:
+    """Environment for processes that train on a GPU: PyTorch's blocks of its memory grow.
+
+    Otherwise PyTorch leaves small blocks behind when it needs larger ones. A step of the published generator
+    at ResNet-18's size then takes 35.8 GB of the card, not 30.4 (benchmarks/training_speed.md). Settings of
+    the allocator that the user has made are left alone. A process reads them when it first uses its GPU.
+    """
+    if any(variable in os.environ for variable in _ALLOCATOR_VARIABLES):
+        return {}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def _scaling(config: RayConfig) -> ray.train.ScalingConfig:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = node_resources()
     fewest = config.min_train_workers or config.train_workers
     cpus = config.train_threads or cpus_per_worker(nodes, config.train_workers, config.use_gpu)
     elastic: dict[str, Any] = {"num_workers": config.train_workers}
@@ -134,36 +155,15 @@ def _scaling(config: RayConfig) -> ray.train.ScalingConfig:
             "num_workers": (fewest, config.train_workers),
             "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
         }
-    # More threads than there are CPUs on any node are no reason to wait for such a node for ever.
-    most = max((int(node.get("CPU", 0)) for node in nodes), default=1)
-    reserved = {"CPU": max(1, min(cpus, most)), **({"GPU": 1} if config.use_gpu else {})}
+    reserved = worker_resources(nodes, cpus, config.use_gpu)
     return ray.train.ScalingConfig(use_gpu=config.use_gpu, resources_per_worker=reserved, **elastic)
 
 
-class _Reports(ray.train.UserCallback):
+class _ReportCallback(ray.train.UserCallback):
+    """Calls a function with the first worker's metrics."""
+
     def __init__(self, on_report: Callable[[dict[str, Any]], None]) -> None:
         self._on_report = on_report
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         self._on_report(metrics[0])
-
-
-def storage_filesystem(storage: AnyPath) -> tuple[Any, str]:
-    """The file system of a path, whose files appear as a whole, and the path on it."""
-    if isinstance(storage, Path):
-        return whole_files(), str(storage)
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs)), storage.path
-
-
-def _remove_unfinished(filesystem: Any, run: str) -> None:
-    """Remove what Ray does not list as a complete checkpoint: uploads that were interrupted."""
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(run, allow_not_found=True))
-    complete: set[str] = set()
-    for info in found:
-        if info.base_name == _SNAPSHOT:
-            with filesystem.open_input_stream(info.path) as file:
-                state = json.loads(file.read())
-            complete = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
-    for info in found:
-        if info.base_name.startswith("checkpoint_") and info.base_name not in complete | {_SNAPSHOT}:
-            filesystem.delete_dir(info.path)

@@ -1,4 +1,4 @@
-"""What training tells the driver while it runs."""
+"""What training and the driver tell each other while it runs."""
 
 import ray
 
@@ -6,34 +6,38 @@ from rpg.training.progress import TrainingProgress
 
 
 @ray.remote(num_cpus=0)
-class Board:
-    """Where the first worker writes how far it is, or any worker why it cannot go on, for the driver."""
+class TrainingMailbox:
+    """An actor that keeps the last message of each kind.
+
+    The first worker writes how far training is, and any worker why it cannot go on; the driver reads both.
+    The driver of a search writes that training is to end early; the workers read it.
+    """
 
     def __init__(self) -> None:
-        self._latest: TrainingProgress | None = None
+        self._progress: TrainingProgress | None = None
         self._refusal: str | None = None
-        self._stopped = False
+        self._is_stop_requested = False
 
-    def post(self, progress: TrainingProgress) -> None:
+    def report(self, progress: TrainingProgress) -> None:
         """Say how far training is."""
-        self._latest = progress
+        self._progress = progress
+
+    def progress(self) -> TrainingProgress | None:
+        """How far training is; None before the first report."""
+        return self._progress
 
     def refuse(self, reason: str) -> None:
-        """Say that trying again is no use, and why."""
+        """Say why training cannot go on, so that starting it again would be in vain."""
         self._refusal = self._refusal or reason
 
-    def stop(self) -> None:
-        """Ask the workers to end well, where they are."""
-        self._stopped = True
-
-    def stopped(self) -> bool:
-        """Whether they are asked to."""
-        return self._stopped
-
-    def latest(self) -> TrainingProgress | None:
-        """How far training is."""
-        return self._latest
-
     def refusal(self) -> str | None:
-        """Why it cannot go on; the first reason that was given."""
+        """Why training cannot go on: the first reason that was given."""
         return self._refusal
+
+    def request_stop(self) -> None:
+        """Ask the workers to end at their next log entry, without an error."""
+        self._is_stop_requested = True
+
+    def is_stop_requested(self) -> bool:
+        """Whether the workers are asked to end."""
+        return self._is_stop_requested

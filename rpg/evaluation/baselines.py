@@ -14,7 +14,8 @@ from rpg.errors import RPGError
 
 MAX_FEATURES = 20_000
 """Most polynomial features that ridge regression takes: a gigabyte at 6,000 checkpoints."""
-_CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 24
+"""Values of the training weights that are held in float64 at a time."""
 
 
 def centre(weights: Tensor) -> Tensor:
@@ -77,7 +78,12 @@ def polynomial_features(conditions: Tensor, order: int, binary: bool) -> Tensor:
 
 
 def ridge(
-    train_conditions: Tensor, train_weights: Tensor, conditions: Tensor, order: int, penalty: float
+    train_conditions: Tensor,
+    train_weights: Tensor,
+    conditions: Tensor,
+    order: int,
+    penalty: float,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """Weights predicted from conditions by ridge regression on polynomial features.
 
@@ -91,6 +97,7 @@ def ridge(
         conditions: [n, C] to predict for.
         order: highest degree of the features.
         penalty: at least 0; at 0 the solution of least norm.
+        chunk_elements: values of the training weights held in float64 at a time.
 
     Returns:
         [n, P] in the dtype of `train_weights`.
@@ -119,7 +126,7 @@ def ridge(
         smoother = _solve(features @ features.T, (queries @ features.T).T, penalty).T
     smoother = smoother + 1 / checkpoints
     predicted = train_weights.new_empty(len(conditions), train_weights.shape[1])
-    step = max(1, _CHUNK_ELEMENTS // checkpoints)
+    step = max(1, chunk_elements // checkpoints)
     for start in range(0, train_weights.shape[1], step):
         columns = slice(start, start + step)
         predicted[:, columns] = (smoother @ train_weights[:, columns].double()).to(predicted.dtype)
@@ -129,9 +136,9 @@ def ridge(
 def nearest_tasks(train_conditions: Tensor, conditions: Tensor, limit: int = 8) -> list[list[int]]:
     """Training checkpoints to compare with: the first one of each nearest training task.
 
-    Nearest is by euclidean distance of conditions, which for class bits orders as Hamming distance does.
-    Ties are common there (one bit more, one bit less): all tied tasks are returned, and the baseline is the
-    mean accuracy over them, so that it does not hang on an arbitrary choice.
+    The nearest tasks have the smallest euclidean distance of conditions. It orders class bits as the Hamming
+    distance does, and ties are common there (one bit more, one bit less). All tied tasks are returned; the
+    baseline is the mean accuracy over them, so that it does not depend on an arbitrary choice.
 
     Args:
         train_conditions: [m, C]; equal rows are checkpoints of one task.

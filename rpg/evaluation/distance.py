@@ -1,8 +1,8 @@
 """Distance in weight space to the nearest training checkpoint, so that copying shows.
 
-A generator that hands out its training set scores well on accuracy. Its networks then lie at distance 0
-from a training checkpoint, far closer than checkpoints that were trained twice for the same task lie to
-each other: those siblings are the yardstick.
+A generator that hands out its training set scores well on accuracy. Its networks then lie at distance 0 from
+a training checkpoint, while two checkpoints that were trained for the same task (siblings) lie far apart. So
+the distances between siblings are what the generated networks' distances are compared with.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rpg.errors import RPGError
 
-_CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
+"""Values of a matrix that are held in float64 at a time."""
 _CANDIDATES = 8
+"""Training checkpoints whose distance to a query is computed exactly."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class WeightDistances:
 def weight_distances(
     generated: Tensor, train: Tensor, train_tasks: Sequence[str], heldout: Tensor | None = None
 ) -> WeightDistances:
-    """How far generated networks are from the training set, with both yardsticks.
+    """How far generated networks are from the training set, beside held-out originals and siblings.
 
     Args:
         generated: [n, P] flattened weights, in any one space (weight space, or normalised tokens).
@@ -65,7 +67,7 @@ def weight_distances(
     if scale == 0:
         raise RPGError("training checkpoints: all are equal, so distances to them have no unit")
     near = nearest_checkpoint(generated, train)
-    far = nearest_checkpoint(heldout, train).distance if heldout is not None else torch.empty(0).double()
+    far = torch.empty(0).double() if heldout is None else nearest_checkpoint(heldout, train).distance
     return WeightDistances(
         scale=scale,
         generated=near.distance / scale,
@@ -84,16 +86,17 @@ def spread(train: Tensor) -> float:
     return float((total / len(train)) ** 0.5)
 
 
-def nearest_checkpoint(queries: Tensor, train: Tensor) -> Nearest:
+def nearest_checkpoint(queries: Tensor, train: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Nearest:
     """Nearest row of `train` for each row of `queries`, by euclidean distance.
 
-    Candidates come from float32 matrix products about the training centre; the distances returned are
-    taken directly in float64, because |q|² + |w|² − 2 q·w loses all its digits for a near copy, the very
-    case that must show.
+    Candidates come from float32 matrix products about the training centre. The distances returned are
+    computed directly in float64, because |q|² + |w|² − 2 q·w loses all its digits for a near copy, and near
+    copies are what these distances are to reveal.
 
     Args:
         queries: [n, P].
         train: [m, P].
+        chunk_elements: values held in float64 at a time.
 
     Raises:
         RPGError: if the widths differ or `train` is empty.
@@ -105,11 +108,12 @@ def nearest_checkpoint(queries: Tensor, train: Tensor) -> Nearest:
     if not len(train):
         raise RPGError("training checkpoints: expected at least one, got none")
     distances, indices = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
-    for block in torch.split(queries, max(1, _CHUNK_ELEMENTS // len(train))):
+    for block in torch.split(queries, max(1, chunk_elements // len(train))):
         count = min(_CANDIDATES, len(train))
-        candidates = _squared_distances(block, train).topk(count, dim=1, largest=False).indices
+        squared = _squared_distances(block, train, chunk_elements)
+        candidates = squared.topk(count, dim=1, largest=False).indices
         rows = torch.arange(len(block)).repeat_interleave(count)
-        exact = _pair_distances(block, train, rows, candidates.flatten()).view(-1, count)
+        exact = _pair_distances(block, train, rows, candidates.flatten(), chunk_elements).view(-1, count)
         best = exact.argmin(dim=1, keepdim=True)
         distances.append(exact.gather(1, best).squeeze(1))
         indices.append(candidates.gather(1, best).squeeze(1))
@@ -138,10 +142,10 @@ def sibling_distances(train: Tensor, tasks: Sequence[str]) -> Tensor:
     return nearest[nearest.isfinite()]
 
 
-def _squared_distances(queries: Tensor, train: Tensor) -> Tensor:
+def _squared_distances(queries: Tensor, train: Tensor, chunk_elements: int) -> Tensor:
     cross = torch.zeros(len(queries), len(train), dtype=torch.float64)
     query_norms, train_norms = cross.new_zeros(len(queries)), cross.new_zeros(len(train))
-    for columns in _column_chunks(train.shape[1], len(train) + len(queries)):
+    for columns in _column_chunks(train.shape[1], len(train) + len(queries), chunk_elements):
         part = train[:, columns].double()
         centre = part.mean(dim=0)
         near, far = (queries[:, columns].double() - centre).float(), (part - centre).float()
@@ -151,18 +155,20 @@ def _squared_distances(queries: Tensor, train: Tensor) -> Tensor:
     return query_norms[:, None] + train_norms - 2 * cross
 
 
-def _pair_distances(first: Tensor, second: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+def _pair_distances(
+    first: Tensor, second: Tensor, rows: Tensor, others: Tensor, chunk_elements: int = CHUNK_ELEMENTS
+) -> Tensor:
     """Euclidean distances of `first[rows[i]]` to `second[others[i]]`, directly, in float64."""
-    block = max(1, _CHUNK_ELEMENTS // max(1, first.shape[1]))
+    block = max(1, chunk_elements // max(1, first.shape[1]))
     result = []
     for left, right in zip(torch.split(rows, block), torch.split(others, block), strict=True):
         squared = torch.zeros(len(left), dtype=torch.float64)
-        for columns in _column_chunks(first.shape[1], len(left)):
+        for columns in _column_chunks(first.shape[1], len(left), chunk_elements):
             squared += (first[left, columns].double() - second[right, columns].double()).square().sum(dim=1)
         result.append(squared.sqrt())
     return torch.cat(result) if result else torch.empty(0, dtype=torch.float64)
 
 
-def _column_chunks(width: int, rows: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, rows))
+def _column_chunks(width: int, rows: int, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+    step = max(1, chunk_elements // max(1, rows))
     return (slice(start, start + step) for start in range(0, width, step))

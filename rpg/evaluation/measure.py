@@ -13,8 +13,8 @@ from torch import Tensor
 from rpg.collection.layout import Encoded, Layout
 from rpg.evaluation.baselines import centre, majority_accuracy, nearest_tasks, ridge
 from rpg.evaluation.distance import weight_distances
-from rpg.evaluation.noised import noised
-from rpg.evaluation.results import Evaluated, Split
+from rpg.evaluation.results import Evaluated, TaskSplit
+from rpg.evaluation.similarity import add_noise
 
 Condition = tuple[float, ...]
 StateDict = Mapping[str, Tensor]
@@ -34,7 +34,7 @@ class Network:
 
     name: str
     condition: Condition
-    split: Split
+    split: TaskSplit
     state_dict: dict[str, Tensor]
 
 
@@ -74,7 +74,7 @@ def measure(
     predict: Predict, labels: Labels, task_name: TaskName,
     noise_levels: Sequence[float], ridge_penalty: float, seed: int,
 ) -> Measured:  # fmt: skip
-    """Evaluate all networks, with every baseline and yardstick of the report.
+    """Evaluate all networks, with everything that the report compares generated networks with.
 
     Args:
         layout: of the collection.
@@ -88,8 +88,8 @@ def measure(
         ridge_penalty: of the ridge baselines.
         seed: of the noise on noised originals.
     """
-    unseen = list(dict.fromkeys(n.condition for n in generated if n.split == Split.unseen))
-    heldout = [n for n in originals if n.split == Split.unseen]
+    unseen = list(dict.fromkeys(n.condition for n in generated if n.split == TaskSplit.unseen))
+    heldout = [n for n in originals if n.split == TaskSplit.unseen]
     distances = weight_distances(
         torch.stack([flatten(layout, network.state_dict) for network in generated]),
         training.values,
@@ -100,7 +100,7 @@ def measure(
     noise = torch.Generator().manual_seed(seed)
     noised_networks = {
         level: [
-            Network(f"{n.name} + {level:g}", n.condition, n.split, noised(n.state_dict, level, noise))
+            Network(f"{n.name} + {level:g}", n.condition, n.split, add_noise(n.state_dict, level, noise))
             for n in originals
         ]
         for level in noise_levels

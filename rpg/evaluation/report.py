@@ -26,7 +26,7 @@ from rpg.evaluation.figures import (
 from rpg.evaluation.results import (
     Evaluated,
     Results,
-    Split,
+    TaskSplit,
     check_results,
     condition_label,
     of_split,
@@ -78,8 +78,8 @@ def build_report(results: Results) -> dict[str, Any]:
         RPGError: naming the network whose accuracy or predictions make no sense.
     """
     check_results(results)
-    unseen = bool(of_split(results.generated, Split.unseen))
-    subject = Split.unseen if unseen else Split.seen
+    unseen = bool(of_split(results.generated, TaskSplit.unseen))
+    subject = TaskSplit.unseen if unseen else TaskSplit.seen
     originals = [network.accuracy for network in of_split(results.originals, subject)]
     subjects = [network.accuracy for network in of_split(results.generated, subject)]
     report = {
@@ -87,9 +87,11 @@ def build_report(results: Results) -> dict[str, Any]:
         "seed": results.seed,
         "accuracy": {
             "originals": _statistics(originals),
-            "originals_seen": _statistics([n.accuracy for n in of_split(results.originals, Split.seen)]),
-            "generated_unseen": _statistics([n.accuracy for n in of_split(results.generated, Split.unseen)]),
-            "generated_seen": _statistics([n.accuracy for n in of_split(results.generated, Split.seen)]),
+            "originals_seen": _statistics([n.accuracy for n in of_split(results.originals, TaskSplit.seen)]),
+            "generated_unseen": _statistics(
+                [n.accuracy for n in of_split(results.generated, TaskSplit.unseen)]
+            ),
+            "generated_seen": _statistics([n.accuracy for n in of_split(results.generated, TaskSplit.seen)]),
             "ratio": float(np.mean(subjects) / np.mean(originals))
             if subjects and originals and np.mean(originals) > 0
             else None,
@@ -100,7 +102,7 @@ def build_report(results: Results) -> dict[str, Any]:
         },
         "similarity": {
             str(split): _similarity_json(results, split)
-            for split in (Split.unseen, Split.seen)
+            for split in (TaskSplit.unseen, TaskSplit.seen)
             if of_split(results.generated, split)
         },
         "distance": _distance_json(results),
@@ -122,7 +124,7 @@ def build_figures(results: Results, theme: Theme = LIGHT) -> dict[str, Figure]:
     """The figures that the results allow, by the keys of `FIGURES`."""
     check_results(results)
     figures = {}
-    split = Split.unseen if of_split(results.generated, Split.unseen) else Split.seen
+    split = TaskSplit.unseen if of_split(results.generated, TaskSplit.unseen) else TaskSplit.seen
     networks, originals = of_split(results.generated, split), of_split(results.originals, split)
     if networks and originals:
         noised = {level: of_split(group, split) for level, group in results.noised.items()}
@@ -254,7 +256,7 @@ def _accuracy_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[st
     return [row for row in rows if row[2]["n"]]
 
 
-def _similarity(results: Results, split: Split) -> Similarity:
+def _similarity(results: Results, split: TaskSplit) -> Similarity:
     noised = {level: predictions(of_split(group, split)) for level, group in results.noised.items()}
     return similarity(
         predictions(of_split(results.generated, split)),
@@ -263,7 +265,7 @@ def _similarity(results: Results, split: Split) -> Similarity:
     )
 
 
-def _similarity_json(results: Results, split: Split) -> dict[str, Any]:
+def _similarity_json(results: Results, split: TaskSplit) -> dict[str, Any]:
     measured = _similarity(results, split)
     accuracies = {
         f"{level:g}": _statistics([network.accuracy for network in of_split(group, split)])["mean"]
@@ -287,9 +289,9 @@ def _distances(results: Results) -> dict[str, list[float]]:
 
     return {
         "siblings": [float(distance) for distance in results.sibling_distances],
-        "heldout": known(of_split(results.originals, Split.unseen)),
-        "unseen": known(of_split(results.generated, Split.unseen)),
-        "seen": known(of_split(results.generated, Split.seen)),
+        "heldout": known(of_split(results.originals, TaskSplit.unseen)),
+        "unseen": known(of_split(results.generated, TaskSplit.unseen)),
+        "seen": known(of_split(results.generated, TaskSplit.seen)),
     }
 
 
@@ -303,7 +305,7 @@ def _distance_json(results: Results) -> dict[str, Any]:
                 **_statistics(distances[split]),
                 "closer_than_siblings": sum(distance < closest for distance in distances[split]),
             }
-            for split in Split
+            for split in TaskSplit
         },
         "heldout_originals": _statistics(distances["heldout"]),
         "training_siblings": _statistics(distances["siblings"]),
@@ -313,7 +315,7 @@ def _distance_json(results: Results) -> dict[str, Any]:
 def _per_task(results: Results) -> list[dict[str, Any]]:
     """A row for every task that was generated for, unseen first, in the order of the results."""
     rows = []
-    for split in (Split.unseen, Split.seen):
+    for split in (TaskSplit.unseen, TaskSplit.seen):
         generated, originals = of_split(results.generated, split), of_split(results.originals, split)
         for task in dict.fromkeys(network.task for network in generated):
             members = [network for network in generated if network.task == task]

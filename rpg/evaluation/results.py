@@ -1,18 +1,25 @@
-"""What the evaluation stage measures and hands over: the report's and the figures' only input."""
+"""The results of a run's evaluation: all that the report and its figures are made from."""
 
+import importlib.metadata
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rpg import __version__
 from rpg.errors import RPGError
 from rpg.evaluation.similarity import Predictions
 
+_PACKAGES = ("numpy", "omegaconf", "pyarrow", "ray", "safetensors", "scikit-learn", "torch")
 
-class Split(StrEnum):
+
+class TaskSplit(StrEnum):
     """Whether the generator was trained on checkpoints of a network's task."""
 
     seen = "seen"
@@ -24,10 +31,10 @@ class Evaluated:
     """One network, trained or generated or noised, evaluated on held-out images."""
 
     name: str
-    """What to call it: its file."""
+    """Name of its file."""
     task: str
     """The task's id; networks of one task share it. Any one value for collections without tasks."""
-    split: Split
+    split: TaskSplit
     accuracy: float
     """Share of right predictions, 0…1."""
     wrong: npt.NDArray[np.bool_]
@@ -40,10 +47,10 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Results:
-    """One run's evaluation. What is missing (no conditions, no noise levels) is left empty."""
+    """One run's evaluation. Fields that were not measured (without conditions or noise levels) are empty."""
 
     name: str
-    """The run."""
+    """Name of the run."""
     seed: int
     config: Mapping[str, Any]
     """The whole configuration, as plain dictionaries."""
@@ -65,8 +72,26 @@ class Results:
     """Training curve: (step, loss)."""
 
 
+def versions() -> dict[str, str]:
+    """The versions that a result is made with, by name.
+
+    They are those of Python, of RPG (with its commit where it runs from a checkout) and of the packages that
+    results depend on.
+    """
+    found = {"python": platform.python_version(), "rpg": __version__}
+    commit = _commit()
+    if commit:
+        found["rpg commit"] = commit
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def check_results(results: Results) -> None:
-    """Refuse what cannot be summarised.
+    """Refuse results that cannot be summarised.
 
     Raises:
         RPGError: naming the network at fault: an accuracy outside 0…1, or predictions on other images.
@@ -83,7 +108,7 @@ def check_results(results: Results) -> None:
             )
 
 
-def of_split(networks: Sequence[Evaluated], split: Split) -> list[Evaluated]:
+def of_split(networks: Sequence[Evaluated], split: TaskSplit) -> list[Evaluated]:
     """The networks of one split, in order."""
     return [network for network in networks if network.split == split]
 
@@ -104,3 +129,14 @@ def condition_label(condition: Sequence[float] | None) -> str:
         return "".join(str(int(value)) for value in condition)
     shown = ", ".join(f"{value:.3g}" for value in condition[:3])
     return f"{shown}, …" if len(condition) > 3 else shown
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -2,6 +2,10 @@
 
 Two networks that fail on the same images are similar, whatever their weights look like (arXiv 2501.11587,
 section on similarity; the same measure as in p-diff). Networks for different tasks are never compared.
+
+Originals with a little noise added show which similarity counts as a copy: they are the best that a generator
+which memorises would produce. Generated networks should be less similar to the originals than these, at the
+same accuracy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from rpg.errors import RPGError
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
+
+# The published script's.
+_PRE_MEAN = 0.95
+_FLOOR = 0.05
+_CLIP = 0.001
 
 
 class Predictions(NamedTuple):
@@ -84,7 +95,7 @@ def similarity(
     Args:
         generated: generated networks.
         originals: trained networks of the same tasks.
-        noised: per noise level, originals with noise added (`rpg.evaluation.noised`): the yardstick.
+        noised: per noise level, originals with noise added (`add_noise`), to compare with.
 
     Raises:
         RPGError: if groups disagree on the images, or a group's `tasks` on its models.
@@ -114,6 +125,38 @@ def similarity(
     )
 
 
+def add_noise(
+    state_dict: Mapping[str, Tensor], level: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A copy of a checkpoint with Gaussian noise of `level` in units of each tensor's standard deviation.
+
+    The published similarity script does the same: it normalises a tensor by its own mean and standard
+    deviation, adds `level` · N(0, 1) and denormalises. BatchNorm's `running_var` passes through
+    log(v / pre_mean + 0.05) with pre_mean = 0.95 · mean(v), and back clipped at 0.001 · pre_mean, so that it
+    stays positive. Integer, bool, empty and one-element tensors are left as they are.
+
+    Args:
+        state_dict: the original; not changed.
+        level: 0.01 … 0.05 in the paper.
+        generator: where the noise comes from (a CPU generator); the same seed gives the same copy.
+
+    Returns:
+        The same names in the same order, with the same shapes, dtypes and devices. Names that share one
+        tensor (tied weights) get the same noise.
+    """
+    result: dict[str, Tensor] = {}
+    done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    for name, tensor in state_dict.items():
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() <= 1 or not tensor.is_floating_point():
+            result[name] = tensor.clone()
+        elif identity in done:
+            result[name] = done[identity]
+        else:
+            done[identity] = result[name] = _with_noise(name, tensor, level, generator)
+    return result
+
+
 def _named(noised: Mapping[float, Predictions]) -> dict[str, Predictions]:
     return {f"noised at {level}": group for level, group in noised.items()}
 
@@ -140,3 +183,17 @@ def _row_maxima(pairs: FloatArray) -> FloatArray:
 def _mean(values: FloatArray) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None
+
+
+def _with_noise(name: str, tensor: Tensor, level: float, generator: torch.Generator) -> Tensor:
+    value = tensor.detach().to("cpu", torch.float32)
+    noise = torch.randn(value.shape, generator=generator) * level
+    pre_mean = _PRE_MEAN * value.mean()
+    if name.endswith("running_var") and pre_mean > 0:
+        logarithm = torch.log(value / pre_mean + _FLOOR)
+        # mean + std · ((v − mean) / std + noise) is v + std · noise, also where the std is 0.
+        logarithm = logarithm + logarithm.std() * noise
+        value = (torch.exp(logarithm) - _FLOOR).clamp(min=_CLIP) * pre_mean
+    else:
+        value = value + value.std() * noise
+    return value.to(tensor.device, tensor.dtype)

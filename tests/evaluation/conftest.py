@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rpg.evaluation.results import Evaluated, Results, Split
+from rpg.evaluation.results import Evaluated, Results, TaskSplit
 
 UNSEEN = [314, 482, 589, 197, 462, 111, 101, 278, 793, 279, 653, 238, 1001, 141, 884, 592, 502, 643, 383, 128]
 
@@ -24,14 +24,14 @@ def synthetic_results(
     generated: list[Evaluated] = []
     noised: dict[float, list[Evaluated]] = {level: [] for level in (0.01, 0.02, 0.03, 0.04, 0.05)}
 
-    def network(kind: str, number: int, split: Split, wrong: np.ndarray, distance: float) -> Evaluated:
+    def network(kind: str, number: int, split: TaskSplit, wrong: np.ndarray, distance: float) -> Evaluated:
         bits = tuple(float(bit) for bit in format(number, "010b"))
         accuracy = 1 - float(wrong.mean())
         label = f"{kind}_{number:04d}.safetensors"
         condition = bits if conditions else None
         return Evaluated(label, task_name(number), split, accuracy, wrong, condition, distance)
 
-    for split, offset in ((Split.unseen, 0), (Split.seen, 1)):
+    for split, offset in ((TaskSplit.unseen, 0), (TaskSplit.seen, 1)):
         for number in [n + offset for n in UNSEEN[:tasks]]:
             hard = random.random(images) * random.uniform(0.6, 1.4)
             for _ in range(3):

@@ -7,7 +7,6 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import PolynomialFeatures
 
 from rpg.errors import RPGError
-from rpg.evaluation import baselines
 from rpg.evaluation.baselines import (
     centre,
     feature_count,
@@ -55,13 +54,12 @@ def test_ridge_equals_sklearn(
     np.testing.assert_allclose(predicted.numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_ridge_in_chunks_and_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ridge_in_chunks_and_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     conditions = (torch.rand(40, 6, generator=generator) > 0.5).float()
     weights = torch.randn(40, 101, generator=generator) + 100
     whole = ridge(conditions, weights, conditions[:5], 2, 1e-3)
-    monkeypatch.setattr(baselines, "_CHUNK_ELEMENTS", 40 * 7)
-    chunked = ridge(conditions, weights, conditions[:5], 2, 1e-3)
+    chunked = ridge(conditions, weights, conditions[:5], 2, 1e-3, chunk_elements=40 * 7)
     assert whole.dtype == torch.float32
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-5)
     expected = sklearn_ridge(conditions, weights, conditions[:5], 2, 1e-3, interaction_only=True)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rpg.errors import RPGError
-from rpg.evaluation import distance
 from rpg.evaluation.distance import nearest_checkpoint, sibling_distances, spread, weight_distances
 
 
@@ -16,14 +15,11 @@ def brute_force(queries: Tensor, train: Tensor) -> tuple[np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("chunk", [64, 1 << 22])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_nearest_equals_float64_brute_force(
-    chunk: int, offset: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distance, "_CHUNK_ELEMENTS", chunk)
+def test_nearest_equals_float64_brute_force(chunk: int, offset: float) -> None:
     generator = torch.Generator().manual_seed(0)
     train = torch.randn(37, 211, generator=generator) + offset
     queries = torch.cat([torch.randn(9, 211, generator=generator) + offset, train[5:8], train[11:12] + 1e-3])
-    nearest = nearest_checkpoint(queries, train)
+    nearest = nearest_checkpoint(queries, train, chunk_elements=chunk)
     expected, index = brute_force(queries, train)
     np.testing.assert_allclose(nearest.distance.numpy(), expected, rtol=1e-12)
     np.testing.assert_array_equal(nearest.index.numpy(), index)

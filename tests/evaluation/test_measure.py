@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
 from rpg.evaluation.measure import Network, TrainingSet, flatten, measure, unflatten
-from rpg.evaluation.results import Split
+from rpg.evaluation.results import TaskSplit
 
 IMAGES = torch.randn(80, 6, generator=torch.Generator().manual_seed(3))
 CONDITIONS = [tuple(map(float, bits)) for bits in itertools.product((0, 1), repeat=3)][1:-1]
@@ -45,10 +45,10 @@ def measured():
         statistics.update(state_dict)
     layout = statistics.layout(4, Normalisation.residual)
     values = torch.stack([flatten(layout, state_dict) for _, state_dict in trained])
-    originals = [Network(f"o{i}", UNSEEN, Split.unseen, network(UNSEEN, 0.05, 100 + i)) for i in range(3)]
-    originals += [Network("seen", *trained[0][:1], Split.seen, trained[0][1])]
-    generated = [Network(f"g{i}", UNSEEN, Split.unseen, network(UNSEEN, 0.1, 200 + i)) for i in range(4)]
-    copied = Network("copy", seen[0], Split.seen, trained[0][1])
+    originals = [Network(f"o{i}", UNSEEN, TaskSplit.unseen, network(UNSEEN, 0.05, 100 + i)) for i in range(3)]
+    originals += [Network("seen", *trained[0][:1], TaskSplit.seen, trained[0][1])]
+    generated = [Network(f"g{i}", UNSEEN, TaskSplit.unseen, network(UNSEEN, 0.1, 200 + i)) for i in range(4)]
+    copied = Network("copy", seen[0], TaskSplit.seen, trained[0][1])
     result = measure(
         layout, TrainingSet(values, [c for c, _ in trained]), originals, [*generated, copied],
         answers, right_answers, str, noise_levels=(0.02,), ridge_penalty=1e-3, seed=0,
@@ -111,4 +111,4 @@ def test_a_copy_of_a_training_checkpoint_shows(measured):
 def test_noised_originals_are_evaluated(measured):
     *_, originals, _, result = measured
     assert len(result.noised[0.02]) == len(originals)
-    assert all(evaluated.split in (Split.seen, Split.unseen) for evaluated in result.noised[0.02])
+    assert all(evaluated.split in (TaskSplit.seen, TaskSplit.unseen) for evaluated in result.noised[0.02])

@@ -1,7 +1,9 @@
+"""Originals with noise added: the published steps, and what they leave as it is."""
+
 import torch
 from torch import Tensor, nn
 
-from rpg.evaluation.noised import noised
+from rpg.evaluation.similarity import add_noise
 
 
 def network() -> dict[str, Tensor]:
@@ -28,11 +30,11 @@ def published(name: str, value: Tensor, noise: Tensor, level: float) -> Tensor:
     return torch.clip(torch.exp(value) - 0.05, min=0.001) * pre_mean if "running_var" in name else value
 
 
-def test_equals_the_published_steps() -> None:
+def test_noise_is_added_by_the_published_steps() -> None:
     state = network()
     state["1.weight"].uniform_(0.5, 1.5)
     state["1.bias"].normal_()
-    result = noised(state, 0.05, seeded(3))
+    result = add_noise(state, 0.05, seeded(3))
     source = seeded(3)
     for name, value in state.items():
         if value.is_floating_point() and value.numel() > 1:
@@ -45,14 +47,14 @@ def test_equals_the_published_steps() -> None:
 
 def test_noise_has_the_level_asked_for() -> None:
     state = {"w": torch.randn(200_000, generator=seeded(1)) * 3 + 7}
-    change = noised(state, 0.02, seeded(2))["w"] - state["w"]
+    change = add_noise(state, 0.02, seeded(2))["w"] - state["w"]
     assert abs(float(change.std()) / (0.02 * float(state["w"].std())) - 1) < 0.01
     assert abs(float(change.mean())) < 0.001
 
 
-def test_untouched_and_constant_tensors() -> None:
+def test_integers_scalars_and_constant_tensors_keep_their_values() -> None:
     state = network()
-    result = noised(state, 0.05, seeded(0))
+    result = add_noise(state, 0.05, seeded(0))
     for name in (
         "temperature",
         "one",
@@ -68,13 +70,13 @@ def test_untouched_and_constant_tensors() -> None:
 
 def test_running_var_stays_positive() -> None:
     state = {"bn.running_var": torch.tensor([1e-8, 1e-4, 1.0, 50.0])}
-    result = noised(state, 3.0, seeded(0))["bn.running_var"]
+    result = add_noise(state, 3.0, seeded(0))["bn.running_var"]
     assert (result >= 0.00099 * 0.95 * state["bn.running_var"].mean()).all()
     zero = {"bn.running_var": torch.zeros(4)}
-    assert torch.equal(noised(zero, 0.05, seeded(0))["bn.running_var"], torch.zeros(4))
+    assert torch.equal(add_noise(zero, 0.05, seeded(0))["bn.running_var"], torch.zeros(4))
 
 
-def test_names_shapes_dtypes_ties_and_input_stay() -> None:
+def test_names_shapes_dtypes_and_ties_are_kept_and_the_input_is_not_changed() -> None:
     shared = torch.randn(6, 4)
     state = {
         "a": shared,
@@ -84,7 +86,7 @@ def test_names_shapes_dtypes_ties_and_input_stay() -> None:
         "e": torch.randn(3).half(),
     }
     before = {name: value.clone() for name, value in state.items()}
-    result = noised(state, 0.05, seeded(0))
+    result = add_noise(state, 0.05, seeded(0))
     assert list(result) == list(state)
     for name, value in state.items():
         assert torch.equal(value, before[name])
@@ -92,8 +94,8 @@ def test_names_shapes_dtypes_ties_and_input_stay() -> None:
     assert torch.equal(result["a"], result["c"])
 
 
-def test_same_seed_same_copy() -> None:
+def test_equal_seeds_give_equal_copies() -> None:
     state = network()
-    first, second, other = (noised(state, 0.01, seeded(seed)) for seed in (5, 5, 6))
+    first, second, other = (add_noise(state, 0.01, seeded(seed)) for seed in (5, 5, 6))
     assert all(torch.equal(first[name], second[name]) for name in state)
     assert not torch.equal(first["0.weight"], other["0.weight"])

@@ -21,7 +21,7 @@ from rpg.evaluation.report import (
     terminal_table,
     write_report,
 )
-from rpg.evaluation.results import Evaluated, Results, Split, condition_label, of_split
+from rpg.evaluation.results import Evaluated, Results, TaskSplit, condition_label, of_split
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>{{ 7*7 }} $x | &amp;"
 
@@ -107,7 +107,7 @@ def test_copies_show() -> None:
 def copied() -> Results:
     wrong = np.random.default_rng(0).random((6, 50)) < 0.1
     networks = [
-        Evaluated(str(i), str(i // 3), Split.unseen, 1 - float(row.mean()), row, (0.0,), 0.0)
+        Evaluated(str(i), str(i // 3), TaskSplit.unseen, 1 - float(row.mean()), row, (0.0,), 0.0)
         for i, row in enumerate(wrong)
     ]
     return Results("copies", 1, {}, {}, {}, networks, networks, sibling_distances=[0.3, 0.4])
@@ -185,8 +185,8 @@ def test_without_conditions_the_page_says_so(make_results: Callable[..., Results
     results = make_results(tasks=2, conditions=False, baselines=False, task_name=lambda _: "all")
     seen = dataclasses.replace(
         results,
-        generated=of_split(results.generated, Split.seen),
-        originals=of_split(results.originals, Split.seen),
+        generated=of_split(results.generated, TaskSplit.seen),
+        originals=of_split(results.originals, TaskSplit.seen),
         noised={},
         sibling_distances=(),
         losses=(),

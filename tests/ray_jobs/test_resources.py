@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.resources import cpus_per_worker
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,19 @@ def error_of(result: subprocess.CompletedProcess[str]) -> str:
     [error] = [line for line in result.stderr.splitlines() if "error:" in line]
     assert "Traceback" not in result.stderr
     return error
+
+
+def test_cpus_per_worker() -> None:
+    small, large, head = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 0.0}
+    assert cpus_per_worker([small], 1, False) == 2
+    assert cpus_per_worker([small], 2, False) == 1
+    assert cpus_per_worker([small], 3, False) == 1
+    assert cpus_per_worker([small, small, head], 2, False) == 2
+    assert cpus_per_worker([small, small, head], 3, False) == 1
+    assert cpus_per_worker([small, large], 2, False) == 8
+    assert cpus_per_worker([small, large], 2, True) == 8
+    assert cpus_per_worker([large, large], 4, True) == 8
+    assert cpus_per_worker([], 1, False) == 1
 
 
 def test_gpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
@@ -46,9 +61,10 @@ def test_finished_stages_ask_for_nothing(join_job, small_run):
 
 CLIENT = """
 import ray
-from ray_jobs.resources import Need, require
+from ray_jobs.resources import ResourceRequest, require_resources
 ray.init(address="auto")
-require([Need("training", 2, "ray.train_workers=2", use_gpu=True)], float({seconds}))
+request = ResourceRequest("training", 2, "ray.train_workers=2", use_gpu=True)
+require_resources([request], float({seconds}))
 print("GPUs:", sum(node["Resources"].get("GPU", 0) for node in ray.nodes()))
 """
 

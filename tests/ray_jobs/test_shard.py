@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ray_jobs import shard
-from ray_jobs.sharding import layout_pass
 from ray_jobs.sharding.resume import PENDING
 from ray_jobs.stage import fingerprint
 from ray_jobs.train import TRAIN
@@ -98,7 +97,7 @@ def stored(shards: Path) -> dict[str, bytes]:
 
 
 def test_shards_hold_the_collection_and_depend_on_it_alone(
-    local_ray: None, collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, collection: Path, tmp_path: Path
 ) -> None:
     serial = LayoutStatistics(make(0))
     for i in range(10):
@@ -106,10 +105,8 @@ def test_shards_hold_the_collection_and_depend_on_it_alone(
     expected = serial.layout(64, shard.ShardConfig().normalisation)
     found: list[dict[str, bytes]] = []
     for run, part in enumerate((256, 3, 3)):
-        monkeypatch.setattr(layout_pass, "_FEWEST", part)
-        monkeypatch.setattr(layout_pass, "_MOST", part)
         config = configured(collection, tmp_path / str(run), "shard.checkpoints_per_shard=4")
-        shard.run(config)
+        shard.run(config, part_limits=(part, part))
         shards = tmp_path / str(run) / "shards"
         opened = check_holds(shards, collection)
         torch.testing.assert_close(opened.layout.centre, expected.centre, rtol=1e-6, atol=1e-7)

@@ -17,9 +17,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ray_jobs.train import copy_generator
-from ray_jobs.training.fitting import cpus_per_worker, fit_generator
-from ray_jobs.training.mailbox import Board
+from ray_jobs.training.checkpoints import copy_generator
+from ray_jobs.training.fitting import fit_generator
+from ray_jobs.training.mailbox import TrainingMailbox
 from rpg.collection.shards import ShardedCollection
 from rpg.config import Config, load_config
 from rpg.errors import RPGError
@@ -69,8 +69,8 @@ def config(root: Path, *overrides: str) -> Config:
 
 def fitted(root: Path, name: str, *overrides: str) -> tuple[Generator, list[dict[str, Any]]]:
     """Fit, and bring the result of the run."""
-    board = Board.remote()
-    result = fit_generator(config(root, *overrides), root / "shards", root / "train", name, board)
+    mailbox = TrainingMailbox.remote()
+    result = fit_generator(config(root, *overrides), root / "shards", root / "train", name, mailbox)
     assert result.checkpoint is not None
     target = root / "generators" / name
     copy_generator(result.checkpoint, root / "train", target)
@@ -169,14 +169,15 @@ def test_a_killed_driver_goes_on_from_the_last_whole_checkpoint(
     script = """
         import sys
         from pathlib import Path
-        from ray_jobs.training.mailbox import Board
+        from ray_jobs.training.mailbox import TrainingMailbox
         from ray_jobs.cluster import ray_cluster
         from ray_jobs.training.fitting import fit_generator
         from rpg.config import RayConfig, load_config
         root, *overrides = sys.argv[1:]
         config = load_config(Path(root) / "config.yaml", overrides)
         with ray_cluster(RayConfig(num_cpus=1)):
-            fit_generator(config, Path(root) / "shards", Path(root) / "train", "driver", Board.remote())
+            mailbox = TrainingMailbox.remote()
+            fit_generator(config, Path(root) / "shards", Path(root) / "train", "driver", mailbox)
     """
     longer = [*SETTINGS, f"output={root}"]
     command = [sys.executable, "-c", textwrap.dedent(script), str(root), *longer]
@@ -206,16 +207,3 @@ def test_input_that_no_worker_can_train_on_is_refused(root: Path, local_ray: Non
         fitted(root, "few", "ray.train_workers=2", "train.checkpoints_per_step=1")
     with pytest.raises(RPGError, match=r"train: the loss is nan at step \d+: lower train.learning_rate"):
         fitted(root, "nan", "ray.train_workers=2", "train.learning_rate=1e30", "train.warmup_steps=0")
-
-
-def test_cpus_per_worker() -> None:
-    small, large, head = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 0.0}
-    assert cpus_per_worker([small], 1, False) == 2
-    assert cpus_per_worker([small], 2, False) == 1
-    assert cpus_per_worker([small], 3, False) == 1
-    assert cpus_per_worker([small, small, head], 2, False) == 2
-    assert cpus_per_worker([small, small, head], 3, False) == 1
-    assert cpus_per_worker([small, large], 2, False) == 8
-    assert cpus_per_worker([small, large], 2, True) == 8
-    assert cpus_per_worker([large, large], 4, True) == 8
-    assert cpus_per_worker([], 1, False) == 1

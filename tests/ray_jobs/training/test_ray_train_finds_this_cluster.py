@@ -1,4 +1,4 @@
-"""What Ray Train's processes take for their cluster, where another was started on the node."""
+"""Ray Train's processes find their own cluster, also where another was started on the node."""
 
 import os
 
@@ -7,7 +7,7 @@ import ray
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from ray_jobs.cluster import ray_cluster
-from ray_jobs.training.own_cluster import own_cluster_named
+from ray_jobs.training.fitting import ray_train_finds_this_cluster
 from rpg.config import RayConfig
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def found_cluster() -> str:
     return address
 
 
-def test_it_is_their_own(tmp_path, monkeypatch):
+def test_the_address_leads_to_the_cluster_of_this_process(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # What `ray start --head` leaves there names the cluster that was last started, dead or alive.
     (tmp_path / "ray").mkdir()
@@ -31,7 +31,7 @@ def test_it_is_their_own(tmp_path, monkeypatch):
         own = ray.get_runtime_context().gcs_address
         without = found_cluster.options(runtime_env={"env_vars": elsewhere})
         assert ray.get(without.remote()).endswith(":1")
-        with own_cluster_named():
+        with ray_train_finds_this_cluster():
             named = {**elsewhere, **get_env_vars_to_propagate()}
         assert "RAY_ADDRESS" not in os.environ
         assert ray.get(found_cluster.options(runtime_env={"env_vars": named}).remote()) == own

@@ -1,4 +1,4 @@
-"""GPU memory in segments that grow, unless the user says otherwise."""
+"""GPU memory of processes that train: in segments that grow, unless the user says otherwise."""
 
 import os
 import subprocess
@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from rpg.training.expandable_segments import allocator_settings
+from ray_jobs.training.fitting import allocator_settings
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+def test_settings_of_the_user_are_left_alone(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(other, raising=False)
     assert allocator_settings()
@@ -21,8 +21,8 @@ def test_the_users_settings_stay(monkeypatch: pytest.MonkeyPatch, variable: str)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_segments_grow() -> None:
-    """A block that was freed becomes part of a larger one: no more is reserved than the largest has."""
+def test_a_freed_block_becomes_part_of_a_larger_one() -> None:
+    """No more is reserved than the largest block needs."""
     program = """
 import torch
 for size in (1, 2, 3):

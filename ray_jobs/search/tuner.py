@@ -1,0 +1,198 @@
+"""A search on Ray Tune: each trial is a run of Ray Train, and ASHA ends the worst ones early."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+# The job shows its own progress, and metrics go where training writes them.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# A trial is several processes, most of which wait; Ray would warn of their number.
+os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+
+import ray
+import ray.tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from ray_jobs.run_paths import RunPaths
+from ray_jobs.search.results import TrialResult
+from ray_jobs.search.trial import Trial
+from ray_jobs.training.atomic_files import storage_filesystem
+from ray_jobs.training.fitting import fit_generator
+from ray_jobs.training.mailbox import TrainingMailbox
+from rpg.config import Config
+from rpg.storage.directories import remove_directory
+from rpg.storage.files import read_json, write_json
+from rpg.storage.locations import AnyPath, exists
+
+_TRIAL, _ROUND, _ACCURACY = "trial", "round", "accuracy"
+_EXPERIMENT = "search"
+
+
+class SearchStatus(NamedTuple):
+    """How far a search is."""
+
+    ended: int = 0
+    """Trials that have ended."""
+    running: int = 0
+    """Trials that are running."""
+    best: tuple[int, float] | None = None
+    """Index and accuracy of the trial that is best so far."""
+
+
+@ray.remote(num_cpus=0)
+class SearchMailbox:
+    """An actor to which the search reports its status, for the driver to read."""
+
+    def __init__(self) -> None:
+        self._status = SearchStatus()
+
+    def report(self, status: SearchStatus) -> None:
+        """Replace the status."""
+        self._status = status
+
+    def status(self) -> SearchStatus:
+        """The status that was last reported."""
+        return self._status
+
+
+def run_directory(config: Config, name: str) -> AnyPath:
+    """Where a search called `name` keeps what resuming needs."""
+    return RunPaths.of(config).root / "tune" / name
+
+
+@ray.remote(num_cpus=0)
+def search_task(
+    config: Config, trials: list[Trial], name: str, rounds: int, mailbox: Any
+) -> list[TrialResult]:
+    """Run Ray Tune; trials that a stopped search of this name has begun go on where they were.
+
+    This is a task of its own, so that the driver keeps Ctrl-C and the progress display.
+
+    Args:
+        config: of the run.
+        trials: what is tried; each is known by its index.
+        name: of this search; it stands for all that determines its result.
+        rounds: equal parts of a trial's budget, after each of which it is validated.
+        mailbox: handle of a `SearchMailbox`.
+    """
+    directory = run_directory(config, name)
+    filesystem, root = storage_filesystem(directory)
+    function = _trainable(trials, RunPaths.of(config).shards, directory / "train", rounds)
+    # The workers of Ray Train reserve what they need. Tune asks for some resource to place the trial by.
+    trainable = ray.tune.with_resources(function, {"memory": 1})
+    # Ray keeps a search as a pickle, which is never read again: each trial's record says how far it came.
+    remove_directory(directory / _EXPERIMENT)
+    tuner = ray.tune.Tuner(
+        trainable,
+        param_space={_TRIAL: ray.tune.grid_search(list(range(len(trials))))},
+        tune_config=ray.tune.TuneConfig(
+            metric=_ACCURACY,
+            mode="max",
+            scheduler=_GracefulASHA(
+                time_attr=_ROUND,
+                max_t=rounds,
+                grace_period=1,
+                reduction_factor=config.tune.reduction,
+                stop_last_trials=False,
+            ),
+            max_concurrent_trials=_concurrent_trials(config),
+        ),
+        run_config=ray.tune.RunConfig(
+            name=_EXPERIMENT,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[_StatusCallback(mailbox)],
+        ),
+    )
+    grid = tuner.fit()
+    return [_result(trials, grid[i], rounds) for i in range(len(grid))]
+
+
+def _trainable(
+    trials: list[Trial], shards: AnyPath, storage: AnyPath, rounds: int
+) -> Callable[[dict[str, Any]], None]:
+    """The function with which Ray Tune runs a trial."""
+
+    def trainable(parameters: dict[str, Any]) -> None:
+        trial = trials[parameters[_TRIAL]]
+        config, record = trial.config, storage / f"{trial.name}.json"
+        every, forward = config.train.validate_every, TuneReportCallback()  # type: ignore[no-untyped-call]
+        done: list[dict[str, Any]] = read_json(record, "a trial's rounds") if exists(record) else []
+        for each in done:
+            ray.tune.report(each)
+
+        def on_report(metrics: dict[str, Any]) -> None:
+            accuracy, step = metrics.get("validation_accuracy"), metrics["step"]
+            # Training that is resumed may repeat rounds that have been reported.
+            if accuracy is not None and step == every * (len(done) + 1):
+                done.append({_ROUND: len(done) + 1, _ACCURACY: accuracy, "seconds": metrics["seconds"]})
+                write_json(record, done)
+                forward.after_report(None, [done[-1]], None)  # type: ignore[arg-type]
+
+        if len(done) < rounds:
+            name = _mailbox_name(parameters[_TRIAL])
+            mailbox = TrainingMailbox.options(name=name).remote()  # type: ignore[attr-defined]
+            fit_generator(config, shards, storage, trial.name, mailbox, config.shard.token_size, on_report)
+
+    return trainable
+
+
+def _result(trials: list[Trial], result: ray.tune.Result, rounds: int) -> TrialResult:
+    assert result.config is not None
+    trial, metrics = trials[int(result.config[_TRIAL])], result.metrics or {}
+    accuracy, failure = metrics.get(_ACCURACY), None
+    if result.error:
+        accuracy, failure = None, str(result.error).strip().splitlines()[-1]
+    share = int(metrics.get(_ROUND, 0)) / rounds
+    return TrialResult(trial, accuracy, share, float(metrics.get("seconds", 0.0)), failure)
+
+
+def _concurrent_trials(config: Config) -> int:
+    """Trials that the cluster has room for at a time."""
+    if config.tune.concurrent:
+        return config.tune.concurrent
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    workers = config.ray.train_workers
+    if config.ray.use_gpu:
+        return max(1, int(there.get("GPU", 0)) // workers)
+    return max(1, int(there.get("CPU", 1)) // (workers * config.ray.train_threads))
+
+
+class _GracefulASHA(ASHAScheduler):
+    """ASHA that asks a trial to end where Ray Tune would kill it.
+
+    If the controller of a run of Ray Train is killed, the CPUs that it reserved are never given back.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ask the trial to end if ASHA would stop it; Ray Tune itself lets it go on until it does."""
+        if super().on_trial_result(tune_controller, trial, result) == self.STOP:
+            with suppress(ValueError):  # The mailbox is gone if the trial has ended already.
+                ray.get_actor(_mailbox_name(trial.config[_TRIAL])).request_stop.remote()
+        return str(self.CONTINUE)
+
+
+def _mailbox_name(trial: int) -> str:
+    return f"mailbox of trial {trial}"
+
+
+class _StatusCallback(ray.tune.Callback):
+    """Reports the search's status to its mailbox."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        ended = sum(trial.status in (trial.TERMINATED, trial.ERROR) for trial in trials)
+        running = sum(trial.status == trial.RUNNING for trial in trials)
+        accuracies = [
+            (trial.last_result[_ACCURACY], trial.config[_TRIAL])
+            for trial in trials
+            if _ACCURACY in (trial.last_result or {})
+        ]
+        best = max(accuracies, default=None)
+        self._mailbox.report.remote(SearchStatus(ended, running, best and (best[1], best[0])))
