@@ -144,7 +144,7 @@ class TestGenerate:
         loaded = SimpleNamespace(config=config, to=lambda device: places.append(device))
         generator = SimpleNamespace(from_pretrained=lambda path: loaded)
         job: Any = SimpleNamespace(generate_models=generate_models)
-        monkeypatch.setitem(sys.modules, "rpg.sampling.job", job)
+        monkeypatch.setitem(sys.modules, "rpg.sampling.generate", job)
         module: Any = SimpleNamespace(Generator=generator)
         monkeypatch.setitem(sys.modules, "rpg.generator.generator", module)
         return calls
@@ -262,7 +262,7 @@ class TestGenerate:
         assert f"rpg generate: error: argument {arguments[0]}: " in capsys.readouterr().err
 
     def test_no_generator(self, tmp_path: Path, capsys: Capture) -> None:
-        pytest.importorskip("rpg.sampling.job")
+        pytest.importorskip("rpg.sampling.generate")
         assert str(tmp_path) in refused(capsys, "generate", tmp_path, "--out", tmp_path / "out")
 
 
