@@ -96,8 +96,7 @@ class BatchSampler:
         self._loop: PlainLoop | GPULoop | None = None
         self._decodes_on_gpu = False
         if self._device.type == "cuda":
-            from rpg.sampling.gpu.decoder import TokenDecoder
-            from rpg.sampling.gpu.host_copies import HostCopies
+            from rpg.sampling.gpu.results import HostCopies, TokenDecoder
 
             self._decodes_on_gpu = TokenDecoder.serves(generator.layout)
             if self._decodes_on_gpu:

@@ -93,12 +93,12 @@ def denoiser_and_inputs(device):
 
 
 def test_denoiser(device, monkeypatch):
-    from rpg.sampling.gpu import linear
+    from rpg.sampling.gpu import adaln_mlp
     from rpg.sampling.gpu.adaln_mlp import AdaLNMLPOnGPU
 
     if device.type == "cpu":
         # PyTorch has these products for GPUs alone.
-        monkeypatch.setattr(linear, "scaled_product", exact_product)
+        monkeypatch.setattr(adaln_mlp, "scaled_product", exact_product)
     denoiser, x, prototypes = denoiser_and_inputs(device)
     dtype = torch.bfloat16
     with torch.inference_mode():
@@ -116,8 +116,8 @@ def test_denoiser(device, monkeypatch):
 )
 @pytest.mark.parametrize("shape", [(48, 64, 128), (1536, 8192, 4096)])
 def test_product(shape):
+    from rpg.sampling.gpu.adaln_mlp import Product
     from rpg.sampling.gpu.kernels.float8 import quantise_rows
-    from rpg.sampling.gpu.linear import Product
 
     rows, inputs, outputs = shape
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""Decoding whole batches of tokens where they were sampled, on a GPU."""
+"""What becomes of a batch that a GPU has sampled: it is decoded there, and copied to the host meanwhile."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from rpg.collection.normalise import LOG_SHIFT, log_ratio
 from rpg.collection.tensor_spec import TensorKind
 from rpg.collection.tokens import cut
 from rpg.config import Normalisation
+from rpg.sampling.model_writer import ModelWriter
 
 
 class TokenDecoder:
@@ -58,3 +61,49 @@ class TokenDecoder:
             return weights
         variances = torch.maximum(weights.exp().sub_(LOG_SHIFT), self._floor[tokens])
         return torch.where(self._variance[tokens], variances.mul_(self._pre_mean[tokens]), weights)
+
+
+@dataclass
+class ArrivingBatch:
+    """Weights of sampled tokens, float32 [N, token_size], being copied from a GPU to the host."""
+
+    weights: Tensor
+    finite: Tensor
+    """Bool [N]: rows without NaN or infinite values."""
+    copied: torch.cuda.Event
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def wait(self) -> None:
+        """Return when all has arrived; from any thread."""
+        self.copied.synchronize()
+
+    def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
+        """Write `rows`, consecutive tokens of one model from `first_token` on, into its file.
+
+        Raises:
+            RPGError: as `ModelWriter.write_weights`.
+        """
+        self.wait()
+        file.write_weights(first_token, self.weights[rows], self.finite[rows])
+
+
+class HostCopies:
+    """Copies from a GPU to pinned memory of the host, in a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, weights: Tensor) -> ArrivingBatch:
+        """Begin to copy weights [N, token_size]; returns at once."""
+        self._stream.wait_stream(torch.cuda.current_stream(weights.device))
+        host = torch.empty(weights.shape, dtype=weights.dtype, pin_memory=True)
+        finite = torch.empty(len(weights), dtype=torch.bool, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            host.copy_(weights, non_blocking=True)
+            finite.copy_(weights.isfinite().all(1), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        weights.record_stream(self._stream)
+        return ArrivingBatch(host, finite, copied)
