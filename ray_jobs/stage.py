@@ -9,6 +9,8 @@ import functools
 import hashlib
 import importlib
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from ray_jobs.cluster import ray_cluster
-from ray_jobs.only_job import only_job
 from ray_jobs.resources import ResourceRequest, require_resources
 from ray_jobs.run_paths import RunPaths
 from rpg import __version__
@@ -28,6 +29,7 @@ from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.files import read_json, sha256, write_json, write_text
 from rpg.storage.locations import AnyPath, exists, identity, is_remote
+from rpg.storage.locks import LOCK_FILE, LockedError, exclusive_lock, lock_path
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,36 @@ def job_main(
     def command() -> None:
         config = load_config(arguments.config, arguments.overrides)
         cache = Path(config.ray.cache_directory)
-        with only_job(RunPaths.of(config).root, cache):
+        with locked_output(RunPaths.of(config).root, cache):
             # Starting Ray takes seconds, so mistakes that can be found without it are told before.
             check(config)
             with ray_cluster(config.ray):
                 run(config, **{switch: getattr(arguments, switch) for switch in switches})
 
     return run_command(command, program)
+
+
+@contextmanager
+def locked_output(output: AnyPath, cache: Path) -> Iterator[None]:
+    """Hold the lock of a run's directory: one job at a time writes there.
+
+    Behind a URI the object `.lock` says which job came last. Writing it shows, before any work is done, that
+    the output can be written.
+
+    Raises:
+        RPGError: if another job holds the lock, or the output cannot be written.
+    """
+    path = lock_path(output, cache / "jobs")
+    try:
+        lock = exclusive_lock(path)
+    except LockedError as error:
+        raise RPGError(f"{output}: another job is writing here; choose another output") from error
+    except OSError as error:
+        raise RPGError(f"{path.parent}: cannot be an output directory: {error.strerror}") from error
+    with lock:
+        if is_remote(output):
+            write_text(output / LOCK_FILE, f"{socket.gethostname()} {os.getpid()}\n")
+        yield
 
 
 @contextmanager

@@ -5,7 +5,7 @@ serve run serve.app:app config=serve.yaml
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from fastapi import FastAPI
@@ -15,13 +15,13 @@ from ray.serve.handle import DeploymentHandle
 
 from rpg.errors import RPGError
 from rpg.storage.locations import location
+from rpg.storage.locks import LockedError, exclusive_lock, lock_path
 from serve.config import ConfigFile, ServeConfig
 from serve.dispatch.api import DispatcherDesk
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.proxies import HandleDesk
 from serve.dispatch.store import JobStore
 from serve.http.routes import http_app
-from serve.only_service import only_service
 from serve.ray_metrics import RayMeters, prometheus_text
 from serve.replicas.apps import REPLICA_OPTIONS, GeneratorApps
 from serve.replicas.capacity import check_room
@@ -32,9 +32,11 @@ class Jobs(DispatcherDesk):
     """The dispatcher. There is one, since one place has to know all jobs."""
 
     async def __init__(self, config: ServeConfig, file: ConfigFile) -> None:  # type: ignore[misc]
-        storage = location(config.storage)
-        self._lock = only_service(storage, Path(config.cache.directory))
-        dispatcher = Dispatcher(JobStore(storage), config.limits, config.retention, RayMeters())
+        # A process that was killed may take its time to end.
+        self._lock = lock_storage(config, seconds=20)
+        dispatcher = Dispatcher(
+            JobStore(location(config.storage)), config.limits, config.retention, RayMeters()
+        )
         super().__init__(dispatcher)
         await dispatcher.start()
         apps = GeneratorApps(ray_serve.get_replica_context().app_name)
@@ -85,3 +87,20 @@ def application(file: ConfigFile) -> Application:
     options = {**REPLICA_OPTIONS, "ray_actor_options": {"num_cpus": 0}}
     jobs = ray_serve.deployment(name="jobs", **options)(Jobs).bind(config, file)
     return ray_serve.deployment(name="front", **options)(Front).bind(config, jobs)
+
+
+def lock_storage(config: ServeConfig, seconds: float) -> IO[bytes]:
+    """Lock the service's storage, since two dispatchers would not know of each other's jobs.
+
+    The lock lasts until the file that is returned is closed, or the process ends.
+
+    Raises:
+        RPGError: if another service still holds the lock after `seconds`, or the storage cannot be written.
+    """
+    storage = location(config.storage)
+    try:
+        return exclusive_lock(lock_path(storage, Path(config.cache.directory) / "services"), seconds)
+    except LockedError as error:
+        raise RPGError(f"storage: another service is running on {storage}") from error
+    except OSError as error:
+        raise RPGError(f"storage: {storage} cannot be written: {error.strerror}") from error

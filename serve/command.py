@@ -12,9 +12,7 @@ from pathlib import Path
 
 from rpg.commands.exit_status import run_command
 from rpg.errors import RPGError
-from rpg.storage.locations import location
 from serve.config import ConfigFile
-from serve.only_service import only_service
 
 APPLICATION = "rpg"
 
@@ -45,21 +43,22 @@ def serve(file: ConfigFile) -> None:
     Raises:
         RPGError: if it cannot be deployed, with the reason in one line.
     """
-    # Not before: a mistake in the config is told without waiting for Ray.
+    # The config is read before Ray is imported, so that a mistake in it is told at once.
     config = file.read()
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
 
     from ray_jobs.cluster import ray_cluster
     from rpg.config import RayConfig
-    from serve.app import application
+    from serve.app import application, lock_storage
     from serve.replicas.apps import GeneratorApps
     from serve.replicas.reconciler import generator_configs
 
     generator_configs(config)
     if not os.environ.get("RAY_ADDRESS"):
-        # The dispatcher will take it. In a cluster it may be this very service that is to be replaced.
-        only_service(location(config.storage), Path(config.cache.directory), seconds=5).close()
+        # This only tells early that another service runs: the lock is let go again, and the dispatcher takes it
+        # in its own process. In a cluster the service that holds it may be the one that is to be replaced.
+        lock_storage(config, seconds=5).close()
     stop = threading.Event()
     with ray_cluster(RayConfig(num_cpus=config.num_cpus)):
         # Not before: Ray installs handlers of its own.

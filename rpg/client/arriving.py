@@ -1,6 +1,5 @@
 """A model's file while it arrives: counted and hashed, and kept only if it is what was sent."""
 
-import fcntl
 import hashlib
 import io
 import os
@@ -12,6 +11,7 @@ from typing import IO
 from rpg.client.schema import ModelFile
 from rpg.errors import RPGError
 from rpg.storage.files import sha256
+from rpg.storage.locks import LockedError, exclusive_lock
 
 _BLOCK = 2**20
 
@@ -125,17 +125,14 @@ def partial_file(target: Path, model: ModelFile) -> Iterator[ArrivingFile]:
     """
     path = partial_path(target, model)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a buffer: what could not be written would be tried again, and fail again, at the end.
-        file = path.open("a+b", buffering=0)
+        # Two processes that append to one file would harm it even after it was checked. The file has no buffer:
+        # Python would try to write again, when it closes the file, what could not be written before.
+        file = exclusive_lock(path)
+    except LockedError as error:
+        raise RPGError(f"{target}: another process is downloading it") from error
     except OSError as error:
         raise RPGError(f"{target}: cannot be written: {error.strerror}") from error
     with file:
-        try:
-            # Two that append to one file would harm it even after it was checked.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RPGError(f"{target}: another process is downloading it") from error
         file.seek(0)
         arriving = ArrivingFile(file, model, str(target))
         try:

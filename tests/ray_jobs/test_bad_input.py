@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_jobs.only_job import only_job
+from ray_jobs.stage import locked_output
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def test_output_that_is_a_file(no_ray, small_settings, tmp_path):
 
 
 def test_two_jobs_on_one_output(no_ray, small_settings, tmp_path):
-    with only_job(tmp_path, tmp_path):
+    with locked_output(tmp_path, tmp_path):
         assert_one_line(no_ray("collect", [*small_settings, f"output={tmp_path}"]), "another job")
 
 
