@@ -5,7 +5,7 @@ serve run serve.app:app config=serve.yaml
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import ray
 from fastapi import FastAPI
@@ -17,54 +17,57 @@ from rpg.errors import RPGError
 from rpg.storage.locations import location
 from rpg.storage.locks import LockedError, exclusive_lock, lock_path
 from serve.config import ConfigFile, ServeConfig
-from serve.dispatch.api import DispatcherDesk
+from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.proxies import HandleDesk
 from serve.dispatch.store import JobStore
-from serve.http.routes import http_app
-from serve.ray_metrics import RayMeters, prometheus_text
-from serve.replicas.apps import REPLICA_OPTIONS, GeneratorApps
-from serve.replicas.capacity import check_room
-from serve.replicas.reconciler import Roster, generator_configs
+from serve.http.application import http_app
+from serve.metrics import JobMetrics, prometheus_text
+from serve.ray_proxy import RayProxy
+from serve.replicas.apps import DEPLOYMENT_OPTIONS, GeneratorApps, check_capacity
+from serve.replicas.reconciler import Reconciler, generator_configs
+
+_ANSWER_SECONDS = 30.0
+"""How long the front waits for the dispatcher."""
 
 
-class Jobs(DispatcherDesk):
-    """The dispatcher. There is one, since one place has to know all jobs."""
+class DispatcherDeployment(DispatcherAPI):
+    """The dispatcher in its process. There is one, because one place has to know all jobs."""
 
     async def __init__(self, config: ServeConfig, file: ConfigFile) -> None:  # type: ignore[misc]
         # A process that was killed may take its time to end.
         self._lock = lock_storage(config, seconds=20)
         dispatcher = Dispatcher(
-            JobStore(location(config.storage)), config.limits, config.retention, RayMeters()
+            JobStore(location(config.storage)), config.limits, config.retention, JobMetrics()
         )
         super().__init__(dispatcher)
         await dispatcher.start()
         apps = GeneratorApps(ray_serve.get_replica_context().app_name)
-        self._roster = Roster(dispatcher, apps, file, config)
-        await self._roster.start()
+        self._reconciler = Reconciler(dispatcher, apps, file, config)
+        await self._reconciler.start()
 
     def check_health(self) -> None:
-        """Raise where Ray Serve is to start it anew."""
+        """Raise if the dispatcher has stopped: Ray Serve then starts another process for it."""
         if (failure := self.dispatcher.failure) is not None:
             raise RuntimeError(f"the dispatcher has stopped: {failure}")
 
 
 @ray_serve.ingress()
 class Front:
-    """The HTTP front. It keeps nothing: whatever it is asked for it asks the dispatcher, or reads a file."""
+    """The HTTP front in its process. It keeps nothing: it asks the dispatcher, or reads a model's file."""
 
-    def __init__(self, config: ServeConfig, jobs: DeploymentHandle[Any]) -> None:
+    def __init__(self, config: ServeConfig, dispatcher: DeploymentHandle[Any]) -> None:
         self._config = config
-        self._jobs = jobs
+        self._dispatcher = dispatcher
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """What Ray Serve asks for once this is built."""
+        """The application that Ray Serve runs in this process."""
         store = JobStore(location(self._config.storage))
-        return http_app(HandleDesk(self._jobs), store, self._config, prometheus_text)
+        api = cast(DispatcherAPI, RayProxy(self._dispatcher, timeout_seconds=_ANSWER_SECONDS))
+        return http_app(api, store, self._config, prometheus_text)
 
 
 def app(args: Mapping[str, str]) -> Application:
-    """The application of the YAML file `config`, for `serve run` and `serve deploy`.
+    """The application of the YAML file that the argument `config` names, for `serve run` and `serve deploy`.
 
     Raises:
         RPGError: naming what is wrong with it, or what the cluster lacks.
@@ -78,15 +81,15 @@ def application(file: ConfigFile) -> Application:
     """The application of a configuration file.
 
     Raises:
-        RPGError: if it is not valid, a generator is not there, or the cluster has no room for it.
+        RPGError: if the file is not valid, a generator does not exist, or the cluster lacks what it needs.
     """
     config = file.read()
     if ray.is_initialized():
-        check_room(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        check_capacity(config, ray.cluster_resources())  # type: ignore[no-untyped-call]
     generator_configs(config)
-    options = {**REPLICA_OPTIONS, "ray_actor_options": {"num_cpus": 0}}
-    jobs = ray_serve.deployment(name="jobs", **options)(Jobs).bind(config, file)
-    return ray_serve.deployment(name="front", **options)(Front).bind(config, jobs)
+    options = {**DEPLOYMENT_OPTIONS, "ray_actor_options": {"num_cpus": 0}}
+    dispatcher = ray_serve.deployment(name="jobs", **options)(DispatcherDeployment).bind(config, file)
+    return ray_serve.deployment(name="front", **options)(Front).bind(config, dispatcher)
 
 
 def lock_storage(config: ServeConfig, seconds: float) -> IO[bytes]:

@@ -56,8 +56,8 @@ def serve(file: ConfigFile) -> None:
 
     generator_configs(config)
     if not os.environ.get("RAY_ADDRESS"):
-        # This only tells early that another service runs: the lock is let go again, and the dispatcher takes it
-        # in its own process. In a cluster the service that holds it may be the one that is to be replaced.
+        # This only tells early that another service runs: the lock is released, and the dispatcher's process
+        # takes it. In a cluster the service that holds it may be the one that is to be replaced.
         lock_storage(config, seconds=5).close()
     stop = threading.Event()
     with ray_cluster(RayConfig(num_cpus=config.num_cpus)):

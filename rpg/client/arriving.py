@@ -125,8 +125,8 @@ def partial_file(target: Path, model: ModelFile) -> Iterator[ArrivingFile]:
     """
     path = partial_path(target, model)
     try:
-        # Two processes that append to one file would harm it even after it was checked. The file has no buffer:
-        # Python would try to write again, when it closes the file, what could not be written before.
+        # Two processes that append to one file would harm it even after it was checked. The file has no
+        # buffer, because Python would try again, when it closes the file, to write what it could not write.
         file = exclusive_lock(path)
     except LockedError as error:
         raise RPGError(f"{target}: another process is downloading it") from error

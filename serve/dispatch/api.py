@@ -1,7 +1,10 @@
-"""What the HTTP front asks of the dispatcher: plain questions, answered with what goes over the wire."""
+"""The calls of the HTTP front: each is answered with what goes over the wire.
+
+Every call may raise a `ProblemError`, with the status and the line that the caller is answered with.
+"""
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 from rpg.client.schema import (
     Centre,
@@ -16,78 +19,32 @@ from rpg.client.schema import (
     QuarantinedJob,
     TensorInfo,
 )
+from serve.dispatch.caller import Caller
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.live_job import LiveJob
 from serve.dispatch.records import Made
-from serve.dispatch.scheduler import Feed
-from serve.http.auth import Caller
-from serve.http.problems import ProblemError
+from serve.dispatch.scheduler import GeneratorScheduler
+from serve.errors import ProblemError
 
 
-class Desk(Protocol):
-    """Every method may raise a `ProblemError`."""
-
-    async def submit(self, caller: Caller, request: JobRequest, key: str | None) -> Job:
-        """Accept a job; `key` is the Idempotency-Key."""
-        ...
-
-    async def job(self, caller: Caller, job_id: str) -> Job:
-        """One job."""
-        ...
-
-    async def jobs(
-        self, caller: Caller, state: JobState | None, generator: str | None, limit: int, after: str | None
-    ) -> JobPage:
-        """A page of jobs."""
-        ...
-
-    async def news(self, caller: Caller, job_id: str, version: int, seconds: float) -> Job:
-        """The job as soon as its version is another than `version`, or after so many seconds."""
-        ...
-
-    async def models(self, caller: Caller, job_id: str, start: int, limit: int) -> ModelPage:
-        """A page of a job's finished models."""
-        ...
-
-    async def model(self, caller: Caller, job_id: str, index: int) -> ModelFile:
-        """One finished model."""
-        ...
-
-    async def cancel_or_remove(self, caller: Caller, job_id: str) -> Job | None:
-        """Cancel a job that has not ended, or remove one that has (None)."""
-        ...
-
-    async def generators(self) -> list[GeneratorDetail]:
-        """All that are served."""
-        ...
-
-    async def centre(self, name: str) -> Centre:
-        """A sample of a generator's centre."""
-        ...
-
-    async def ping(self) -> None:
-        """Answer."""
-        ...
-
-
-class DispatcherDesk:
-    """The desk of a dispatcher in this process."""
+class DispatcherAPI:
+    """What the front may ask of the dispatcher."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
 
     async def submit(self, caller: Caller, request: JobRequest, key: str | None) -> Job:
-        """See `Desk`."""
+        """Accept a job; `key` is the Idempotency-Key."""
         return (await self.dispatcher.submit(caller, request, key)).view()
 
     async def job(self, caller: Caller, job_id: str) -> Job:
-        """See `Desk`."""
+        """One job."""
         return self.dispatcher.job(caller, job_id).view()
 
     async def jobs(
         self, caller: Caller, state: JobState | None, generator: str | None, limit: int, after: str | None
     ) -> JobPage:
-        """See `Desk`."""
+        """A page of the caller's jobs, newest first: at most `limit`, beginning after the job `after`."""
         jobs = self.dispatcher.jobs(caller)
         if after is not None:
             place = next((i for i, job in enumerate(jobs) if job.id == after), None)
@@ -99,21 +56,22 @@ class DispatcherDesk:
             for job in jobs
             if state in (None, job.progress.state) and generator in (None, job.manifest.generator)
         ]
-        hidden = self.dispatcher.quarantined.values() if caller.is_admin else []
+        quarantined = self.dispatcher.quarantined.values() if caller.is_admin else []
         return JobPage(
             jobs=[job.view() for job in found[:limit]],
             next=found[limit - 1].id if len(found) > limit else None,
-            quarantined=[QuarantinedJob(id=each.id, reason=each.reason) for each in hidden],
+            quarantined=[QuarantinedJob(id=each.id, reason=each.reason) for each in quarantined],
         )
 
-    async def news(self, caller: Caller, job_id: str, version: int, seconds: float) -> Job:
-        """See `Desk`."""
+    async def wait_for_change(self, caller: Caller, job_id: str, version: int, *, seconds: float) -> Job:
+        """The job as soon as its version is another than `version`, or after so many seconds."""
         job = self.dispatcher.job(caller, job_id)
-        await job.news(version, seconds)
+        await job.wait_for_change(version, seconds)
+        # Meanwhile it may have been removed.
         return self.dispatcher.job(caller, job_id).view()
 
     async def models(self, caller: Caller, job_id: str, start: int, limit: int) -> ModelPage:
-        """See `Desk`."""
+        """A page of a job's finished models: at most `limit`, beginning with index `start`."""
         job = self.dispatcher.job(caller, job_id)
         made = job.progress.made
         indices = sorted(index for index in made if index >= start)
@@ -123,7 +81,7 @@ class DispatcherDesk:
         )
 
     async def model(self, caller: Caller, job_id: str, index: int) -> ModelFile:
-        """See `Desk`."""
+        """One finished model."""
         job = self.dispatcher.job(caller, job_id)
         made = job.progress.made.get(index)
         if made is not None:
@@ -138,29 +96,29 @@ class DispatcherDesk:
         )
 
     async def cancel_or_remove(self, caller: Caller, job_id: str) -> Job | None:
-        """See `Desk`."""
+        """Cancel a job that has not ended, or remove one that has (None)."""
         job = await self.dispatcher.cancel_or_remove(caller, job_id)
         return None if job is None else job.view()
 
     async def generators(self) -> list[GeneratorDetail]:
-        """See `Desk`."""
-        return [_generator(feed) for _, feed in sorted(self.dispatcher.feeds.items())]
+        """All generators that are served, by name."""
+        return [_generator(scheduler) for _, scheduler in sorted(self.dispatcher.schedulers.items())]
 
     async def centre(self, name: str) -> Centre:
-        """See `Desk`."""
-        if name not in self.dispatcher.feeds:
+        """A sample of the mean checkpoint that a generator learned from."""
+        if name not in self.dispatcher.schedulers:
             raise ProblemError(404, f"no generator '{name}'")
-        known = self.dispatcher.feeds[name].description
-        if known is None:
+        report = self.dispatcher.schedulers[name].report
+        if report is None:
             raise ProblemError(503, f"generator '{name}' has not started yet", headers={"Retry-After": "1"})
-        numels = {tensor: math.prod(shape) for tensor, shape, _ in known.tensors}
+        numels = {tensor: math.prod(shape) for tensor, shape, _ in report.tensors}
         tensors = [
-            CentreTensor(name=tensor, numel=numels[tensor], values=values) for tensor, values in known.centre
+            CentreTensor(name=tensor, numel=numels[tensor], values=values) for tensor, values in report.centre
         ]
-        return Centre(digest=known.digest, tensors=tensors)
+        return Centre(digest=report.digest, tensors=tensors)
 
     async def ping(self) -> None:
-        """See `Desk`."""
+        """Answer, and so show that the dispatcher runs."""
 
 
 def _model(job: LiveJob, made: Made) -> ModelFile:
@@ -174,21 +132,21 @@ def _model(job: LiveJob, made: Made) -> ModelFile:
     )
 
 
-def _generator(feed: Feed) -> GeneratorDetail:
-    known, config = feed.description, feed.served.config
+def _generator(scheduler: GeneratorScheduler) -> GeneratorDetail:
+    report, served = scheduler.report, scheduler.served
     keys = ("digest", "device", "tokens", "token_size", "parameters", "model_bytes", "card")
-    rest: dict[str, Any] = {key: getattr(known, key, None) for key in keys}
-    rest["layout"] = known and [
-        TensorInfo(name=tensor, shape=list(shape), dtype=dtype) for tensor, shape, dtype in known.tensors
+    reported: dict[str, Any] = {key: getattr(report, key, None) for key in keys}
+    reported["layout"] = report and [
+        TensorInfo(name=tensor, shape=list(shape), dtype=dtype) for tensor, shape, dtype in report.tensors
     ]
     return GeneratorDetail(
-        name=feed.served.name,
-        ready=known is not None,
-        condition=config.condition.kind,
-        condition_size=config.condition.size,
-        descriptions=feed.served.reads,
-        evaluates=feed.served.evaluates,
-        sampling=config.sampling,
-        models_per_second=feed.speed,
-        **rest,
+        name=served.name,
+        ready=report is not None,
+        condition=served.config.condition.kind,
+        condition_size=served.config.condition.size,
+        descriptions=served.takes_descriptions,
+        evaluates=served.evaluates,
+        sampling=served.config.sampling,
+        models_per_second=scheduler.speed,
+        **reported,
     )

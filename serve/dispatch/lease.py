@@ -1,4 +1,4 @@
-"""What passes between the dispatcher and the replicas that make models."""
+"""What passes between the dispatcher and a generator's replicas."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,17 +19,21 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Description:
+class GeneratorReport:
     """What a replica tells of the generator that it has loaded."""
 
     digest: str
     device: str
     tokens: int
+    """Of one network."""
     token_size: int
     parameters: int
+    """Of the generator."""
     model_bytes: int
+    """Of one network's file, without provenance."""
     card: str
     tensors: list[tuple[str, tuple[int, ...], str]]
+    """Name, shape and dtype of each tensor of a network."""
     centre: list[tuple[str, list[float]]]
     """Of each generated tensor, values of the mean training checkpoint (`centre_preview`)."""
 
@@ -42,11 +46,11 @@ class Embedded:
     conditions: list[list[float]]
 
 
-class Maker(Protocol):
-    """Whoever makes models with one generator: all of its replicas together."""
+class Replicas(Protocol):
+    """All replicas of one generator together: each call goes to one of them."""
 
     def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
-        """Yield finished models as they are there; text says why the job cannot be made, and is the end.
+        """Yield finished models as they are there; a text says why the job cannot be made, and is the end.
 
         Closing the iterator stops the work within a denoising batch. Any exception means that the replica is
         lost: what has not been yielded may be asked for again.
@@ -54,9 +58,9 @@ class Maker(Protocol):
         ...
 
     async def embed(self, descriptions: list[str]) -> Embedded | str:
-        """Wait for a replica, and have it read descriptions; text says why it cannot."""
+        """Wait for a replica, and have it embed descriptions; a text says why it cannot."""
         ...
 
-    async def describe(self) -> Description:
+    async def describe(self) -> GeneratorReport:
         """Wait for a replica, and ask it what it has loaded."""
         ...

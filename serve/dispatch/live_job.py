@@ -1,4 +1,4 @@
-"""A job while the service runs: what is left to make, who is at it, how fast it goes."""
+"""A job while the service runs: what is left to make, which leases make it, how fast that goes."""
 
 import asyncio
 import heapq
@@ -10,16 +10,17 @@ from serve.dispatch.records import JobManifest, JobProgress, Made
 
 
 class LiveJob:
-    """Manifest and progress, with what is not worth keeping on storage.
+    """Manifest and progress, with what is known only while the service runs.
 
     Attributes:
         version: counts changes.
-        leases: tasks that make models of it now.
+        leases: tasks that wait for models of it.
         losses: replicas lost since a model was finished.
-        dirty: whether storage lags behind `progress`.
+        dirty: whether `progress` has changed since it was written.
+        saving: held while the job is written or removed.
         bytes: of all finished models.
         note: what it waits for.
-        ended_at: when it ended, on the monotonic clock: clocks on walls jump.
+        ended_at: when it ended, on the monotonic clock, because the system's clock may be set while it runs.
     """
 
     def __init__(self, manifest: JobManifest, progress: JobProgress) -> None:
@@ -41,7 +42,7 @@ class LiveJob:
         self._made_here = 0
         self._pending: list[int] = []
         if progress.ended is not None:
-            # No negative age where the clock was set back.
+            # Where the clock was set back, the job ended now and not in the future.
             self.ended_at = time.monotonic() - max(0.0, time.time() - progress.ended)
         self.refill()
 
@@ -52,48 +53,48 @@ class LiveJob:
 
     @property
     def age(self) -> float:
-        """Seconds since it was accepted; never less than none, whatever the clock does."""
+        """Seconds since it was accepted; 0 where the clock was set back meanwhile."""
         return max(0.0, time.time() - self.manifest.created)
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will be made."""
+        """Whether it has succeeded, failed or been cancelled."""
         return self.progress.state.is_end
 
     @property
     def remaining(self) -> int:
-        """Models asked for and not made."""
+        """Models that are still to be made."""
         return 0 if self.has_ended else len(self.manifest.job) - len(self.progress.made)
 
     @property
-    def waits(self) -> bool:
-        """Whether there are models that nobody is at."""
+    def has_waiting_models(self) -> bool:
+        """Whether there are models to be made that no lease has."""
         return bool(self._pending) and not self.has_ended
 
     def refill(self) -> None:
-        """Everything that is not made waits to be made."""
+        """Let every model that is not made wait for a lease."""
         self._pending = [i for i in range(len(self.manifest.job)) if i not in self.progress.made]
 
-    def lease(self, count: int) -> tuple[int, ...]:
-        """Take up to `count` models that nobody is at, the first ones first."""
+    def take(self, count: int) -> tuple[int, ...]:
+        """Take up to `count` waiting models for a lease, the lowest indices first."""
         taken = tuple(heapq.heappop(self._pending) for _ in range(min(count, len(self._pending))))
         if taken and self.progress.state == JobState.queued:
             self.progress.state = JobState.running
             self.progress.started = self.progress.started or time.time()
             self.dirty = True
-            self.change()
+            self.notify()
         if self._began is None:
             self._began = time.monotonic()
         return taken
 
-    def give_back(self, models: Iterable[int]) -> None:
-        """What of a lease was not made waits again."""
+    def put_back(self, models: Iterable[int]) -> None:
+        """Let those of a lease's models wait again that were not made."""
         for model in models:
             if model not in self.progress.made and model not in self._pending:
                 heapq.heappush(self._pending, model)
 
     def record(self, made: Iterable[Made]) -> None:
-        """Count finished models."""
+        """Add finished models."""
         for each in made:
             if each.model not in self.progress.made:
                 self._made_here += 1
@@ -102,7 +103,7 @@ class LiveJob:
         self.losses = 0
         self.note = None
         self.dirty = True
-        self.change()
+        self.notify()
 
     def _count(self, made: Made) -> None:
         self.bytes += made.bytes
@@ -111,33 +112,33 @@ class LiveJob:
             self._accuracy += made.accuracy
 
     def end(self, state: JobState, error: str | None = None) -> None:
-        """Nothing more is made."""
+        """Mark the job as ended."""
         self.progress.state = state
         self.progress.error = error
         self.progress.ended = time.time()
         self.ended_at = time.monotonic()
         self.dirty = True
-        self.change()
+        self.notify()
 
     def revive(self) -> None:
-        """A failed job is tried once more, keeping what was made."""
+        """Try a failed job once more, keeping what was made."""
         progress = self.progress
         progress.state, progress.error, progress.ended = JobState.queued, None, None
         if not progress.made:
-            # Nothing binds it to the generator's version that it failed with.
+            # No model binds the job to the generator's version that it failed with.
             progress.digest = None
         self.ended_at, self.losses, self.dirty = None, 0, True
         self.refill()
-        self.change()
+        self.notify()
 
-    def change(self) -> None:
-        """Wake all who wait for news."""
+    def notify(self) -> None:
+        """Count a change, and wake all who wait for one."""
         self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def news(self, version: int, seconds: float) -> None:
-        """Wait until `version` is not the job's any more, so many seconds at most."""
+    async def wait_for_change(self, version: int, seconds: float) -> None:
+        """Wait until the job's version is another than `version`, for so many seconds at most."""
         if self.version == version:
             try:
                 await asyncio.wait_for(self._changed.wait(), seconds)

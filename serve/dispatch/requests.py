@@ -9,11 +9,13 @@ from rpg.config import SamplingConfig, validate_sampling
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob, condition_row
 from serve.config import LimitsConfig
-from serve.dispatch.scheduler import Served, not_judged
-from serve.http.problems import ProblemError
+from serve.dispatch.served_generator import ServedGenerator, why_not_evaluated
+from serve.errors import ProblemError
 
 
-def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: LimitsConfig) -> GenerationJob:
+def checked_job(
+    request: JobRequest, generators: Mapping[str, ServedGenerator], limits: LimitsConfig
+) -> GenerationJob:
     """The job that `request` asks for.
 
     Where the request gives descriptions, zeros stand for their embeddings, which only a replica can make: all
@@ -43,7 +45,7 @@ def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: L
             f"number: expected at most {limits.models_per_job} models (limits.models_per_job), got {models}",
         )
     if served.takes_conditions and conditions is None:
-        or_else = ", or descriptions" if served.reads else ""
+        or_else = ", or descriptions" if served.takes_descriptions else ""
         raise ProblemError(
             422, f"conditions: this generator needs ones of {config.condition.size} values{or_else}"
         )
@@ -61,7 +63,7 @@ def checked_job(request: JobRequest, generators: Mapping[str, Served], limits: L
     # Whole numbers in JSON are integers in Python, and would be written differently.
     floats = None if conditions is None else [[float(value) for value in row] for row in conditions]
     if request.evaluate and not served.takes_conditions:
-        raise ProblemError(422, f"evaluate: {not_judged(request.generator)}")
+        raise ProblemError(422, f"evaluate: {why_not_evaluated(request.generator)}")
     if request.evaluate and not served.evaluates:
         raise ProblemError(
             422, f"evaluate: generator '{request.generator}' is served without a collection to compare with"
@@ -76,11 +78,11 @@ def request_digest(request: JobRequest) -> str:
     return hashlib.sha256(request.model_dump_json(exclude=unused).encode()).hexdigest()
 
 
-def _check_descriptions(request: JobRequest, served: Served, limits: LimitsConfig) -> None:
+def _check_descriptions(request: JobRequest, served: ServedGenerator, limits: LimitsConfig) -> None:
     count = len(request.descriptions or [])
     if request.conditions is not None:
         raise ProblemError(422, "descriptions: expected either these or conditions, got both")
-    if not served.reads:
+    if not served.takes_descriptions:
         raise ProblemError(
             422, f"descriptions: generator '{served.name}' has no text encoder; expected conditions"
         )

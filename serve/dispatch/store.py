@@ -6,7 +6,8 @@
     jobs/ID/quarantined.json             why a damaged job is left alone
     jobs/ID/removed.json                 what the manifest is called once the job is being removed
 
-A model counts as soon as its file is there: what `state.json` does not know yet is found by looking.
+A model is finished as soon as its file is there. Models that `state.json` does not name yet are found when
+the service starts.
 """
 
 import logging
@@ -14,7 +15,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -33,10 +34,8 @@ _QUARANTINED = "quarantined.json"
 _REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _MODEL = re.compile(r"model_(\d{6,})\.safetensors")
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds between attempts to read a job from a storage that fails."""
-_OF_ONE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""What a local file system says of one path, and not because it fails itself."""
+_ERRORS_OF_ONE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors of a local file system that say something about one path, and nothing about the file system."""
 
 _log = logging.getLogger("ray.serve")
 
@@ -50,7 +49,8 @@ class Quarantined:
 
 
 def new_id() -> str:
-    """128 random bits: whoever does not know an id does not find it. It is no option of a command line."""
+    """128 random bits, so that nobody guesses an id."""
+    # An id is an argument of commands, where a leading - would make it an option.
     while (token := secrets.token_urlsafe(16)).startswith("-"):
         pass
     return token
@@ -64,19 +64,21 @@ def is_id(text: str) -> bool:
 class JobStore:
     """The jobs below `storage`. Methods block: they read and write files."""
 
-    def __init__(self, storage: AnyPath) -> None:
+    def __init__(self, storage: AnyPath, retry_seconds: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> None:
+        """`retry_seconds`: pauses between the attempts to read a job from a storage that fails."""
         self.root = storage
+        self._retry_seconds = retry_seconds
 
     def models(self, job_id: str) -> AnyPath:
-        """Where the models of a job are."""
+        """The directory of a job's models."""
         return self._directory(job_id) / _MODELS
 
     def model(self, job_id: str, model: int) -> AnyPath:
-        """Where one model of a job is."""
+        """The file of one model of a job."""
         return self.models(job_id) / f"model_{model:06d}.safetensors"
 
     def create(self, manifest: JobManifest) -> None:
-        """Make a job durable.
+        """Write a new job.
 
         Raises:
             RPGError: if it cannot be written; nothing is left of it then.
@@ -85,7 +87,7 @@ class JobStore:
             write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json())
         except RPGError:
             with suppress(RPGError):
-                self.clear(manifest.id)
+                self.remove_files(manifest.id)
             raise
 
     def save(self, job_id: str, progress: JobProgress) -> None:
@@ -109,7 +111,7 @@ class JobStore:
         return manifest
 
     def progress(self, manifest: JobManifest) -> JobProgress:
-        """Read how far a job is; of one that has not ended, by looking for its models as well.
+        """Read how far a job is. For one that has not ended, its directory is searched for models as well.
 
         Raises:
             RPGError: naming the file, if it is damaged.
@@ -123,22 +125,23 @@ class JobStore:
                 message = str(error)
                 raise RPGError(message if str(path) in message else f"{path}: {message}") from error
         if not progress.state.is_end:
-            there = dict(self._models_there(manifest))
-            progress.made = {i: made for i, made in progress.made.items() if i in there}
+            found = dict(self._found_models(manifest))
+            progress.made = {i: made for i, made in progress.made.items() if i in found}
             if manifest.evaluate:
-                # What the others are worth is not known: they are made once more, and come out the same.
+                # The accuracy of the models that the state does not name is unknown, so they are made again.
+                # They come out the same, to the byte.
                 return progress
-            for index in there.keys() - progress.made.keys():
-                path = there[index]
+            for index in found.keys() - progress.made.keys():
+                path = found[index]
                 with storage_errors_for(path):
                     progress.made[index] = Made(index, sha256(path), path.stat().st_size)
         return progress
 
     def all(self) -> Iterator[tuple[JobManifest, JobProgress] | Quarantined]:
-        """Every job; damaged ones are named and left as they are.
+        """Read every job. Damaged ones are quarantined: they are named, and their files stay as they are.
 
         Raises:
-            RPGError: or OSError, if the storage fails for longer than a moment: that says nothing about jobs.
+            RPGError: or OSError, if the storage fails for longer than a moment, which quarantines no job.
         """
         jobs = self.root / _JOBS
         with storage_errors_for(jobs):
@@ -147,7 +150,7 @@ class JobStore:
             if not is_id(name):
                 continue
             try:
-                found: tuple[JobManifest, JobProgress] | Quarantined | None = self._read_patiently(name)
+                found: tuple[JobManifest, JobProgress] | Quarantined | None = self._read_with_retries(name)
             except (RPGError, OSError) as error:
                 if _storage_failed(error):
                     raise
@@ -158,7 +161,7 @@ class JobStore:
             if found is not None:
                 yield found
 
-    def tidy(self, job_id: str) -> None:
+    def remove_partial_files(self, job_id: str) -> None:
         """Remove what killed processes left unfinished among the models of a job that has ended."""
         models = self.models(job_id)
         if not is_remote(models):
@@ -166,22 +169,22 @@ class JobStore:
                 with suppress(OSError):
                     partial.unlink()
 
-    def discard(self, job_id: str) -> None:
-        """From here on there is no such job; `clear` removes its files, which may be many.
+    def mark_removed(self, job_id: str) -> None:
+        """Remove a job, at once and as a whole; `remove_files` then removes its files, which may be many.
 
         Raises:
-            RPGError: if the storage refuses; it is a job still.
+            RPGError: if the storage refuses; the job is still there.
         """
         directory = self._directory(job_id)
         with _removing(directory):
             if exists(directory / _MANIFEST):
-                # Renamed, since a full disk may have no room for another file.
+                # The manifest is renamed, because a full disk may have no room for another file.
                 (directory / _MANIFEST).rename(str(directory / _REMOVED))
             else:
                 write_text(directory / _REMOVED, "")
 
-    def clear(self, job_id: str) -> None:
-        """Remove the files of a job that is none any more.
+    def remove_files(self, job_id: str) -> None:
+        """Remove the files of a job that `mark_removed` has removed.
 
         Raises:
             RPGError: if some are left.
@@ -189,14 +192,14 @@ class JobStore:
         directory = self._directory(job_id)
         with _removing(directory):
             paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
-            # The mark last: without it, what is left would be taken for a job that lost its manifest.
+            # The mark goes last. Without it, the files left would look like a job that lost its manifest.
             for path in sorted(paths, key=lambda path: path.name == _REMOVED):
                 _delete(path)
             if not is_remote(directory) and directory.is_dir():
                 directory.rmdir()
 
-    def _read_patiently(self, job_id: str) -> tuple[JobManifest, JobProgress] | None:
-        for seconds in _PAUSES:
+    def _read_with_retries(self, job_id: str) -> tuple[JobManifest, JobProgress] | None:
+        for seconds in self._retry_seconds:
             try:
                 return self._read(job_id)
             except (RPGError, OSError) as error:
@@ -207,20 +210,20 @@ class JobStore:
         return self._read(job_id)
 
     def _read(self, job_id: str) -> tuple[JobManifest, JobProgress] | None:
-        """A job; None if a crash left no more than files to be removed."""
+        """A job; None where a crash has left some files of one, which are removed."""
         if not self._is_left_over(job_id):
             manifest = self.manifest(job_id)
             return manifest, self.progress(manifest)
-        # Where that fails now, the next start tries it again.
+        # Files that cannot be removed now are removed by the next start.
         with suppress(RPGError):
-            self.clear(job_id)
+            self.remove_files(job_id)
         return None
 
     def _is_left_over(self, job_id: str) -> bool:
-        """Whether there is no job, but what a crash left of one while it was being accepted or removed.
+        """Whether a crash has left these files of a job that was being accepted or removed.
 
         Raises:
-            RPGError: if there is no manifest, and nothing that says why: it was lost.
+            RPGError: if the manifest is missing for another reason: it was lost.
         """
         directory = self._directory(job_id)
         manifest = directory / _MANIFEST
@@ -232,7 +235,7 @@ class JobStore:
             return True
         raise RPGError(f"{manifest}: not found; expected a job's manifest")
 
-    def _models_there(self, manifest: JobManifest) -> Iterator[tuple[int, AnyPath]]:
+    def _found_models(self, manifest: JobManifest) -> Iterator[tuple[int, AnyPath]]:
         directory = self.models(manifest.id)
         with storage_errors_for(directory):
             paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
@@ -266,11 +269,11 @@ def _delete(path: AnyPath) -> None:
 
 
 def _storage_failed(error: BaseException | None) -> bool:
-    """Whether a job could not be read at all, rather than what was read is wrong."""
+    """Whether the storage failed, and not what was read from it is wrong."""
     while error is not None:
         if isinstance(error, StorageError):
             return True
         if isinstance(error, OSError):
-            return not isinstance(error, _OF_ONE_PATH)
+            return not isinstance(error, _ERRORS_OF_ONE_PATH)
         error = error.__cause__
     return False

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 
 from rpg.client.schema import ModelFile
 from rpg.storage.locations import AnyPath
-from serve.http.problems import ProblemError
+from serve.errors import ProblemError
 
 MODEL_TYPE = "application/octet-stream"
 TAR_TYPE = "application/x-tar"
@@ -46,17 +46,20 @@ def model_response(path: AnyPath, model: ModelFile, headers: Mapping[str, str], 
 
 
 def archive_response(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: float, name: str) -> Response:
-    """The `files` (where it is, what it is, its name inside) as one uncompressed tar stream."""
+    """`files` as one uncompressed tar stream; of each: its path, the model in it, its name in the archive."""
     size = sum(_TAR_RECORD + _padded(model.bytes) for _, model, _ in files) + 2 * _TAR_RECORD
     headers = {
         "Content-Length": str(size),
         "Content-Disposition": f'attachment; filename="{name}"',
     }
-    return StreamingResponse(_tar(files, int(mtime)), 200, headers, TAR_TYPE)
+    return StreamingResponse(tar_stream(files, int(mtime)), 200, headers, TAR_TYPE)
 
 
 def _asked_part(header: str | None, size: int) -> tuple[int, int] | None:
-    """The half-open range that is asked for; None for all, and for what is no single range of bytes."""
+    """The half-open range of bytes that `header` asks for; None for the whole file.
+
+    A header that names something else than one range of bytes asks for the whole file, as RFC 9110 has it.
+    """
     found = _RANGE.fullmatch(header.strip()) if header else None
     if found is None or (not found[1] and not found[2]):
         return None
@@ -74,7 +77,7 @@ def _asked_part(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def _begun(blocks: Iterator[bytes], path: AnyPath) -> Iterator[bytes]:
-    """`blocks` with the first one read, so that a file that is gone is told before the answer begins."""
+    """`blocks`, the first of which is read at once, so that a file that is gone is told as a 404."""
     try:
         first = next(blocks)
     except StopIteration:
@@ -96,17 +99,19 @@ def _blocks(path: AnyPath, start: int, end: int) -> Iterator[bytes]:
         while left:
             block = file.read(min(_BLOCK, left))
             if not block:
-                # The connection breaks off, so that nobody takes this for the whole file.
+                # The error breaks the connection, so that the caller does not take this for the whole file.
                 raise OSError(f"{path}: shorter than it was")
             left -= len(block)
             yield block
 
 
-def _tar(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: int) -> Iterator[bytes]:
+def tar_stream(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: int) -> Iterator[bytes]:
+    """The blocks of a tar file that holds `files` (as in `archive_response`), all of the time `mtime`."""
     for path, model, name in files:
         info = tarfile.TarInfo(name)
         info.size, info.mtime = model.bytes, mtime
-        # USTAR has no room for sizes of 8 GiB and more; with these names GNU's header is one record as well.
+        # GNU's format, because USTAR has no room for sizes of 8 GiB and more. With names as short as these,
+        # its header is one record as well.
         yield info.tobuf(tarfile.GNU_FORMAT)
         yield from _blocks(path, 0, model.bytes)
         yield bytes(_padded(model.bytes) - model.bytes)

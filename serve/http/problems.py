@@ -1,21 +1,28 @@
-"""Errors as RFC 9457 problem documents."""
+"""Errors as RFC 9457 problem documents: the answers, and what OpenAPI says of them."""
 
-from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-MEDIA_TYPE = "application/problem+json"
+from serve.errors import ProblemError
 
-
-class ProblemError(Exception):
-    """What a call is refused with; `detail` is one line for whoever called."""
-
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(status, detail, dict(headers or {}))
-        self.status = status
-        self.detail = " ".join(detail.split())
-        self.headers = dict(headers or {})
+_MEDIA_TYPE = "application/problem+json"
+_ANY_CALL = (400, 401, 403, 413, 422, 503)
+_MEANINGS = {
+    401: "No valid token",
+    403: "The token lacks a scope",
+    404: "Not found",
+    409: "Not in this state",
+    413: "The body is too large",
+    416: "No such range",
+    422: "Not what was expected",
+    429: "Too much is waiting",
+    500: "It could not be made",
+    503: "The service is starting, or its storage refuses",
+    507: "The storage is full",
+}
 
 
 class Problem(BaseModel):
@@ -28,7 +35,22 @@ class Problem(BaseModel):
     status: int
     detail: str
 
-    @classmethod
-    def of(cls, status: int, detail: str) -> "Problem":
-        """The document for an HTTP status."""
-        return cls(type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail)
+
+def problem_response(error: ProblemError) -> JSONResponse:
+    """The answer that tells an error."""
+    problem = Problem(
+        type="about:blank",
+        title=HTTPStatus(error.status).phrase,
+        status=error.status,
+        detail=error.detail,
+    )
+    return JSONResponse(problem.model_dump(), error.status, error.headers, _MEDIA_TYPE)
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: the problems of a call with these `statuses`, and those that any call may end in."""
+    content = {_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": _MEANINGS.get(status, "Bad request"), "content": content}
+        for status in (*_ANY_CALL, *statuses)
+    }

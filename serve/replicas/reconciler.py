@@ -1,4 +1,4 @@
-"""Which generators are served: as the configuration file says, now and whenever it changes."""
+"""Reconciling: what is served is made to agree with the configuration file, whenever that changes."""
 
 import asyncio
 import logging
@@ -13,72 +13,76 @@ from rpg.storage.errors import StorageError
 from rpg.storage.locations import fetched, identity, location
 from serve.config import ConfigFile, GeneratorEntry, ServeConfig
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.proxies import HandleMaker
-from serve.dispatch.scheduler import Served
-from serve.replicas.apps import GeneratorApps
-from serve.replicas.capacity import check_room
-
-_LOOK_SECONDS = 2.0
+from serve.dispatch.served_generator import ServedGenerator
+from serve.replicas.apps import GeneratorApps, check_capacity
 
 _log = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be served, all of it known: nothing is left to find out while it is brought about.
+class DesiredState:
+    """What is to be served. All of it is known here, so that nothing can be wrong while it is brought about.
 
     Attributes:
-        config: what the service was started with, with the generators to serve.
-        served: these, by name.
-        apps: the names of their applications, by theirs.
+        config: what the service was started with, but with the generators to serve.
+        served: these generators, by name.
+        apps: the names of their applications, by the same names.
     """
 
     config: ServeConfig
-    served: dict[str, Served]
+    served: dict[str, ServedGenerator]
     apps: dict[str, str]
 
 
-class Roster:
+class Reconciler:
     """Keeps a dispatcher's generators and their applications as the configuration file names them.
 
-    A file that cannot be read, is not valid, or asks for more than the cluster has changes nothing. Only its
-    generators are taken up: whatever else is changed in it waits for the service to be started again.
+    A file that cannot be read, is not valid, or asks for more than the cluster has changes nothing. Only the
+    generators of a changed file are taken up: all else in it waits for the service to be started again.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, apps: GeneratorApps, file: ConfigFile, config: ServeConfig
+        self,
+        dispatcher: Dispatcher,
+        apps: GeneratorApps,
+        file: ConfigFile,
+        config: ServeConfig,
+        *,
+        poll_seconds: float = 2.0,
     ) -> None:
-        """`config` is what the service was started with."""
+        """`config` is what the service was started with; `file` is looked at every `poll_seconds`."""
         self._dispatcher = dispatcher
         self._apps = apps
         self._file = file
         self._config = config
+        self._poll_seconds = poll_seconds
         self._seen: object | None = None
         self._served: dict[str, str] = {}
         self.task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Serve the generators that the file names now, and follow it from here on."""
+        """Serve the generators that the file names now, and follow its changes from here on."""
         generators = self._config.generators
         try:
             self._seen = identity(self._file.path)
             generators = self._file.read().generators
         except RPGError as error:
-            # It is another node's, or was being edited: what the service was started with is good.
+            # The file may lie on another node, or somebody may be editing it. What the service was started
+            # with is valid.
             _log.warning("%s", error)
-        await self.change(await asyncio.to_thread(self.plan, generators))
-        self.task = asyncio.create_task(self._follow())
+        await self.reconcile(await asyncio.to_thread(self.desired_state, generators))
+        self.task = asyncio.create_task(self._watch())
 
-    def plan(self, generators: list[GeneratorEntry]) -> Plan:
-        """How to serve these generators and no others. Blocks, and changes nothing.
+    def desired_state(self, generators: list[GeneratorEntry]) -> DesiredState:
+        """What it takes to serve these generators and no others. Blocks, and changes nothing.
 
         Raises:
-            RPGError: naming the file of one that is not there, or a storage that cannot be asked.
+            RPGError: naming the file of a generator that does not exist, or a storage that does not answer.
         """
         config = replace(self._config, generators=generators)
         configs = generator_configs(config)
         served = {
-            entry.name: Served(
+            entry.name: ServedGenerator(
                 entry.name,
                 configs[entry.name],
                 max(entry.replicas, entry.max_replicas),
@@ -86,39 +90,39 @@ class Roster:
             )
             for entry in generators
         }
-        return Plan(config, served, self._apps.wanted(config))
+        return DesiredState(config, served, self._apps.wanted(config))
 
-    async def change(self, plan: Plan) -> None:
-        """Serve what is planned and nothing else; generators that have not changed are not touched.
+    async def reconcile(self, desired: DesiredState) -> None:
+        """Serve what is desired and nothing else; generators that have not changed are not touched.
 
-        Where it ends half way, the next change goes on from what is there.
+        Where this ends half way, the next call goes on from what it finds.
         """
-        for name in self._dispatcher.feeds.keys() - plan.served.keys():
+        for name in self._dispatcher.schedulers.keys() - desired.served.keys():
             self._served.pop(name, None)
-            await self._dispatcher.withdraw(name)
-        for name, served in plan.served.items():
-            if self._served.get(name) != plan.apps[name]:
-                await self._dispatcher.announce(served)
-                self._served[name] = plan.apps[name]
-        # First those that go: the others may need their GPUs.
-        await asyncio.to_thread(self._apps.remove_others, plan.apps.values())
-        await asyncio.to_thread(self._apps.add, plan.config, plan.apps)
-        for name, app in plan.apps.items():
-            feed = self._dispatcher.feeds[name]
-            if feed.maker is None:
-                feed.start(HandleMaker(await asyncio.to_thread(self._apps.handle, app)))
+            await self._dispatcher.remove_generator(name)
+        for name, served in desired.served.items():
+            if self._served.get(name) != desired.apps[name]:
+                await self._dispatcher.add_generator(served)
+                self._served[name] = desired.apps[name]
+        # Applications are ended first, because the new ones may need their GPUs.
+        await asyncio.to_thread(self._apps.remove_others, desired.apps.values())
+        await asyncio.to_thread(self._apps.add, desired.config, desired.apps)
+        for name, app in desired.apps.items():
+            scheduler = self._dispatcher.schedulers[name]
+            if scheduler.replicas is None:
+                scheduler.start(await asyncio.to_thread(self._apps.replicas, app))
 
-    async def _follow(self) -> None:
+    async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(self._poll_seconds)
             try:
                 now = await asyncio.to_thread(identity, self._file.path)
                 if now in (None, self._seen):
                     continue
                 self._seen = now
-                plan = await self._asked()
-                if plan is not None:
-                    await self.change(plan)
+                desired = await self._desired_by_file()
+                if desired is not None:
+                    await self.reconcile(desired)
             except StorageError as error:
                 _log.error("the generators stay as they are for now: %s", error)
                 self._seen = None
@@ -126,19 +130,19 @@ class Roster:
                 _log.exception("%s could not be taken up; it is tried again", self._file.path)
                 self._seen = None
 
-    async def _asked(self) -> Plan | None:
-        """What the file asks for; None if it cannot be had.
+    async def _desired_by_file(self) -> DesiredState | None:
+        """What the file asks for; None if it asks for what cannot be served.
 
         Raises:
-            StorageError: if a storage cannot be asked: another attempt may go well.
+            StorageError: if a storage does not answer, in which case another attempt may go well.
         """
         try:
             generators = (await asyncio.to_thread(self._file.read)).generators
-            check_room(
+            check_capacity(
                 replace(self._config, generators=generators),
                 ray.cluster_resources(),  # type: ignore[no-untyped-call]
             )
-            return await asyncio.to_thread(self.plan, generators)
+            return await asyncio.to_thread(self.desired_state, generators)
         except RPGError as error:
             if isinstance(error, StorageError) and not isinstance(error.__cause__, FileNotFoundError):
                 raise
@@ -150,7 +154,7 @@ def generator_configs(config: ServeConfig) -> dict[str, GeneratorConfig]:
     """The configurations of the generators to serve, by name.
 
     Raises:
-        RPGError: naming the file of a generator that is not there.
+        RPGError: naming the file of a generator that does not exist.
     """
     configs = {}
     for entry in config.generators:

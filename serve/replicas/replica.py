@@ -27,9 +27,9 @@ from rpg.sampling.request import Request
 from rpg.storage.locations import location
 from rpg.storage.node_cache import local_copy
 from serve.config import CacheConfig, GeneratorEntry
-from serve.dispatch.lease import Description, Embedded, Lease
+from serve.dispatch.lease import Embedded, GeneratorReport, Lease
 from serve.dispatch.records import Made
-from serve.dispatch.scheduler import not_judged
+from serve.dispatch.served_generator import why_not_evaluated
 from serve.dispatch.store import JobStore
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ class Replica:
                 return str(error)
         return Embedded(self.generator.config.condition.encoder, conditions)
 
-    async def describe(self) -> Description:
+    async def describe(self) -> GeneratorReport:
         """What is loaded."""
         layout = self.generator.layout
-        return Description(
+        return GeneratorReport(
             digest=self._digest,
             device=str(self.generator.positions.device),
             tokens=layout.tokens,
@@ -205,7 +205,7 @@ class Replica:
         if not manifest.evaluate:
             return _Plan(plan, None)
         if manifest.job.conditions is None:
-            raise RPGError(f"evaluate: {not_judged(self._name)}")
+            raise RPGError(f"evaluate: {why_not_evaluated(self._name)}")
         if self._judge is None:
             raise RPGError(
                 f"evaluate: generator '{self._name}' is served without a collection to compare with"

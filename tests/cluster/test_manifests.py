@@ -15,7 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from rpg import __version__
 from rpg.config import load_config
 from serve.config import load_serve_config
-from serve.replicas.capacity import check_room
+from serve.replicas.apps import check_capacity
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -179,7 +179,7 @@ def test_the_service_serves_what_its_cluster_has(tmp_path):
     [group] = cluster_spec(path)["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     there = {"GPU": group["replicas"] * float(limits["nvidia.com/gpu"]), "CPU": float(limits["cpu"])}
-    check_room(replace(served, wait_for_nodes=False), there)
+    check_capacity(replace(served, wait_for_nodes=False), there)
     # Another cluster beside it would wait for the storage for ever.
     assert service["spec"]["upgradeStrategy"] == {"type": "None"}
 

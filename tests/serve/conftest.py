@@ -35,12 +35,13 @@ from rpg.sampling.job import GenerationJob
 from rpg.storage.locations import location
 from rpg.tasks.digits import DigitsNet
 from serve.config import CacheConfig, GeneratorEntry, ServeConfig, TokenEntry
-from serve.dispatch.api import DispatcherDesk
+from serve.dispatch.api import DispatcherAPI
+from serve.dispatch.caller import Caller
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.scheduler import Served
+from serve.dispatch.served_generator import ServedGenerator
 from serve.dispatch.store import JobStore
-from serve.http.auth import Caller
-from serve.http.routes import http_app
+from serve.http.application import http_app
+from serve.metrics import JobMetrics
 from serve.replicas.replica import Replica
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +49,12 @@ CONDITIONS = [[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]
 TOKENS = {"alice": ["submit", "read"], "bob": ["submit", "read"], "reader": ["read"], "root": ["admin"]}
 
 
-class NoMeters:
-    """Counts nothing."""
+class NoMetrics(JobMetrics):
+    """Counts nothing, and so needs no Ray."""
 
-    def waiting(self, generator: str, models: int) -> None: ...
+    def __init__(self) -> None: ...
+
+    def queued(self, generator: str, models: int) -> None: ...
 
     def made(self, generator: str, models: int) -> None: ...
 
@@ -177,7 +180,7 @@ class Service:
     """The service in this process: no Ray, no sockets."""
 
     dispatcher: Dispatcher
-    maker: Replica
+    replica: Replica
     store: JobStore
     app: FastAPI
     client: httpx.AsyncClient
@@ -196,32 +199,34 @@ class Service:
 
 @asynccontextmanager
 async def _service(
-    config: ServeConfig, wrap: Callable[[Replica], Any] = lambda maker: maker
+    config: ServeConfig, wrap: Callable[[Replica], Any] = lambda replica: replica, **options: Any
 ) -> AsyncIterator[Service]:
     store = JobStore(location(config.storage))
-    maker = Replica(config.generators[0], config.storage, CacheConfig())
-    dispatcher = Dispatcher(store, config.limits, config.retention, NoMeters())
+    replica = Replica(config.generators[0], config.storage, CacheConfig())
+    dispatcher = Dispatcher(store, config.limits, config.retention, NoMetrics(), **options)
 
     async def metrics() -> str:
         return "# HELP ray_rpg_models Models made\n"
 
     await dispatcher.start()
-    await dispatcher.serve(
-        Served("small", maker.generator.config, 1, bool(config.generators[0].collection)), wrap(maker)
-    )
-    app = http_app(DispatcherDesk(dispatcher), store, config, metrics)
+    served = ServedGenerator("small", replica.generator.config, 1, bool(config.generators[0].collection))
+    (await dispatcher.add_generator(served)).start(wrap(replica))
+    app = http_app(DispatcherAPI(dispatcher), store, config, metrics)
     transport = httpx.ASGITransport(app)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            yield Service(dispatcher, maker, store, app, client)
+            yield Service(dispatcher, replica, store, app, client)
     finally:
         await dispatcher.stop()
-        await asyncio.to_thread(maker.close)
+        await asyncio.to_thread(replica.close)
 
 
 @pytest.fixture(scope="session")
 def in_process() -> Callable[..., AbstractAsyncContextManager[Service]]:
-    """`async with in_process(config, wrap=...) as service`; `wrap` may put something around the maker."""
+    """`async with in_process(config, wrap=..., **options) as service`.
+
+    `wrap` may put something around the replica; the options are the dispatcher's.
+    """
     return _service
 
 

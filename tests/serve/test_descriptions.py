@@ -21,8 +21,7 @@ from rpg.sampling.generate import run_job
 from rpg.sampling.job import GenerationJob
 from rpg.text_encoder import TextEncoder
 from serve.config import ServeConfig
-from serve.dispatch import dispatcher as dispatcher_module
-from serve.dispatch.lease import Embedded, Maker
+from serve.dispatch.lease import Embedded, Replicas
 from tests.serve.conftest import Service, bearer
 from tests.serve.http.test_routes import problem
 from tests.text_encoders import save_encoder
@@ -99,16 +98,16 @@ def test_from_descriptions_to_files(
 def test_the_same_key_stands_for_the_same_job(using: Using) -> None:
     asked: list[list[str]] = []
 
-    def counting(maker: Any) -> Any:
-        embed = maker.embed
+    def counting(replica: Any) -> Any:
+        embed = replica.embed
 
         async def counted(descriptions: list[str]) -> Embedded | str:
             asked.append(descriptions)
             result: Embedded | str = await embed(descriptions)
             return result
 
-        maker.embed = counted
-        return maker
+        replica.embed = counted
+        return replica
 
     async def run(service: Service) -> None:
         headers = {**ALICE, "Idempotency-Key": "once"}
@@ -128,9 +127,9 @@ def test_after_a_restart_no_description_is_read_again(
     async def never(descriptions: list[str]) -> Embedded | str:
         raise AssertionError("read again")
 
-    def deaf(maker: Any) -> Any:
-        maker.embed = never
-        return maker
+    def deaf(replica: Any) -> Any:
+        replica.embed = never
+        return replica
 
     job_id = ""
 
@@ -191,19 +190,18 @@ def test_a_generator_without_an_encoder(config: ServeConfig, in_process: InProce
     asyncio.run(run())
 
 
-def test_replicas_that_do_not_answer(using: Using, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "_EMBED_SECONDS", 0.1)
+def test_replicas_that_do_not_answer(using: Using, describing_config: ServeConfig) -> None:
     answers: list[Any] = []
 
-    def failing(maker: Any) -> Any:
+    def failing(replica: Any) -> Any:
         async def embed(descriptions: list[str]) -> Embedded | str:
             answer = answers.pop()
             if answer is None:
                 await asyncio.sleep(60)
             raise answer
 
-        maker.embed = embed
-        return maker
+        replica.embed = embed
+        return replica
 
     async def run(service: Service) -> None:
         for answer in (None, RuntimeError("lost")):
@@ -213,27 +211,27 @@ def test_replicas_that_do_not_answer(using: Using, monkeypatch: pytest.MonkeyPat
             assert problem(refused, 503) == line
             assert refused.headers["retry-after"] == "1"
         # What was reserved for them is free again.
-        service.dispatcher._limits = replace(service.dispatcher._limits, queued_models=4, models_per_job=4)
-        feed = service.dispatcher.feeds["small"]
-        feed.maker, maker = None, feed.maker
+        describing_config.limits.queued_models = describing_config.limits.models_per_job = 4
+        scheduler = service.dispatcher.schedulers["small"]
+        scheduler.replicas, replicas = None, scheduler.replicas
         assert problem(await post(service), 503) == "generator 'small' has not started yet"
-        feed.maker = maker
+        scheduler.replicas = replicas
         by_condition = {"descriptions": None, "conditions": [[0.0] * 32], "number": 4}
         assert (await post(service, **by_condition)).status_code == 202
 
-    using(run, wrap=failing)
+    using(run, wrap=failing, embed_seconds=0.1)
 
 
 def test_embeddings_of_an_encoder_that_was_replaced(using: Using) -> None:
-    def older(maker: Any) -> Maker:
-        embed = maker.embed
+    def older(replica: Any) -> Replicas:
+        embed = replica.embed
 
         async def embed_with_another(descriptions: list[str]) -> Embedded | str:
             embedded = await embed(descriptions)
             return replace(embedded, encoder="3" * 64)
 
-        maker.embed = embed_with_another
-        result: Maker = maker
+        replica.embed = embed_with_another
+        result: Replicas = replica
         return result
 
     async def run(service: Service) -> None:

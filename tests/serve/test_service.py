@@ -19,7 +19,7 @@ from rpg.config import save_config
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from serve.config import GeneratorEntry, ServeConfig
-from serve.replicas.capacity import check_room
+from serve.replicas.apps import check_capacity
 from tests.serve.conftest import CONDITIONS, ROOT, Server, bearer
 
 Serving = Callable[[ServeConfig, Path], AbstractContextManager[Server]]
@@ -198,9 +198,9 @@ def test_generators_come_and_go_while_others_run(
 def test_more_generators_than_gpus_are_refused(config: ServeConfig) -> None:
     config.generators = [GeneratorEntry("a", "x"), GeneratorEntry("b", "x", replicas=2)]
     with pytest.raises(RPGError, match=r"need 3 GPUs \(a: 1, b: 2\), the cluster has 1; num_gpus: 0 runs"):
-        check_room(config, {"GPU": 1.0, "CPU": 8.0})
+        check_capacity(config, {"GPU": 1.0, "CPU": 8.0})
     config.generators = [GeneratorEntry("a", "x", num_gpus=0, replicas=3)]
     with pytest.raises(RPGError, match=r"need 3 CPUs \(a: 3\), the cluster has 2$"):
-        check_room(config, {"CPU": 2.0})
+        check_capacity(config, {"CPU": 2.0})
     config.wait_for_nodes = True
-    check_room(config, {"CPU": 2.0})
+    check_capacity(config, {"CPU": 2.0})

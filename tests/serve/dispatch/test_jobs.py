@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,10 +30,7 @@ from rpg.sampling.model_writer import ModelWriter
 from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
 from serve.config import ServeConfig
-from serve.dispatch import dispatcher as dispatcher_module
-from serve.dispatch import scheduler as feed
-from serve.dispatch import store as job_store
-from serve.dispatch.lease import Description, Lease
+from serve.dispatch.lease import GeneratorReport, Lease
 from serve.dispatch.records import JobManifest, Made
 from serve.dispatch.store import JobStore, is_id, new_id
 from serve.replicas.replica import Replica
@@ -43,11 +41,8 @@ InProcess = Callable[..., Any]
 Expected = Callable[..., list[bytes]]
 
 
-@pytest.fixture
-def often_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dispatcher saves and looks after its jobs every tenth of a second."""
-    monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.1)
-    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.1)
+OFTEN = {"tick_seconds": 0.1, "save_seconds": 0.1}
+"""Options of a dispatcher that saves its jobs and removes expired ones all the time."""
 
 
 async def gone(config: ServeConfig, id: str) -> None:
@@ -85,7 +80,7 @@ def test_models_are_those_of_run_job(config: ServeConfig, in_process: InProcess,
                     got = await service.client.get(f"/v1/jobs/{id}/models/{index}", headers=bearer("alice"))
                     assert got.content == content
                     assert got.headers["etag"] == f'"{hashlib.sha256(content).hexdigest()}"'
-            assert service.maker.engine.statistics.batches
+            assert service.replica.engine.statistics.batches
 
     asyncio.run(run())
 
@@ -231,11 +226,11 @@ def test_cancelling_stops_within_a_batch(config: ServeConfig, in_process: InProc
             while not service.dispatcher.job(caller(), id).progress.made:
                 await asyncio.sleep(0.01)
             answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
-            before = service.maker.engine.statistics.batches
+            before = service.replica.engine.statistics.batches
             assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
             await asyncio.sleep(0.5)
-            assert service.maker.engine.statistics.batches <= before + 1
-            assert service.maker.engine.jobs == 0
+            assert service.replica.engine.statistics.batches <= before + 1
+            assert service.replica.engine.jobs == 0
             made = files(config, id)
             assert len(made) < 5000 and not [name for name in made if name.endswith(".partial")]
             again = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
@@ -249,17 +244,17 @@ def test_cancelling_stops_within_a_batch(config: ServeConfig, in_process: InProc
 class Unreliable:
     """Replicas that are lost in the middle of every other lease."""
 
-    def __init__(self, maker: Replica) -> None:
-        self.maker = maker
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
         self.leases = 0
 
-    async def describe(self) -> Description:
-        return await self.maker.describe()
+    async def describe(self) -> GeneratorReport:
+        return await self.replica.describe()
 
     async def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
         self.leases += 1
         lost = self.leases % 2
-        async with aclosing(self.maker.make(lease)) as events:  # type: ignore[type-var]
+        async with aclosing(self.replica.make(lease)) as events:  # type: ignore[type-var]
             async for event in events:
                 if lost and not isinstance(event, str):
                     yield event[:1]
@@ -280,18 +275,14 @@ def test_what_lost_replicas_did_not_finish_is_made_by_others(
     assert files(config, asyncio.run(run())) == named(expected(CONDITIONS[:1], 40))
 
 
-def test_a_job_that_every_replica_is_lost_at_fails(
-    config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_every_replica_is_lost_at_fails(config: ServeConfig, in_process: InProcess) -> None:
     class Deadly(Unreliable):
         async def make(self, lease: Lease) -> AsyncIterator[list[Made] | str]:
             raise ConnectionError("out of memory")
             yield []
 
-    monkeypatch.setattr(feed, "_LOST_REPLICAS", 3)
-
     async def run() -> None:
-        async with in_process(config, Deadly) as service:
+        async with in_process(config, Deadly, max_lost_replicas=3) as service:
             job = await service.ended((await submit(service)).json()["id"])
             assert job["state"] == "failed"
             assert job["error"] == "3 replicas were lost at it, one after the other: out of memory"
@@ -339,15 +330,15 @@ def test_jobs_wait_for_a_generator_that_is_withdrawn(
             id = str((await submit(service, number=300)).json()["id"])
             while not service.dispatcher.job(caller(), id).progress.made:
                 await asyncio.sleep(0.01)
-            served = service.dispatcher.feeds["small"].served
-            await service.dispatcher.withdraw("small")
+            served = service.dispatcher.schedulers["small"].served
+            await service.dispatcher.remove_generator("small")
             made = len(service.dispatcher.job(caller(), id).progress.made)
             await asyncio.sleep(0.5)
             job = (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).json()
             assert (job["finished"], job["error"]) == (made, "waits: generator 'small' is not served")
             assert made < 300
             assert (await submit(service)).status_code == 422
-            await service.dispatcher.serve(served, service.maker)
+            (await service.dispatcher.add_generator(served)).start(service.replica)
             job = await service.ended(id)
             assert (job["state"], job["finished"], job["error"]) == ("succeeded", 300, None)
             return id
@@ -363,7 +354,7 @@ def test_an_ended_job_is_not_begun_again(config: ServeConfig, in_process: InProc
         async with in_process(config) as service:
             job = (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).json()
             assert {**job, "version": 0} == {**ended, "version": 0}
-            assert service.maker.engine.statistics.batches == 0
+            assert service.replica.engine.statistics.batches == 0
 
     asyncio.run(run())
 
@@ -445,8 +436,8 @@ def test_a_slow_disk_does_not_hold_up_sampling(
     async def run() -> None:
         async with in_process(config) as service:
             id = (await submit(service, number=24)).json()["id"]
-            tokens = 24 * service.maker.generator.layout.tokens
-            while service.maker.engine.statistics.tokens < tokens - 9 * 15:
+            tokens = 24 * service.replica.generator.layout.tokens
+            while service.replica.engine.statistics.tokens < tokens - 9 * 15:
                 await asyncio.sleep(0.01)
             assert len(service.dispatcher.job(caller(), id).progress.made) < 12
 
@@ -523,7 +514,6 @@ def test_too_much_at_once_is_told_to_come_back(config: ServeConfig, in_process: 
 
 
 @pytest.mark.parametrize(("days", "gigabytes", "kept"), [(0, 100, 0), (7, 5e-6, 1), (7, 100, 2)])
-@pytest.mark.usefixtures("often_saving")
 def test_ended_jobs_are_kept_for_a_time_and_a_size(
     config: ServeConfig,
     in_process: InProcess,
@@ -535,7 +525,7 @@ def test_ended_jobs_are_kept_for_a_time_and_a_size(
     config.retention.days, config.retention.gigabytes = days, gigabytes
 
     async def run() -> None:
-        async with in_process(config) as service:
+        async with in_process(config, **OFTEN) as service:
             ids = [(await submit(service, number=2)).json()["id"] for _ in range(2)]
             while not all(job.has_ended for job in service.dispatcher.jobs(caller())):
                 await asyncio.sleep(0.02)
@@ -550,28 +540,26 @@ def test_ended_jobs_are_kept_for_a_time_and_a_size(
 def test_a_job_that_is_revived_while_others_are_removed_stays(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher_module, "_TICK_SECONDS", 0.05)
-    discard = JobStore.discard
+    mark_removed = JobStore.mark_removed
     held, let_go = threading.Event(), threading.Event()
 
     def held_up(store: JobStore, job_id: str) -> None:
         held.set()
         let_go.wait(30)
-        discard(store, job_id)
+        mark_removed(store, job_id)
 
-    monkeypatch.setattr(JobStore, "discard", held_up)
+    monkeypatch.setattr(JobStore, "mark_removed", held_up)
 
     async def run() -> None:
-        async with in_process(config) as service:
+        # Removals have time enough to come to the second job, after the first was held up.
+        async with in_process(config, **OFTEN, removal_seconds=60.0) as service:
             ids = {}
             for key in ("a", "b"):
                 ids[key] = (await submit(service, key=key, number=5000, steps=50)).json()["id"]
                 job = service.dispatcher.job(caller(), ids[key])
                 await service.dispatcher.end(job, JobState.failed, "the disk was full")
             config.retention.days = 0
-            monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 0.0)
-            await asyncio.to_thread(held.wait, 30)
-            monkeypatch.setattr(dispatcher_module, "_SAVE_SECONDS", 5.0)
+            assert await asyncio.to_thread(held.wait, 30)
             (left,) = service.dispatcher.jobs(caller())
             key = next(key for key in ids if ids[key] == left.id)
             assert (await submit(service, key=key, number=5000, steps=50)).json()["id"] == left.id
@@ -681,7 +669,6 @@ def test_an_object_store_that_refuses_keeps_the_job(
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("often_saving")
 def test_what_retention_cannot_remove_is_tried_again(
     config: ServeConfig,
     in_process: InProcess,
@@ -689,7 +676,7 @@ def test_what_retention_cannot_remove_is_tried_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def run() -> None:
-        async with in_process(config) as service:
+        async with in_process(config, **OFTEN) as service:
             with monkeypatch.context() as patch:
                 read_only(patch)
                 id = (await submit(service)).json()["id"]
@@ -703,39 +690,38 @@ def test_what_retention_cannot_remove_is_tried_again(
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("often_saving")
 def test_files_that_outlive_their_job_are_removed_later(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delete, failures = job_store._delete, 2
+    remove_directory, failures = shutil.rmtree, 2
 
-    def failing(path: Path) -> None:
+    def failing(path: str, **options: Any) -> None:
         nonlocal failures
         if failures:
             failures -= 1
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        delete(path)
+        remove_directory(path, **options)
 
-    monkeypatch.setattr(job_store, "_delete", failing)
+    monkeypatch.setattr(shutil, "rmtree", failing)
 
     async def run() -> None:
-        async with in_process(config) as service:
+        async with in_process(config, **OFTEN) as service:
             id = (await submit(service)).json()["id"]
             await service.ended(id)
             answer = await service.client.delete(f"/v1/jobs/{id}", headers=bearer("alice"))
             assert answer.status_code == 204
             assert (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).status_code == 404
             await gone(config, id)
+            assert not failures
 
     asyncio.run(run())
 
 
-@pytest.mark.usefixtures("often_saving")
 def test_a_clock_that_jumps_ahead_removes_nothing(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> None:
-        async with in_process(config) as service:
+        async with in_process(config, **OFTEN) as service:
             id = (await submit(service)).json()["id"]
             await service.ended(id)
             now = time.time()

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +14,7 @@ from rpg.client.schema import JobState
 from rpg.config import SamplingConfig
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
-from rpg.storage.locations import AnyPath, location
-from serve.dispatch import store as job_store
+from rpg.storage.locations import AnyPath, is_remote, location
 from serve.dispatch.records import JobManifest, JobProgress, Made
 from serve.dispatch.store import JobStore, Quarantined, new_id
 from tests.s3_server import Proxy, S3Server
@@ -58,30 +60,36 @@ def test_a_job_that_lost_its_manifest_is_left_as_it_is(store: JobStore) -> None:
         assert isinstance(quarantined, Quarantined)
         assert quarantined.reason.endswith(f"{lost}/job.json: not found; expected a job's manifest")
         assert [store.model(lost, index).read_bytes() for index in range(2)] == [b"a model"] * 2
-    store.discard(lost)
-    store.clear(lost)
+    store.mark_removed(lost)
+    store.remove_files(lost)
     assert not directory(store, lost).exists()
 
 
 def test_wherever_a_removal_is_cut_short_the_next_start_completes_it(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delete = job_store._delete
     for steps in range(3):
         job, left = ended_job(store), steps
-        store.discard(job)
+        store.mark_removed(job)
 
-        def killed_later(path: AnyPath) -> None:
-            nonlocal left
-            if left == 0:
-                raise Killed
-            left -= 1
-            delete(path)
+        def killed_later(delete: Callable[..., None]) -> Callable[..., None]:
+            def deleting(*arguments: Any, **options: Any) -> None:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                delete(*arguments, **options)
+
+            return deleting
 
         with monkeypatch.context() as patch:
-            patch.setattr(job_store, "_delete", killed_later)
+            if is_remote(store.root):
+                patch.setattr(store.root.fs, "rm", killed_later(store.root.fs.rm))
+            else:
+                patch.setattr(Path, "unlink", killed_later(Path.unlink))
+                patch.setattr(shutil, "rmtree", killed_later(shutil.rmtree))
             with pytest.raises(Killed):
-                store.clear(job)
+                store.remove_files(job)
         assert not list(store.all())
         assert not directory(store, job).exists()
 
@@ -116,9 +124,8 @@ class Failing:
 def test_a_storage_that_fails_for_a_moment_harms_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, retry_seconds=(0.0, 0.0))
     job = ended_job(store)
-    monkeypatch.setattr(job_store, "_PAUSES", (0.0, 0.0))
     Failing(monkeypatch, name, 2, errno.EIO)
     ((manifest, progress),) = store.all()  # type: ignore[misc]
     assert (manifest.id, len(progress.made)) == (job, 2)
@@ -127,9 +134,8 @@ def test_a_storage_that_fails_for_a_moment_harms_no_job(
 def test_a_storage_that_goes_on_failing_quarantines_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = JobStore(tmp_path)
+    store = JobStore(tmp_path, retry_seconds=(0.0, 0.0))
     job = ended_job(store)
-    monkeypatch.setattr(job_store, "_PAUSES", (0.0, 0.0))
     with monkeypatch.context() as patch:
         Failing(patch, "job.json", 1000, errno.ESTALE)
         with pytest.raises(RPGError, match=rf"{job}/job.json: cannot be read as a job's manifest: "):
@@ -148,10 +154,8 @@ def test_a_file_that_may_not_be_read_is_that_jobs_alone(
     assert isinstance(found, Quarantined) and found.id == job
 
 
-def test_an_object_store_that_fails_for_a_moment_harms_no_job(
-    s3: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = JobStore(location(s3.bucket("moment") + "/service"))
+def test_an_object_store_that_fails_for_a_moment_harms_no_job(s3: S3Server, proxy: Proxy) -> None:
+    store = JobStore(location(s3.bucket("moment") + "/service"), retry_seconds=(0.0, 0.0))
     job = ended_job(store)
     refused = 0
 
@@ -161,7 +165,6 @@ def test_an_object_store_that_fails_for_a_moment_harms_no_job(
         return method == "GET" and path.endswith("/job.json") and refused < 3
 
     proxy.refuses = refuses
-    monkeypatch.setattr(job_store, "_PAUSES", (0.0, 0.0))
     ((manifest, _),) = store.all()  # type: ignore[misc]
     assert manifest.id == job
     assert refused == 3

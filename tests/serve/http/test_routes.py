@@ -17,7 +17,7 @@ import pytest
 
 from rpg.client.schema import ModelFile
 from serve.config import ServeConfig
-from serve.http import downloads as download
+from serve.http.downloads import archive_response, tar_stream
 from tests.serve.conftest import CONDITIONS, bearer, token_entry
 
 InProcess = Callable[..., Any]
@@ -230,29 +230,44 @@ def test_downloads(calling: Calling, expected: Callable[..., list[bytes]]) -> No
     calling(run)
 
 
-def test_an_archive_of_a_large_network_can_be_unpacked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Zeros:
+    """In place of a path: a file of any size that holds only zeros, and takes no room."""
+
+    block = bytes(2**20)
+
+    def open(self, mode: str) -> "Zeros":
+        return self
+
+    def __enter__(self) -> "Zeros":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def seek(self, offset: int) -> None: ...
+
+    def read(self, size: int) -> bytes:
+        return self.block[:size]
+
+
+def test_an_archive_of_a_large_network_can_be_unpacked(tmp_path: Path) -> None:
     unknown: Any = {
         "index": 0, "sha256": "0" * 64, "accuracy": None, "similarity": None, "description": None
     }  # fmt: skip
     sizes = {"small": 1000, "large": 9 * 2**30 + 5}
-    monkeypatch.setattr(download, "_blocks", lambda path, start, end: iter([path.name.encode()]))
-    monkeypatch.setattr(download, "_padded", lambda size: size)
-    files = [
-        (tmp_path / name, ModelFile(bytes=size, **unknown), f"{'a' * 22}/{name}.safetensors")
+    files: list[Any] = [
+        (Zeros(), ModelFile(bytes=size, **unknown), f"{'a' * 22}/{name}.safetensors")
         for name, size in sizes.items()
     ]
     archive = tmp_path / "archive.tar"
     with archive.open("wb") as file:
-        for block in download._tar(files, 1_700_000_000):
-            if block in (b"small", b"large"):
-                # In place of the values: a hole.
-                file.seek(-(-sizes[block.decode()] // 512) * 512, os.SEEK_CUR)
+        for block in tar_stream(files, 1_700_000_000):
+            if block == Zeros.block[: len(block)]:
+                # A hole, which takes no room on the disk.
+                file.seek(len(block), os.SEEK_CUR)
             else:
                 file.write(block)
-    monkeypatch.undo()
-    length = int(download.archive_response(files, 1_700_000_000, "a.tar").headers["content-length"])
+        file.truncate()
+    length = int(archive_response(files, 1_700_000_000, "a.tar").headers["content-length"])
     assert archive.stat().st_size == length
     listed = subprocess.run(["tar", "tvf", archive], capture_output=True, text=True, check=True)
     assert [int(line.split()[2]) for line in listed.stdout.splitlines()] == list(sizes.values())
@@ -316,7 +331,7 @@ def test_pages_and_filters(calling: Calling) -> None:
 
 def test_generators_are_described(calling: Calling) -> None:
     async def run(service: Any) -> None:
-        while service.dispatcher.feeds["small"].description is None:
+        while service.dispatcher.schedulers["small"].report is None:
             await asyncio.sleep(0.01)
         listed = (await service.client.get("/v1/generators", headers=ALICE)).json()["generators"]
         assert [(each["name"], each["ready"], each["condition_size"]) for each in listed] == [
@@ -325,11 +340,11 @@ def test_generators_are_described(calling: Calling) -> None:
         detail = (await service.client.get("/v1/generators/small", headers=ALICE)).json()
         assert detail["card"].startswith("# Generator of neural networks")
         assert {"name": "head.weight", "shape": [18, 4], "dtype": "float32"} in detail["layout"]
-        assert detail["digest"] == service.maker._digest
+        assert detail["digest"] == service.replica._digest
         problem(await service.client.get("/v1/generators/other", headers=ALICE), 404)
         centre = (await service.client.get("/v1/generators/small/centre", headers=ALICE)).json()
         assert centre["digest"] == detail["digest"]
-        mean = service.maker.generator.layout.centre["head.weight"].flatten()
+        mean = service.replica.generator.layout.centre["head.weight"].flatten()
         sampled = [float(mean[k * 72 // 64]) for k in range(64)]
         assert {"name": "head.weight", "numel": 72, "values": sampled} in centre["tensors"]
         problem(await service.client.get("/v1/generators/other/centre", headers=ALICE), 404)

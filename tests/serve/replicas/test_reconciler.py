@@ -18,10 +18,10 @@ from ray.serve.schema import ApplicationStatus
 from rpg.config import save_config
 from rpg.storage.errors import StorageError
 from serve.config import ConfigFile, GeneratorEntry, ServeConfig, load_serve_config
+from serve.dispatch.lease import Replicas
 from serve.replicas import apps as generator_apps
-from serve.replicas import reconciler as roster
 from serve.replicas.apps import GeneratorApps
-from serve.replicas.reconciler import Roster
+from serve.replicas.reconciler import Reconciler
 from tests.serve.conftest import CONDITIONS, Service, bearer
 
 
@@ -60,12 +60,20 @@ class PlayedServe:
             self.ending.discard(each.name)
             self.running[each.name] = each.target._bound_deployment.init_args
 
-    def get_deployment_handle(self, deployment: str, application: str) -> str:
-        return application
-
     def names(self) -> set[str]:
         """The generators whose applications run."""
         return {name.split(".")[1] for name in self.running}
+
+
+class LocalApps(GeneratorApps):
+    """Applications whose replicas are in this process."""
+
+    def __init__(self, service: str, replicas: Replicas) -> None:
+        super().__init__(service)
+        self._replicas = replicas
+
+    def replicas(self, application: str) -> Replicas:
+        return self._replicas
 
 
 @dataclass
@@ -100,7 +108,6 @@ def following(
     config: ServeConfig, in_process: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Following:
     """`following(run)`: calls `run` with a service of `config` that looks at its file all the time."""
-    monkeypatch.setattr(roster, "_LOOK_SECONDS", 0.02)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     played = PlayedServe()
     monkeypatch.setattr(generator_apps, "ray_serve", played)
@@ -110,15 +117,17 @@ def following(
         path = tmp_path / "serve.yaml"
         save_config(config, path)
         async with in_process(config) as service:
-            monkeypatch.setattr(roster, "HandleMaker", lambda application: service.maker)
             file = ConfigFile.here(path)
-            followed = Roster(service.dispatcher, GeneratorApps("rpg"), file, load_serve_config(path))
-            await followed.start()
-            assert followed.task is not None
+            apps = LocalApps("rpg", service.replica)
+            reconciler = Reconciler(
+                service.dispatcher, apps, file, load_serve_config(path), poll_seconds=0.02
+            )
+            await reconciler.start()
+            assert reconciler.task is not None
             try:
                 yield Followed(service, played, path)
             finally:
-                followed.task.cancel()
+                reconciler.task.cancel()
 
     def call(run: Callable[[Followed], Any]) -> None:
         async def whole() -> None:
@@ -143,7 +152,7 @@ def test_only_the_generators_of_a_new_file_count(
 
     async def run(followed: Followed) -> None:
         (before,) = followed.serve.running
-        feed = followed.service.dispatcher.feeds["small"]
+        scheduler = followed.service.dispatcher.schedulers["small"]
         config.storage = str(tmp_path / "elsewhere")
         config.cache.directory = str(tmp_path / "cache")
         followed.write(with_other(config))
@@ -151,7 +160,7 @@ def test_only_the_generators_of_a_new_file_count(
         assert before in followed.serve.running
         assert {arguments[1] for arguments in followed.serve.running.values()} == {storage}
         assert {arguments[2].directory for arguments in followed.serve.running.values()} == {"~/.cache/rpg"}
-        assert followed.service.dispatcher.feeds["small"] is feed
+        assert followed.service.dispatcher.schedulers["small"] is scheduler
         await followed.makes_a_model()
 
     following(run)
@@ -167,7 +176,7 @@ def test_a_change_that_ended_half_way_is_completed(config: ServeConfig, followin
         followed.write(config)
         await followed.until(lambda: followed.serve.names() == {"small"})
         assert followed.serve.too_long == 0
-        assert followed.service.dispatcher.feeds.keys() == {"small"}
+        assert followed.service.dispatcher.schedulers.keys() == {"small"}
         await followed.makes_a_model()
         followed.write(with_other(config))
         await followed.until(lambda: followed.serve.names() == {"small", "other"})
@@ -206,15 +215,15 @@ def test_a_storage_that_cannot_be_asked_changes_nothing_and_is_asked_again(
         return identity(path)
 
     async def run(followed: Followed) -> None:
-        feed = followed.service.dispatcher.feeds["small"]
+        scheduler = followed.service.dispatcher.schedulers["small"]
         monkeypatch.setattr(generator_apps, "identity", failing)
         followed.write(with_other(config))
         async with asyncio.timeout(20):
             while failures:
-                assert followed.service.dispatcher.feeds == {"small": feed}
+                assert followed.service.dispatcher.schedulers == {"small": scheduler}
                 await asyncio.sleep(0.005)
         await followed.until(lambda: followed.serve.names() == {"small", "other"})
-        assert followed.service.dispatcher.feeds["small"] is feed
+        assert followed.service.dispatcher.schedulers["small"] is scheduler
 
     following(run)
 
@@ -223,12 +232,12 @@ def test_a_generator_that_is_not_there_changes_nothing(
     config: ServeConfig, following: Following, caplog: pytest.LogCaptureFixture, saved: Path
 ) -> None:
     async def run(followed: Followed) -> None:
-        feed = followed.service.dispatcher.feeds["small"]
+        scheduler = followed.service.dispatcher.schedulers["small"]
         config.generators.append(GeneratorEntry("other", str(saved.parent / "none"), num_gpus=0))
         with caplog.at_level(logging.ERROR, "ray.serve"):
             followed.write(config)
             await followed.until(lambda: "the generators stay as they are" in caplog.text)
-        assert followed.service.dispatcher.feeds == {"small": feed}
+        assert followed.service.dispatcher.schedulers == {"small": scheduler}
         await followed.makes_a_model()
 
     following(run)
