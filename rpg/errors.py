@@ -1,14 +1,14 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is written for the user."""
 
 
 class RPGError(Exception):
-    """Bad input or a failed write, told in one line.
+    """Bad input or a failed write; the message is one line.
 
-    The message names the file, the tensor or the key at fault and says what was expected. Command lines
-    print it alone, without a traceback, and exit with status 2.
+    The message names the file, the tensor or the key at fault and says what was expected. Commands print only
+    the message, without a traceback, and exit with status 2.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its type where it says nothing."""
+    """The message of an error without line breaks, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

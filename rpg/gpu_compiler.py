@@ -7,5 +7,5 @@ _C_COMPILERS = ("cc", "gcc", "clang")
 
 
 def has_gpu_compiler() -> bool:
-    """Whether there is Triton, and a C compiler that builds what starts its kernels."""
+    """Whether Triton is installed, and the C compiler that it needs to build code that launches kernels."""
     return find_spec("triton") is not None and any(shutil.which(name) for name in _C_COMPILERS)

@@ -1,8 +1,8 @@
 """Text encoders: a description becomes an embedding, which is a generator's condition.
 
 An encoder is three files as Hugging Face's transformers and sentence-transformers save them: `config.json`,
-`tokenizer.json` and `model.safetensors`. They are read from where they lie, and no code that comes with them
-is run. Its digest stands for all that an embedding depends on besides the description.
+`tokenizer.json` and `model.safetensors`. Nothing is downloaded, and code that comes with an encoder is not
+run. The digest of the files identifies the encoder: embeddings depend only on the files and the description.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from rpg.storage.locations import AnyPath, fetched
 from rpg.threads import one_thread
 
 ENCODER_DIRECTORY = "encoder"
-"""Its place in a collection and in a saved generator."""
+"""The encoder's directory in a collection and in a saved generator."""
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -32,7 +32,7 @@ _FILES = {
     WEIGHTS_FILE: "a text encoder's weights in one .safetensors file; RPG never executes a pickle",
 }
 _ADAPTER_FILE = "adapter_config.json"
-# Of the networks' outputs, embeddings take the tokens' alone.
+# Embeddings use the outputs for the tokens, so files may lack the weights of the pooled output.
 _UNUSED = "pooler."
 
 
@@ -93,11 +93,12 @@ class TextEncoder:
     def encode(self, description: str) -> list[float]:
         """The embedding of a description: `size` float32 values of norm 1.
 
-        The mean of the last layer's outputs over all tokens, special ones included, as
-        sentence-transformers takes it. Descriptions do not share batches, so that each has one embedding.
+        It is the mean of the last layer's outputs over all tokens, special ones included, like that of
+        sentence-transformers. Each description is a batch of its own, so that its embedding does not depend
+        on others.
 
         Raises:
-            RPGError: for one that is empty, too long or not text.
+            RPGError: if the description is empty, too long or not text.
         """
         what = f"description {description if len(description) <= 40 else description[:40] + '…'!r}"
         if len(description) > LONGEST_DESCRIPTION:
@@ -139,10 +140,11 @@ def encoder_digest(directory: AnyPath) -> str:
 
 
 def load_encoder(directory: AnyPath, digest: str) -> TextEncoder:
-    """Load the encoder that `digest` stands for.
+    """Load the encoder in `directory` after checking that its digest is `digest`.
 
     Raises:
-        RPGError: as `TextEncoder`; naming the directory, if another encoder is there.
+        RPGError: naming the directory, if it holds another encoder; or naming the file that is missing or
+            wrong.
     """
     with fetched(directory) as local:
         _check_digest(local, digest)
@@ -150,20 +152,20 @@ def load_encoder(directory: AnyPath, digest: str) -> TextEncoder:
 
 
 def check_encoder(directory: AnyPath, digest: str) -> None:
-    """Check that the encoder in `directory` is the one that `digest` stands for.
+    """Check that the encoder in `directory` has the digest `digest`.
 
     Raises:
-        RPGError: naming what is missing, or the directory.
+        RPGError: naming the file that is missing, or the directory if it holds another encoder.
     """
     with fetched(directory) as local:
         _check_digest(local, digest)
 
 
 def copy_encoder(source: AnyPath, target: AnyPath) -> None:
-    """Copy an encoder's files, each as a whole, into the directory `target`.
+    """Copy an encoder's files to the directory `target`, each as a whole or not at all.
 
     Raises:
-        RPGError: naming the file that is missing or cannot be written; if `target` holds something else.
+        RPGError: naming the file that is missing or cannot be written, or `target` if it holds other files.
     """
     with storage_errors_for(target):
         foreign = target.is_dir() and any(target.iterdir()) and not (target / TOKENIZER_FILE).is_file()
@@ -179,7 +181,7 @@ def _check_files(directory: Path) -> None:
     for name, what in _FILES.items():
         if not (directory / name).is_file():
             raise RPGError(f"{directory / name}: not found; expected {what}")
-    # transformers would look for the network elsewhere that the adapter belongs to.
+    # transformers would load the network that the adapter names from another place.
     if (directory / _ADAPTER_FILE).exists():
         raise RPGError(f"{directory / _ADAPTER_FILE}: expected a text encoder, found an adapter to one")
 
@@ -202,7 +204,7 @@ def _digest(directory: Path) -> str:
 
 
 def _model(directory: Path, config: Any, transformers: Any) -> nn.Module:
-    """The network in evaluation mode; transformers itself would draw what the file lacks at random."""
+    """The network in evaluation mode. Missing weights are an error; transformers would draw random ones."""
     path = directory / WEIGHTS_FILE
     try:
         with _quiet(transformers.utils.logging):
@@ -232,10 +234,10 @@ def _model(directory: Path, config: Any, transformers: Any) -> nn.Module:
 
 
 def _positions(network: nn.Module, config: Any) -> int | None:
-    """Tokens that it reads at most; None if it does not count them."""
+    """The most tokens that the network reads; None if it has no limit."""
     for name, module in network.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            # RoBERTa and its kin begin to count behind the padding's position.
+            # RoBERTa and related networks number positions from padding_idx + 1.
             return int(module.num_embeddings) - int(module.padding_idx) - 1
     most: int | None = getattr(config, "max_position_embeddings", None)
     return most
@@ -243,7 +245,7 @@ def _positions(network: nn.Module, config: Any) -> int | None:
 
 @contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
-    """Keep transformers' bars and reports off stderr: what matters is told as an error."""
+    """Silence transformers' progress bars and logs, since problems are raised as errors."""
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

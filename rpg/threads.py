@@ -1,4 +1,4 @@
-"""How many threads PyTorch's CPU operations share, where their results must not depend on it."""
+"""Running PyTorch's CPU operations on one thread, so that results do not depend on the number of threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Adam over many models at once: every tensor has a leading model dimension, every model its own moments."""
+"""Adam for many models at once, whose parameters are stacked along a leading dimension."""
 
 import math
 
@@ -11,7 +11,7 @@ _BETA1, _BETA2, _EPSILON, _WARMUP_STEPS = 0.9, 0.99, 1e-8, 20
 class SideBySideAdam:
     """Adam (Kingma and Ba, arXiv 1412.6980) with a warm-up and then half a cosine down to zero.
 
-    Element by element, so models that are updated together stay independent of each other.
+    Adam works element by element, so the models that are updated together stay independent of each other.
     """
 
     def __init__(self, leaves: list[Tensor], learning_rate: float, steps: int) -> None:

@@ -1,8 +1,8 @@
 """A collection of checkpoints along the last epoch of one training run.
 
-All epochs but the last bring the learning rate up and down again (one cycle); the last keeps it where the
-cycle ends. So the checkpoints, equal numbers of steps apart, are different networks of about equal quality,
-and none is half trained.
+In all epochs but the last, the learning rate goes up and down again (one cycle). In the last epoch it stays
+where the cycle ends. The checkpoints are taken in the last epoch, equal numbers of steps apart. So they are
+different networks of about equal quality, and all are fully trained.
 """
 
 import time
@@ -29,7 +29,7 @@ from rpg.tasks.shared_batches import batches
 
 _MOMENTUM = 0.9
 _WARMUP_SHARE = 0.25
-"""Of the cycle: the learning rate grows so long."""
+"""Share of the cycle in which the learning rate grows."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Recipe:
     """How the network is trained: SGD with Nesterov's momentum on cross-entropy."""
 
     epochs: int = 26
-    """Passes over the images, at least 2; checkpoints are kept along the last."""
+    """Passes over the images, at least 2; checkpoints are taken during the last."""
     batch_size: int = 450
     """Images a step; the rest of an epoch is dropped."""
     peak_learning_rate: float = 0.4
     last_learning_rate: float = 0.01
-    """Where the cycle starts and ends, and what the last epoch keeps."""
+    """The learning rate where the cycle starts and ends, and in the last epoch."""
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     checkpoints: int = 50
     save_every: int = 5
-    """Epochs after which a killed run can go on."""
+    """Epochs between saved states, from which a killed run resumes."""
 
 
 def collect_along_training(
@@ -56,19 +56,19 @@ def collect_along_training(
 ) -> float:  # fmt: skip
     """Train `network` and make `directory` a registered collection of its checkpoints.
 
-    Training goes on from the last saved epoch if it was killed: the same images in the same order. The
-    directory appears as a whole.
+    After a kill, training resumes from the last saved epoch, with the same images in the same order. The
+    directory appears when the collection is complete.
 
     Args:
         network: on the images' device, freshly initialised; it is trained.
         images: to train on; augmented as `rpg.tasks.shared_batches.augmented` does.
-        recipe: see there.
-        seed: of the order of images and their augmentation; kinds of device draw different ones.
-        directory: of the collection; one that is there is replaced.
+        recipe: how to train.
+        seed: of the order of images and their augmentation; a GPU and a CPU draw different ones.
+        directory: of the collection; an existing one is replaced.
         progress: called with finished epochs and their mean loss.
 
     Returns:
-        Seconds of training, without writing checkpoints and registering.
+        Seconds that training took, without writing checkpoints and registering.
 
     Raises:
         RPGError: if an epoch has too few steps, or a file cannot be read or written.
@@ -89,10 +89,11 @@ def train_along(
     network: nn.Module, images: Images, recipe: Recipe, seed: int, state: Path,
     keep: Callable[[int, dict[str, Tensor]], None], progress: Callable[[int, float], None],
 ) -> float:  # fmt: skip
-    """Train `network`, or go on from `state`; call `keep` with each checkpoint's number and state dict.
+    """Train `network`, or resume from the file `state`; call `keep` with each checkpoint's number and state
+    dict.
 
-    Arguments, result and errors are those of `collect_along_training`; a state dict holds the network's own
-    tensors, which the next step changes. `state` is left behind.
+    The other arguments, the result and the errors are those of `collect_along_training`. A state dict
+    contains the network's own tensors, which the next step changes. The file `state` is not removed.
     """
     count, last = len(images.classes), recipe.epochs - 1
     steps = count // recipe.batch_size
@@ -113,7 +114,7 @@ def train_along(
             if training.epoch < last:
                 training.schedule.step()
                 continue
-            # Counted from the end, so that the last network is one of them.
+            # Steps are counted from the end, so that the last network is a checkpoint.
             place, too_early = divmod(steps - 1 - step, apart)
             if not too_early and place < recipe.checkpoints:
                 before = time.perf_counter()
@@ -130,14 +131,14 @@ def train_along(
 
 @dataclass
 class _Training:
-    """Everything that a step changes."""
+    """The state that a step changes."""
 
     network: nn.Module
     optimiser: SGD
     schedule: OneCycleLR
     label_smoothing: float
     made_by: dict[str, Any]
-    """What determines the training; a state of another one is not gone on from."""
+    """Recipe, seed and number of images. A saved state of other ones is ignored."""
     epoch: int = 0
     """Finished epochs."""
     seconds: float = 0.0
@@ -153,7 +154,7 @@ class _Training:
             nesterov=True,
             weight_decay=recipe.weight_decay,
         )
-        # One more than the cycle's: the last epoch's rate.
+        # The step after the cycle sets the last epoch's rate.
         schedule = OneCycleLR(
             optimiser,
             recipe.peak_learning_rate,
@@ -166,7 +167,7 @@ class _Training:
         return cls(network, optimiser, schedule, recipe.label_smoothing, {**asdict(recipe), **source})
 
     def step(self, pixels: Tensor, classes: Tensor) -> Tensor:
-        """One step; the detached loss. Products are in bfloat16 on a GPU, in float32 elsewhere."""
+        """Take one step and return the detached loss. Products are in bfloat16 on a GPU, else in float32."""
         self.network.train()
         device = pixels.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):

@@ -1,7 +1,7 @@
 """The task family `cifar10`: a ten-class backbone, and binary classifiers fine-tuned from it side by side.
 
-Every network is trained as a whole, on the training images alone, with augmentation. Models of one copy see
-the same images in the same order (`rpg.tasks.shared_batches`); copies of a task differ in it.
+All layers of a network are trained, only on the training images, with augmentation. Models of one copy see
+the same images in the same order (`rpg.tasks.shared_batches`); copies of a task differ in that order.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ BACKBONE_LEARNING_RATE = 1e-2
 
 
 class BinaryCifar10:
-    """The family, on one device: bfloat16 products in training on a GPU, float32 otherwise."""
+    """The task family, on one device. On a GPU it trains with bfloat16 products, all else is in float32."""
 
     uses_gpu = True
     copies_share_order = True
 
     def __init__(self, images: str, device: torch.device) -> None:
-        """`images` is the directory or URI of the Parquet files; see `rpg.tasks.cifar10_images`."""
+        """Use the images in the directory or URI `images` (`cifar10_images`), and compute on `device`."""
         self.directory = images
         self.device = device
 
@@ -96,19 +96,22 @@ class BinaryCifar10:
         return in_set(conditions, cifar10_images(self.directory, split).classes)
 
     @torch.no_grad()
-    def predict(self, models: list[dict[str, Tensor]], split: str, group: int = 64) -> Tensor:
+    def predict(
+        self, models: list[dict[str, Tensor]], split: str, group: int = 64, images_at_once: int = 250
+    ) -> Tensor:
         """The models' answers on a split's images, bool [models, images], on the CPU.
 
         Args:
             models: state dicts of `Cifar10Net()`.
             split: of the images.
-            group: models at a time; with `_EVALUATED_TOGETHER` it bounds the memory.
+            group: models evaluated at once; with `images_at_once` it bounds the memory.
+            images_at_once: images evaluated at once.
         """
         images = self._images(split)
         answers = torch.zeros(len(models), len(images.classes), dtype=torch.bool, device=self.device)
         groups = [(i, stacked(models[i : i + group], self.device)) for i in range(0, len(models), group)]
-        for start in range(0, len(images.classes), _EVALUATED_TOGETHER):
-            end = start + _EVALUATED_TOGETHER
+        for start in range(0, len(images.classes), images_at_once):
+            end = start + images_at_once
             patches = first_patches(normalised(images.pixels[start:end]))
             for i, some in groups:
                 answers[i : i + group, start:end] = evaluation_logits(some, patches)[..., 0] > 0
@@ -119,7 +122,3 @@ class BinaryCifar10:
 
     def _training_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-
-_EVALUATED_TOGETHER = 250
-"""Images."""

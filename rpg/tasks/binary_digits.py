@@ -1,26 +1,30 @@
-"""The task family `digits`: a 10-class backbone, and binary classifiers fine-tuned from it side by side."""
+"""The task family `digits`: a 10-class backbone, and binary classifiers fine-tuned from it side by side.
 
-from collections.abc import Sequence
+Side by side means that the parameters of many networks are stacked along a leading dimension, so that one
+operation computes them all.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rpg.config import CollectConfig
 from rpg.seeds import derived_seed
+from rpg.tasks.adam import SideBySideAdam
 from rpg.tasks.class_subsets import CLASSES, class_bits, in_set
 from rpg.tasks.digits import DigitsNet, digits_images, digits_patches, digits_side_by_side
 from rpg.tasks.fine_tuning import binary_loss, ten_class_loss, unstacked, with_fresh_heads
-from rpg.tasks.side_by_side import train_side_by_side
 
 
 class BinaryDigits:
-    """The family; its images come with scikit-learn, and its networks are small enough for a CPU."""
+    """The task family. scikit-learn contains its images, and its networks are small enough for a CPU."""
 
     uses_gpu = False
     copies_share_order = False
 
     def check_images(self) -> None:
-        """Nothing can be missing."""
+        """Do nothing, since scikit-learn contains the images."""
 
     def train_backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
         """A ten-class `DigitsNet` trained on the training images; its state dict."""
@@ -88,3 +92,43 @@ class BinaryDigits:
             logits = digits_side_by_side(stacked, patches.expand(len(some), *patches.shape))
             answers.append(logits[..., 0] > 0)
         return torch.cat(answers) if answers else torch.zeros(0, len(patches), dtype=torch.bool)
+
+
+def train_side_by_side(
+    parameters: dict[str, Tensor], forward: Callable[[dict[str, Tensor], Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor,
+    seeds: list[int], epochs: int, batch_size: int, learning_rate: float,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Minimise the loss of each of M models with Adam (warm-up, then a half cosine).
+
+    A model's result depends only on its own start, targets and seed, up to the rounding of sums.
+
+    Args:
+        parameters: starting points, every tensor with a leading dimension M.
+        forward: (parameters, inputs [M, batch, ...]) to outputs [M, batch, ...].
+        loss: (outputs, targets [M, batch]) to losses [M].
+        inputs: [N, ...], shared by all models.
+        targets: [M, N].
+        seeds: M seeds, each for one model's data order.
+        epochs: passes over the data.
+        batch_size: samples a step and model; the rest of an epoch is dropped.
+        learning_rate: at its peak.
+
+    Returns:
+        The trained parameters.
+    """
+    weights = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    leaves = list(weights.values())
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    count = len(inputs)
+    batch_size = min(batch_size, count)
+    batches = count // batch_size
+    adam = SideBySideAdam(leaves, learning_rate, epochs * batches)
+    rows = torch.arange(len(seeds))[:, None]
+    for _ in range(epochs):
+        order = torch.stack([torch.randperm(count, generator=generator) for generator in generators])
+        for batch in torch.split(order[:, : batches * batch_size], batch_size, dim=1):
+            # In the gradient of the sum, each model has the gradient of its own loss.
+            total = loss(forward(weights, inputs[batch]), targets[rows, batch]).sum()
+            adam.step(torch.autograd.grad(total, leaves))
+    return {name: value.detach() for name, value in weights.items()}

@@ -1,12 +1,14 @@
-"""CIFAR-10's images, read once and split once.
+"""CIFAR-10's images and their split into training and validation images.
 
 They come as Parquet, `train.parquet` (50,000 images) and `test.parquet` (10,000) in one directory or behind
 one URI, with the columns of CIFAR-10 on the Hugging Face Hub: `img`, a struct whose `bytes` are an image
-file, and `label`, the class as an integer 0 … 9. Or as the directory holds them that torchvision downloads to
-(`rpg.tasks.cifar10_batches`).
+file, and `label`, the class as an integer 0 … 9. Or they come in CIFAR-10's own files, which torchvision
+downloads to the directory `cifar-10-batches-py`.
 """
 
 import io
+import pickletools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,31 +24,33 @@ from torch import Tensor
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, exists, location
-from rpg.tasks.cifar10_batches import DIRECTORY, TEST_FILES, TRAIN_FILES, read_batch
 
 CLASSES = 10
 SIZE = 32
 VALIDATION_SHARE = 0.1
-"""Of the training images: those that settings are chosen by, and nothing is trained on."""
+"""Share of the training images by which settings are chosen. Nothing is trained on them."""
 
 _PARQUET = {"train": "train.parquet", "test": "test.parquet"}
-_BATCHES = {"train": TRAIN_FILES, "test": TEST_FILES}
+_BATCHES_DIRECTORY = "cifar-10-batches-py"
+_BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+_INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"}
+"""Pickle instructions whose value is an integer."""
 _COLUMNS = ("img", "label")
 _EXPECTED = "expected CIFAR-10 as Parquet, columns img (struct with bytes) and label (integer)"
 _MIXED_BY = 0
-"""Seed of the split into training and validation images: always the same one."""
+"""Seed of the split into training and validation images, which is always the same."""
 _DECODERS, _ROWS_A_TURN = 4, 500
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images as they are stored, uint8 [N, 32, 32, 3] (RGB), and their classes, int64 [N]."""
+    """Images, uint8 [N, 32, 32, 3] (RGB), and their classes, int64 [N]."""
 
     pixels: Tensor
     classes: Tensor
 
     def to(self, device: torch.device) -> "Images":
-        """The same on another device."""
+        """The same images on another device."""
         return Images(self.pixels.to(device), self.classes.to(device))
 
 
@@ -81,12 +85,12 @@ def _files(directory: str, part: str) -> list[AnyPath]:
     if not directory:
         raise RPGError(
             "collect.images: expected the directory or URI of train.parquet and test.parquet, or of "
-            f"{DIRECTORY}, got none"
+            f"{_BATCHES_DIRECTORY}, got none"
         )
     root = location(directory)
     files = [root / _PARQUET[part]]
-    if not exists(files[0]) and exists(root / DIRECTORY):
-        files = [root / DIRECTORY / name for name in _BATCHES[part]]
+    if not exists(files[0]) and exists(root / _BATCHES_DIRECTORY):
+        files = [root / _BATCHES_DIRECTORY / name for name in _BATCHES[part]]
     for path in files:
         if not exists(path):
             raise RPGError(f"{path}: not found (collect.images); {_EXPECTED}")
@@ -98,7 +102,7 @@ def _read(directory: str, part: str) -> Images:
     files = _files(directory, part)
     if files[0].name == _PARQUET[part]:
         return _read_parquet(files[0])
-    pixels, classes = zip(*(read_batch(path) for path in files), strict=True)
+    pixels, classes = zip(*(read_batch_file(path) for path in files), strict=True)
     return Images(torch.from_numpy(np.concatenate(pixels)), _classes(directory, np.concatenate(classes)))
 
 
@@ -147,9 +151,50 @@ def _decoded(content: bytes | None, source: str) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(content or b"")) as image:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        # The message of an unknown format is the address of the buffer.
+        # Pillow's message for an unknown format contains only the buffer's address, so it is left out.
         raise RPGError(f"{source}: not a readable image") from error
     if pixels.shape != (SIZE, SIZE, 3):
         height, width = pixels.shape[:2]
         raise RPGError(f"{source}: expected an image of {SIZE} × {SIZE}, found {width} × {height}")
     return pixels
+
+
+def read_batch_file(path: AnyPath) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Pixels [N, 32, 32, 3] and classes [N] of one of CIFAR-10's own batch files.
+
+    The files are pickles, which torchvision executes. Here the pickle's instructions are only listed, and two
+    literals are taken from the list: the string of all pixels and the integers after the key `labels`.
+
+    Raises:
+        RPGError: naming the file, if it is not one of CIFAR-10's batches.
+    """
+    with storage_errors_for(path), path.open("rb") as file:
+        content = file.read()
+    try:
+        pixels, key = b"", ""
+        labels: list[object] = []
+        for name, value in _literals(content):
+            if isinstance(value, bytes):
+                key = value.decode("latin-1") if len(value) < 64 else ""
+                pixels = max(pixels, value, key=len)
+            elif key == "labels" and name in _INTEGERS:
+                labels.append(value)
+    # `genops` raises ValueError for most files that are no pickle, and these for some.
+    except (ValueError, OverflowError, UnicodeError, AttributeError, TypeError) as error:
+        raise RPGError(f"{path}: not one of CIFAR-10's batch files: {error}") from error
+    each = 3 * SIZE * SIZE
+    if not labels or len(pixels) != each * len(labels):
+        raise RPGError(
+            f"{path}: not one of CIFAR-10's batch files: expected {each} bytes of pixels for each label, "
+            f"found {len(pixels)} bytes and {len(labels)} labels"
+        )
+    planes = np.frombuffer(pixels, np.uint8).reshape(-1, 3, SIZE, SIZE)
+    return planes.transpose(0, 2, 3, 1), np.array(labels, np.int64)
+
+
+def _literals(content: bytes) -> Iterator[tuple[str, object]]:
+    """The names and values of a pickle's instructions; strings are bytes, whichever Python wrote them."""
+    for instruction, value, _ in pickletools.genops(content):
+        # `genops` decodes strings of Python 2 byte by byte.
+        text = value.encode("latin-1") if isinstance(value, str) else value
+        yield instruction.name, bytes(text) if isinstance(text, bytearray) else text

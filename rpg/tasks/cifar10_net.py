@@ -1,4 +1,4 @@
-"""A small convolutional network with BatchNorm for CIFAR-10, as a plain module and many models side by side.
+"""A small convolutional network with BatchNorm for CIFAR-10: as a plain module, and many models side by side.
 
 Side by side, every parameter and buffer has a leading model dimension M, and all models see the same images.
 Convolutions are matrix products of patches, batched over the models: with so few channels that is several
@@ -17,11 +17,11 @@ CHANNELS = (32, 48, 48, 64)
 EPSILON = 1e-5
 """BatchNorm's, PyTorch's default."""
 
-# Of CIFAR-10's training images, by channel, in 0 … 1.
+# Mean and deviation of CIFAR-10's training images by channel, with values from 0 to 1.
 _MEAN = (0.4914, 0.4822, 0.4465)
 _DEVIATION = (0.2470, 0.2435, 0.2616)
 _PLACES = (16 * 16, 8 * 8, 8 * 8, 4 * 4)
-"""Of the feature map that each BatchNorm layer sees."""
+"""Places of the feature map that each BatchNorm layer normalises."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 StateDict = dict[str, Tensor]
@@ -59,20 +59,20 @@ class Cifar10Net(nn.Module):
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Pixels, uint8 [N, 32, 32, 3], as `Cifar10Net` takes them: float32 [N, 3, 32, 32], around 0."""
+    """Pixels, uint8 [N, 32, 32, 3], as inputs of `Cifar10Net`: float32 [N, 3, 32, 32] with mean 0."""
     mean, deviation = _colours(pixels.device)
     return ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
 
 
 @cache
 def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on a device: copying them there at every step would wait for the GPU each time."""
+    """Mean and deviation on a device, cached, because copying them at every step would wait for the GPU."""
     return torch.tensor(_MEAN, device=device), torch.tensor(_DEVIATION, device=device)
 
 
 def first_patches(images: Tensor) -> Tensor:
     """The first convolution's input patches of images [N, 3, 32, 32], [N, 256, 48]."""
-    # `F.unfold` would start a kernel for every image.
+    # `F.unfold` would launch a kernel for every image.
     views = F.pad(images, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2)
     return views.permute(0, 2, 3, 1, 4, 5).reshape(len(images), 256, -1)
 
@@ -152,7 +152,7 @@ def _logits(parameters: StateDict, patches: Tensor, dtype: torch.dtype, normalis
     count = len(patches)
     weight = parameters["conv1.weight"].to(dtype)
     models = len(weight)
-    # Patches hold a channel's values together, as the weight does.
+    # In patches and weight the values of a channel are adjacent.
     inputs = patches.to(dtype).reshape(1, count * 256, -1).expand(models, -1, -1)
     hidden = torch.bmm(inputs, weight.reshape(models, CHANNELS[0], -1).transpose(1, 2))
     hidden = _pooled(norm("norm1", hidden.view(models, count, 16, 16, CHANNELS[0])))
@@ -195,7 +195,7 @@ def _neighbourhoods(images: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """Its gradient by the input is a convolution as well: it gathers, where autograd would scatter."""
+    """Computes the gradient of the input as a convolution: this gathers, where autograd would scatter."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, matrix: Tensor) -> Tensor:
@@ -208,7 +208,8 @@ class _Convolution(torch.autograd.Function):
         patches, matrix = ctx.saved_tensors
         models, outputs = len(matrix), matrix.shape[-1]
         by_matrix = torch.bmm(patches.transpose(1, 2), gradient.reshape(models, -1, outputs))
-        # Each place gave to its neighbours what the turned kernel takes from them.
+        # A place contributed to its neighbours' outputs, so its gradient is a convolution with the turned
+        # kernel.
         turned = matrix.view(models, 9, -1, outputs).flip(1).transpose(2, 3).flatten(1, 2)
         by_images = torch.bmm(_neighbourhoods(gradient), turned)
         return by_images.view(*gradient.shape[:-1], -1), by_matrix

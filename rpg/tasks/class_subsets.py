@@ -1,6 +1,7 @@
-"""Binary tasks "is the class one of this set?" over ten classes, as upstream numbers them.
+"""Binary tasks "is the class one of this set?" over ten classes, numbered as in the published work.
 
-A task's id is its ten class bits read as a binary number, class 0 first: 1 … 1022 (0 and 1023 ask nothing).
+A task's id is its ten class bits read as a binary number, class 0 first: 1 … 1022. For 0 and 1023 the answer
+would be the same for all classes.
 """
 
 import random
@@ -17,7 +18,7 @@ ALL_TASKS = range(1, 2**CLASSES - 1)
 HELD_OUT_TASKS = (
     314, 482, 589, 197, 462, 111, 101, 278, 793, 279, 653, 238, 1001, 141, 884, 592, 502, 643, 383, 128,
 )  # fmt: skip
-"""The twenty tasks that upstream holds out as unseen."""
+"""The twenty tasks that the published work holds out as unseen."""
 
 
 def class_bits(task: int) -> list[float]:
@@ -26,12 +27,12 @@ def class_bits(task: int) -> list[float]:
 
 
 def task_of(condition: Sequence[float]) -> int:
-    """The id of the task that a condition names."""
+    """The id of the task with this condition."""
     return int("".join("1" if value else "0" for value in condition), 2)
 
 
 def task_name(condition: Sequence[float]) -> str:
-    """The task's id, as upstream numbers them."""
+    """The id of the task with this condition, as text."""
     return str(task_of(condition))
 
 
@@ -41,7 +42,7 @@ def in_set(conditions: Sequence[Sequence[float]], classes: Tensor) -> Tensor:
 
 
 def task_splits(validation_tasks: int, seed: int) -> dict[int, str]:
-    """Every task's split: `heldout` for the twenty, `validation` for some drawn ones, else `train`."""
+    """Every task's split: `heldout` for the twenty, `validation` for some drawn by `seed`, else `train`."""
     free = [task for task in ALL_TASKS if task not in HELD_OUT_TASKS]
     if not 0 <= validation_tasks <= len(free) - 2:
         raise RPGError(

@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits: images, split once, and a small convolutional network for them.
 
-The network exists twice, with one set of parameters: as a plain PyTorch module, and as a function that runs
-many models side by side (a leading model dimension on every parameter and input).
+The network exists as a plain PyTorch module and as a function with the same parameters that runs many models
+side by side (every parameter and input has a leading model dimension).
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Images:
 
 @cache
 def digits_images() -> dict[str, Images]:
-    """The splits `train` (1,137), `validation` (210) and `test` (450); always the same, never overlapping."""
-    # Imported here: whoever runs other networks need not wait for scikit-learn.
+    """The disjoint splits `train` (1,137 images), `validation` (210) and `test` (450), which never change."""
+    # Imported here, so that programs that use other data sets do not wait for scikit-learn.
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -70,7 +70,7 @@ def digits_side_by_side(parameters: dict[str, Tensor], patches: Tensor) -> Tenso
 
     Args:
         parameters: a `DigitsNet` state dict with a leading dimension M on every tensor.
-        patches: [M, N, 16, 16], from `digits_patches`, each model with images of its own.
+        patches: [M, N, 16, 16], from `digits_patches`; each model has its own images.
 
     Returns:
         Logits [M, N, outputs].

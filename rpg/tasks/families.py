@@ -1,4 +1,4 @@
-"""The task families that collections can be made from, by the name in `collect.family`."""
+"""Task families: the networks and data sets that `collect.family` can name."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,32 +14,37 @@ from rpg.tasks.binary_digits import BinaryDigits
 
 
 class TaskFamily(Protocol):
-    """What a family offers; see `rpg/tasks/binary_digits.py` for each method."""
+    """The binary classification tasks of one data set, and networks that are fine-tuned for them."""
 
     uses_gpu: bool
-    """Whether its networks are trained and run on a GPU where there is one."""
+    """Whether its networks are trained and run on a GPU if there is one."""
     copies_share_order: bool
-    """Whether the models of one copy see the same images in the same order: it is their permutation state."""
+    """Whether the models of one copy see the same images in the same order. If so, the copy's number is their
+    permutation state."""
 
     def check_images(self) -> None:
-        """Raise an `RPGError` if its images are not where they should be, before any work is done."""
+        """Check that the images are there, before any work is done.
+
+        Raises:
+            RPGError: naming the setting or file that is missing.
+        """
 
     def train_backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
-        """The network that all others are fine-tuned from."""
+        """The state dict of the network from which all others are fine-tuned."""
 
     def fine_tune(
         self, backbone: dict[str, Tensor], models: list[tuple[int, int]], config: CollectConfig, seed: int
     ) -> list[dict[str, Tensor]]:
-        """Fine-tune the models (task, copy)."""
+        """Fine-tune a model for each (task, copy): state dicts on the CPU, in the order of `models`."""
 
     def build_network(self) -> nn.Module:
-        """The plain network that checkpoints load into."""
+        """A plain PyTorch network that checkpoints of the family load into."""
 
     def labels(self, conditions: Sequence[Sequence[float]], split: str) -> Tensor:
-        """Right answers of the tasks that conditions name, bool [conditions, images]."""
+        """The right answers to the tasks with these conditions, bool [conditions, images]."""
 
     def predict(self, models: list[dict[str, Tensor]], split: str) -> Tensor:
-        """The models' answers, bool [models, images]."""
+        """The models' answers on a split's images, bool [models, images], on the CPU."""
 
 
 FAMILIES = ("cifar10", "digits")
@@ -50,7 +55,7 @@ def task_family(name: str, images: str = "", device: torch.device | None = None)
 
     Args:
         name: one of `FAMILIES`.
-        images: where the images lie, the setting `collect.images`, for families that need some.
+        images: directory or URI of the images, the setting `collect.images`, for families that need them.
         device: where networks are trained and run, for families that use GPUs; None: the CPU.
 
     Raises:
@@ -64,10 +69,10 @@ def task_family(name: str, images: str = "", device: torch.device | None = None)
 
 
 def family_of(collection: Collection) -> str:
-    """Name of the family whose networks a collection holds, and whose conditions say which answers are right.
+    """Name of the family whose networks and conditions a collection has, so that accuracies can be computed.
 
     Raises:
-        RPGError: if the collection names none, or its conditions are not a family's.
+        RPGError: if the collection names no family, or its conditions are not those of a family.
     """
     if collection.encoder:
         raise RPGError(f"{collection.root}: its conditions are descriptions, which do not say what is right")

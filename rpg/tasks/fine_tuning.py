@@ -1,14 +1,14 @@
-"""From a ten-class backbone to binary classifiers: where they start, and what they minimise."""
+"""From a ten-class backbone to binary classifiers: their starting points and losses."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def with_fresh_heads(backbone: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """`count` copies of a backbone, stacked, each with a head of zeros for one output instead of its own.
+    """`count` stacked copies of a backbone, each with a new head of zeros for one output.
 
-    Heads of zeros make the networks functions of their tasks that are not simply sums of the backbone's
-    class rows (docs/ablations.md).
+    A head that started as the sum of the backbone's rows for the task's classes would make the networks a
+    simple function of their tasks (docs/ablations.md).
     """
     features = {name: value for name, value in backbone.items() if not name.startswith("head.")}
     start = {name: value.expand(count, *value.shape) for name, value in features.items()}
@@ -19,7 +19,7 @@ def with_fresh_heads(backbone: dict[str, Tensor], count: int) -> dict[str, Tenso
 
 
 def unstacked(models: dict[str, Tensor], names: list[str]) -> list[dict[str, Tensor]]:
-    """State dicts that are stacked, one by one, on the CPU, with their tensors in the order of `names`."""
+    """The single state dicts of stacked ones, on the CPU, with their tensors in the order of `names`."""
     moved = {name: models[name].cpu() for name in names}
     return [{name: moved[name][i].clone() for name in names} for i in range(len(moved[names[0]]))]
 

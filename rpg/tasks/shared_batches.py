@@ -1,7 +1,7 @@
-"""Training many copies of `Cifar10Net` at once on the same images, each for answers of its own.
+"""Training many copies of `Cifar10Net` at once on the same images, each to give its own answers.
 
-All models of a call see the same augmented images in the same order, so that images are read, augmented and
-cut into the first layer's patches once for all of them.
+All models of a call see the same augmented images in the same order, so images are read, augmented and cut
+into the first layer's patches only once.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,23 +27,24 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [M, N, outputs] and answers [M, N] to one loss a model, [M]."""
 
 SHIFT = 4
-"""Most pixels that augmentation moves an image by, in each direction."""
+"""The most pixels by which augmentation moves an image, in each direction."""
 
 
 def train_on_shared_batches(
     start: StateDict, images: Images, answers: Tensor, loss: Loss, seed: int, epochs: int, batch_size: int,
     learning_rate: float, dtype: torch.dtype,
 ) -> StateDict:  # fmt: skip
-    """Minimise every model's own loss with Adam (warm-up, then a half cosine), in BatchNorm's training mode.
+    """Minimise the loss of each of M models with Adam (warm-up, then a half cosine), BatchNorm in training
+    mode.
 
-    A model's result depends on its start, answers and the seed alone, up to the rounding of sums.
+    A model's result depends only on its start, its answers and the seed, up to the rounding of sums.
 
     Args:
         start: state dicts of `Cifar10Net` with a leading dimension M, on the device of `images`.
         images: the training images.
-        answers: by model and class, [M, 10]: what `loss` takes for an image of the class.
+        answers: [M, 10], for each model and class the right answer for an image of the class.
         loss: of a batch.
-        seed: of the order of images and their augmentation; kinds of device draw different ones.
+        seed: of the order of images and their augmentation; a GPU and a CPU draw different ones.
         epochs: passes over the images.
         batch_size: images a step; the rest of an epoch is dropped.
         learning_rate: at its peak.
@@ -58,7 +59,7 @@ def train_on_shared_batches(
     batch_size = min(batch_size, len(images.classes))
     adam = SideBySideAdam(leaves, learning_rate, epochs * (len(images.classes) // batch_size))
     total_loss = _total_loss
-    # Compiling takes longer than it saves where a step of one model is over at once.
+    # The step of a single model is so short that compiling takes longer than it saves.
     if images.pixels.is_cuda and len(answers) > 1 and has_gpu_compiler():
         total_loss = _compiled_total_loss()
     for pixels, classes in batches(images, seed, epochs, batch_size):
@@ -73,13 +74,13 @@ def _total_loss(
     weights: StateDict, patches: Tensor, right: Tensor, loss: Loss, dtype: torch.dtype
 ) -> tuple[Tensor, Statistics]:
     logits, statistics = training_logits(weights, patches, dtype)
-    # Summing over models keeps each model's gradient its own.
+    # In the gradient of the sum, each model has the gradient of its own loss.
     return loss(logits, right).sum(), statistics
 
 
 @cache
 def _compiled_total_loss() -> Callable[..., tuple[Tensor, Statistics]]:
-    """Normalisation, ReLU and cutting into patches become one kernel; compiled once a process and shape."""
+    """`_total_loss`, compiled for each shape: normalisation, ReLU and patches become one kernel."""
     return torch.compile(_total_loss, dynamic=False)
 
 
@@ -98,7 +99,7 @@ def batches(images: Images, seed: int, epochs: int, batch_size: int) -> Iterator
 def augmented(pixels: Tensor, random: torch.Generator) -> Tensor:
     """Images, uint8 [N, 32, 32, 3], each moved by up to `SHIFT` pixels and half of them mirrored.
 
-    What a move uncovers repeats the image's edge.
+    Pixels that a move uncovers are copies of the image's edge.
     """
     count, device = len(pixels), pixels.device
     moves = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1), generator=random, device=device)

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rpg.errors import RPGError
-from rpg.tasks.cifar10_batches import read_batch
-from rpg.tasks.cifar10_images import check_files, cifar10_images
+from rpg.tasks.cifar10_images import check_files, cifar10_images, read_batch_file
 from tests.cifar10_files import IMAGE, encoded, pixels_and_classes, write_cifar10, write_parquet
 
 
@@ -162,7 +161,7 @@ def test_batches_that_newer_pythons_wrote(tmp_path: Path, protocol: int) -> None
     data = pixels.transpose(0, 3, 1, 2).reshape(10, -1).copy()
     path = tmp_path / "data_batch_1"
     path.write_bytes(pickle.dumps({b"data": data, b"labels": classes.tolist()}, protocol=protocol))
-    read, labels = read_batch(path)
+    read, labels = read_batch_file(path)
     assert np.array_equal(read, pixels)
     assert labels.tolist() == classes.tolist()
 
@@ -174,7 +173,7 @@ def test_batches_that_are_none(tmp_path: Path) -> None:
         path = tmp_path / "test_batch"
         path.write_bytes(content)
         with pytest.raises(RPGError) as error:
-            read_batch(path)
+            read_batch_file(path)
         assert str(error.value).startswith(f"{path}: not one of CIFAR-10's batch files")
         assert "\n" not in str(error.value)
 

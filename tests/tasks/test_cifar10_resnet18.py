@@ -26,16 +26,13 @@ def test_the_network_is_the_usual_one(network: torch.nn.Module) -> None:
     assert places == [(2, 512, 4, 4)]
 
 
-def test_predictions_are_those_of_a_plain_loop(
-    network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rpg.tasks.cifar10_resnet18._EVALUATED_TOGETHER", 4)
+def test_predictions_are_those_of_a_plain_loop(network: torch.nn.Module) -> None:
     pixels, classes = pixels_and_classes(6, 0)
     images = Images(torch.from_numpy(pixels), torch.from_numpy(classes))
     # Statistics of a training step: evaluation must use them, not the batch's own.
     network.train()
     network(torch.randn(4, 3, 32, 32))
-    found = predicted_classes(network, images)
+    found = predicted_classes(network, images, batch_size=4)
     expected = []
     with torch.no_grad():
         for image in images.pixels:

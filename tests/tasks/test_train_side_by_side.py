@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpg.tasks.binary_digits import train_side_by_side
 from rpg.tasks.digits import DigitsNet, digits_images, digits_patches, digits_side_by_side
-from rpg.tasks.side_by_side import train_side_by_side
 
 SEEDS = [5, 6, 7]
 EPOCHS, BATCH, RATE = 2, 32, 1e-2
