@@ -21,7 +21,7 @@ from ray_jobs.sharding.token_pass import Group, checkpoints_per_shard, cut_into_
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
-from rpg.collection.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from rpg.collection.manifest import MANIFEST_FILE, ShardManifest, read_manifest, write_manifest
 from rpg.collection.shard_file import ShardInfo
 from rpg.collection.verified import damage, remember
 from rpg.commands.progress import console, stage_progress
@@ -97,7 +97,7 @@ class _EarlierShards:
     """A complete set of shards that checkpoints can be appended to."""
 
     layout: Layout
-    manifest: Manifest
+    manifest: ShardManifest
 
     def intact(self, directory: AnyPath) -> dict[tuple[str, ...], ShardInfo]:
         """The shards that are undamaged, by the names of their checkpoints."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from rpg.collection.collection import Entry
 from rpg.collection.layout import Layout
-from rpg.collection.shards import ShardedCollection, write_manifest, write_shard
+from rpg.collection.manifest import write_manifest
+from rpg.collection.shard_file import write_shard
+from rpg.collection.shards import ShardedCollection
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import (
     ConditionConfig,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ray_jobs.ray_data import Row, map_rows, returns_errors
 from ray_jobs.sharding.resume import ShardResume
-from rpg.collection.appending import check_fits
 from rpg.collection.checkpoint import check_finite
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import Layout
@@ -123,7 +122,7 @@ def _checkpoints(
             path = collection.path(entry)
             check_finite(state_dict, path)
             try:
-                check_fits(fits, state_dict)
+                fits.check_fits(state_dict)
             except RPGError as error:
                 raise RPGError(
                     f"{path}: cannot be appended: {error}; "

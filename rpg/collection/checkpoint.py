@@ -48,8 +48,8 @@ def read_checkpoint(path: AnyPath) -> dict[str, Tensor]:
     `.pt`/`.pth` may hold the `state_dict` itself or a dict with one of the mappings `state_dict`, `model`,
     `model_state_dict`; order and tied tensors (shared storage) are kept. `.safetensors` come in the order
     that `write_checkpoint` recorded, or else in natural order of their names (`layers.2` before `layers.10`).
-    Tensors are memory-mapped where the format allows it: reading is cheap until their values are used. One
-    behind a URI is brought to a temporary file, which lasts as long as its tensors.
+    Tensors are memory-mapped where the format allows it, so reading is cheap until their values are used. A
+    checkpoint behind a URI is copied to a temporary file, which lasts as long as its tensors.
 
     Raises:
         RPGError: naming the file, if it is missing, unreadable, empty, truncated, not a checkpoint, or
@@ -60,7 +60,7 @@ def read_checkpoint(path: AnyPath) -> dict[str, Tensor]:
 
 
 def read_checkpoint_and_sha256(path: AnyPath) -> tuple[dict[str, Tensor], str]:
-    """`read_checkpoint` and `checkpoint_sha256` of one transfer."""
+    """The results of `read_checkpoint` and `checkpoint_sha256`; behind a URI, for one transfer."""
     with fetched(path) as local:
         return _read(local), _sha256(local)
 
@@ -137,7 +137,7 @@ def write_checkpoint(path: AnyPath, state_dict: Mapping[str, Tensor], metadata: 
         prepared[name] = values
     header = {**metadata, ORDER_KEY: json.dumps(list(prepared))}
     with replacing_file(path) as temporary:
-        # safetensors makes files that only their owner may read, whatever the umask.
+        # Files that safetensors creates may only be read by their owner, whatever the umask is.
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
@@ -271,7 +271,7 @@ def _check(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
 
 
 def _check_repeats(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
-    """Tensors may repeat what is stored, as masks do, but not so that a small file fills the memory."""
+    """Refuse a small file whose tensors would fill the memory; masks and such may repeat stored values."""
     for name, tensor in state_dict.items():
         size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if size > max(stored, _REPEATED_BYTES):
@@ -282,7 +282,7 @@ def _check_repeats(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
 
 
 def _sort_metadata(path: Path) -> None:
-    # safetensors writes metadata in random order, so equal models would differ in their bytes.
+    # safetensors writes metadata in random order, so that equal models would differ in their bytes.
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_checkpoint_and_sha256
-from rpg.collection.json_numbers import is_float32, is_number
 from rpg.config import Split
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
-from rpg.storage.files import is_storable, read_json, write_json
+from rpg.storage.files import is_float32, is_number, is_storable, read_json, write_json
 from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY
 
@@ -22,9 +21,9 @@ VERSION = 1
 FAMILY = "family"
 """Key of the architecture that names the task family of a collection's networks (`rpg.tasks.families`)."""
 LARGEST_STATE = 2**31 - 1
-"""Seeds are taken as they are."""
+"""The largest permutation state. A state may be a seed, which is kept unchanged."""
 SPLITS = tuple(split.value for split in Split)
-"""Generators learn from `train` alone; `validation` chooses settings; `heldout` is for the report."""
+"""Generators learn only from `train`; settings are chosen by `validation`; the report uses `heldout`."""
 
 
 @dataclass
@@ -34,19 +33,19 @@ class Entry:
     file: str
     """Path of the checkpoint relative to the collection's directory, with forward slashes."""
     sha256: str
-    """As `rpg.collection.checkpoint.checkpoint_sha256`."""
+    """What `rpg.collection.checkpoint.checkpoint_sha256` returns for the checkpoint."""
     condition: list[float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     split: str = "train"
     description: str | None = None
     """The text whose embedding the condition is."""
     state: int | None = None
-    """The permutation state: checkpoints that share what is chance in training (order of the data) have one
-    number, any."""
+    """The permutation state: any number, equal for checkpoints whose training made the same random choices,
+    such as the order of the data."""
 
 
 _OPTIONAL = ("description", "state")
-"""Fields of an entry that the file leaves out where there is nothing to say."""
+"""Fields of an entry that the file leaves out if they are None."""
 
 
 class Collection:
@@ -59,10 +58,14 @@ class Collection:
         entries: Sequence[Entry],
         encoder: str | None = None,
     ) -> None:
-        """Describe the checkpoints under `root`; `architecture` says how to build the network, if known.
+        """Describe the checkpoints below `root`.
 
-        `encoder` is the digest of the text encoder in `encoder_directory` that has embedded the descriptions
-        (`rpg.text_encoder`); None where conditions come from elsewhere.
+        Args:
+            root: directory or URI of the collection.
+            architecture: says how to build the network, if that is known; else empty.
+            entries: one for each checkpoint.
+            encoder: digest of the text encoder in `encoder_directory` that embedded the descriptions
+                (`rpg.text_encoder`); None if conditions come from elsewhere.
 
         Raises:
             RPGError: if an entry, `architecture.family` or `encoder` is invalid, a file is listed twice, or
@@ -129,7 +132,7 @@ class Collection:
 
     @property
     def encoder_directory(self) -> AnyPath:
-        """Where the text encoder lies, if the conditions came from one."""
+        """Where the text encoder is, if the conditions came from one."""
         return self.root / ENCODER_DIRECTORY
 
     @property
@@ -140,7 +143,7 @@ class Collection:
     def tasks(self, split: str) -> list[list[float]]:
         """The conditions of a split's entries, each once, in order.
 
-        Those that generators learn from are tasks of `train` alone, whatever other checkpoints they have.
+        A condition that `train` has too counts for `train` only, since generators have learned it.
         """
         splits = self.splits
         trained, own = (
@@ -150,19 +153,24 @@ class Collection:
         return [list(task) for task in own if split == "train" or task not in trained]
 
     def path(self, entry: Entry) -> AnyPath:
-        """Where the entry's checkpoint lies."""
+        """Where the entry's checkpoint is."""
         return self.root / entry.file
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """Read an entry's checkpoint.
 
         Raises:
-            RPGError: as `read_checkpoint`, or if its tensor names differ from those of the first checkpoint.
+            RPGError: naming the file, if it cannot be read or its tensor names differ from those of the first
+                checkpoint.
         """
         return self._checked_names(entry, read_checkpoint(self.path(entry)))
 
     def read_checked(self, entry: Entry) -> dict[str, Tensor]:
-        """`check` and `read` an entry's checkpoint, bringing it once where it lies behind a URI."""
+        """Read an entry's checkpoint and check that it is the one that was registered, in one transfer.
+
+        Raises:
+            RPGError: naming the file, if `check` or `read` would raise one.
+        """
         state_dict, found = read_checkpoint_and_sha256(self.path(entry))
         self._check_sha256(entry, found)
         return self._checked_names(entry, state_dict)
@@ -281,6 +289,6 @@ def _check_entry(entry: Entry, where: str) -> None:
 
 def _stays_inside(file: str) -> bool:
     path = PurePosixPath(file)
-    # Backslashes would be separators to another system's reader.
+    # A reader on another system would take backslashes for separators.
     odd = "\\" in file or not is_storable(file)
     return bool(path.parts) and not odd and not path.is_absolute() and ".." not in path.parts

@@ -1,4 +1,4 @@
-"""Conditions of a collection's checkpoints: from a CSV or JSON file, or from a pattern over file names.
+"""Conditions of a collection's checkpoints: from a file or a pattern over file names; and their descriptions.
 
 A pattern is a brace template such as `{index}_acc{acc}_class{class:bits10}_{rest}` or a regular expression
 with named groups, where two underscores take the place of the colon: `(?P<class__bits10>[0-9]+)`. The kind
@@ -26,12 +26,12 @@ from pathlib import Path
 
 from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES
 from rpg.collection.collection import LARGEST_STATE
-from rpg.collection.json_numbers import is_float32
 from rpg.collection.tables import Pairs, by_file, csv_table, json_table, read_table
 from rpg.errors import RPGError
+from rpg.storage.files import is_float32
 
 UPSTREAM_PATTERN = r"[0-9]+_acc(?P<acc>[0-9]+(\.[0-9]+)?)_class(?P<class__bits10>[0-9]+)([_.].*)?"
-"""The published model's naming, `0000_acc0.9613_class0314_….pth`: class bits of CIFAR-10, airplane first."""
+"""The published model's file names, `0000_acc0.9613_class0314_….pth`: bits of CIFAR-10's classes in order."""
 
 METRICS = ("acc", "loss")
 
@@ -46,10 +46,18 @@ class NameFacts:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConditionRow:
     """One checkpoint's condition in a conditions file; `where` names file and row for messages."""
 
     condition: list[float]
+    where: str
+
+
+@dataclass(frozen=True)
+class DescriptionRow:
+    """One checkpoint's description in a file; `where` names file and row for messages."""
+
+    description: str
     where: str
 
 
@@ -101,14 +109,14 @@ def bits(number: int, width: int) -> list[float]:
     """A set of `width` classes as values 0 and 1: the binary digits of `number`, first class first.
 
     Raises:
-        RPGError: unless 1 ≤ number ≤ 2^width − 2: a task is neither no class nor every class.
+        RPGError: unless 1 ≤ number ≤ 2^width − 2, since a task has at least one class and leaves one out.
     """
     if not 1 <= number <= 2**width - 2:
         raise RPGError(f"class number {number}: expected 1 to {2**width - 2} for {width} classes")
     return [float(bit) for bit in format(number, f"0{width}b")]
 
 
-def read_conditions(path: Path) -> dict[str, Row]:
+def read_conditions(path: Path) -> dict[str, ConditionRow]:
     """Read conditions by file name from `.csv` or `.json`.
 
     CSV: a header `file,…` and numeric columns; a single column may instead hold the condition as bits, such
@@ -120,7 +128,9 @@ def read_conditions(path: Path) -> dict[str, Row]:
     """
     text = read_table(path, "conditions")
     is_csv = path.suffix.lower() == ".csv"
-    rows = by_file(_csv_rows(text, path) if is_csv else _json_rows(text, path), path, "conditions")
+    rows = by_file(
+        _csv_conditions(text, path) if is_csv else _json_conditions(text, path), path, "conditions"
+    )
     first = next(iter(rows.values()))
     for file, row in rows.items():
         if len(row.condition) != len(first.condition):
@@ -131,6 +141,22 @@ def read_conditions(path: Path) -> dict[str, Row]:
         if not all(map(is_float32, row.condition)):
             raise RPGError(f"{row.where}: '{file}': expected values that are finite as float32")
     return rows
+
+
+def read_descriptions(path: Path) -> dict[str, DescriptionRow]:
+    """Read descriptions by file name from `.csv` or `.json`.
+
+    CSV: a header `file,description`; a description with commas stands in double quotes.
+    JSON: `{file: text}` or `[{"file": …, "description": text}]`.
+
+    Raises:
+        RPGError: naming file and row, for duplicates and values that are not text.
+    """
+    text = read_table(path, "descriptions")
+    is_csv = path.suffix.lower() == ".csv"
+    return by_file(
+        _csv_descriptions(text, path) if is_csv else _json_descriptions(text, path), path, "descriptions"
+    )
 
 
 def _compile(pattern: str) -> tuple[re.Pattern[str], list[tuple[str, str, str]]]:
@@ -171,7 +197,8 @@ def _template(pattern: str) -> str:
         if field is None:
             raise RPGError(f"pattern '{pattern}': field '{{{part}}}': expected {{name}} or {{name:kind}}")
         name, kind = field.groups()
-        # Numbers do not swallow what follows them; other fields take as little as they can.
+        # A number matches digits only, so the text after it belongs to the next part. Other fields match as
+        # little text as possible.
         number = r"[+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
         text = number if kind in ("value", "metric") or (not kind and name in METRICS) else ".+?"
         text = "[0-9]+" if kind and (kind in ("digits", "state") or _bit_width(kind)) else text
@@ -190,7 +217,7 @@ def _is_condition(kind: str) -> bool:
 
 
 def _state(text: str, where: str) -> int:
-    # Very long numbers take Python long to read.
+    # The length is checked first, because Python takes long to read very long numbers.
     if not re.fullmatch("[0-9]{1,20}", text) or int(text) > LARGEST_STATE:
         raise RPGError(f"{where}: expected a whole number up to {LARGEST_STATE}, got '{text:.80}'")
     return int(text)
@@ -208,7 +235,7 @@ def _read_field(text: str, kind: str, where: str) -> list[float]:
     return [_number(text, where)]
 
 
-def _csv_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
+def _csv_conditions(text: str, path: Path) -> Iterable[tuple[str, ConditionRow]]:
     header, body = csv_table(text, path)
     single = [cells[1] for _, cells in body] if len(header) == 2 else []
     are_bits = bool(single) and (
@@ -219,20 +246,36 @@ def _csv_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
         if are_bits:
             if not re.fullmatch("[01]+", cells[0]):
                 raise RPGError(f"{where}: '{file}': expected bits such as 0101, got '{cells[0]}'")
-            yield file, Row([float(bit) for bit in cells[0]], where)
+            yield file, ConditionRow([float(bit) for bit in cells[0]], where)
         else:
             columns = zip(header[1:], cells, strict=True)
-            yield file, Row([_number(cell, f"{where}: column '{name}'") for name, cell in columns], where)
+            values = [_number(cell, f"{where}: column '{name}'") for name, cell in columns]
+            yield file, ConditionRow(values, where)
 
 
-def _json_rows(text: str, path: Path) -> Iterable[tuple[str, Row]]:
+def _json_conditions(text: str, path: Path) -> Iterable[tuple[str, ConditionRow]]:
     for where, file, values in json_table(text, path, "condition", "[numbers]"):
         if not isinstance(values, list) or isinstance(values, Pairs) or not values:
             raise RPGError(f"{where}: '{file}': expected a list of numbers")
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RPGError(f"{where}: '{file}': expected numbers, got {json.dumps(value)}")
-        yield file, Row([_number(value, f"{where}: '{file}'") for value in values], where)
+        yield file, ConditionRow([_number(value, f"{where}: '{file}'") for value in values], where)
+
+
+def _csv_descriptions(text: str, path: Path) -> Iterable[tuple[str, DescriptionRow]]:
+    header, body = csv_table(text, path)
+    if header != ["file", "description"]:
+        raise RPGError(f"{path}, row 1: expected a header 'file,description', got '{','.join(header)}'")
+    for where, (file, description) in body:
+        yield file, DescriptionRow(description, where)
+
+
+def _json_descriptions(text: str, path: Path) -> Iterable[tuple[str, DescriptionRow]]:
+    for where, file, description in json_table(text, path, "description", "text"):
+        if not isinstance(description, str):
+            raise RPGError(f"{where}: '{file}': expected text, got {description!r:.80}")
+        yield file, DescriptionRow(description, where)
 
 
 def _number(value: str | int | float, where: str) -> float:

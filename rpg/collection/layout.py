@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
-from rpg.collection.normalise import denormalise, normalise
-from rpg.collection.state_dicts import check_structure, check_ties, owned
+from rpg.collection.state_dicts import check_structure, check_ties, owned, same_bits
 from rpg.collection.tensor_spec import TensorKind, TensorSpec, spec_from_json
-from rpg.collection.tokens import count_tokens, cut, join, token_lengths
+from rpg.collection.tokens import count_tokens, cut, denormalise, join, normalise, token_lengths
 from rpg.config import Normalisation
 from rpg.errors import RPGError
 from rpg.storage.files import read_json, write_json
@@ -41,7 +40,8 @@ class Encoded(NamedTuple):
 class Layout:
     """The ordered tensors of one architecture, and how each is normalised.
 
-    Made by `LayoutStatistics.layout` from a collection, or by `Layout.load`. All work is done on the CPU.
+    `LayoutStatistics.layout` computes one from a collection; `Layout.load` reads one. All work is done on the
+    CPU.
 
     Attributes:
         normalisation: residual (to the collection's centre) or z-score (per tensor, as published).
@@ -59,7 +59,7 @@ class Layout:
         specs: Sequence[TensorSpec],
         centre: Mapping[str, Tensor],
     ) -> None:
-        """Put a layout together; `specs` and `centre` are expected to belong together."""
+        """Put a layout together from `specs` and a `centre` that belongs to them."""
         self.normalisation = normalisation
         self.token_size = token_size
         self.specs = tuple(specs)
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """Values that generated checkpoints get for tensors that are not tokens: the first checkpoint's."""
+        """The tensors that are not tokens: generated checkpoints get the first checkpoint's values."""
         return {spec.name: self.centre[spec.name] for spec in self.specs if _is_constant(spec)}
 
     def with_token_size(self, token_size: int) -> "Layout":
@@ -91,6 +91,39 @@ class Layout:
             specs.append(replace(spec, first_token=next_token, tokens=tokens))
             next_token += tokens
         return Layout(self.normalisation, token_size, specs, self.centre)
+
+    def check_fits(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Check that a checkpoint that the layout was not computed from can be stored with it without loss.
+
+        It can if `decode` gives back all that a layout computed with this checkpoint would give back. Integer
+        tensors may differ from the layout's, and with z-score so may all tensors that are not tokens, because
+        no layout stores them for each checkpoint.
+
+        Raises:
+            RPGError: naming the tensor, if names, shapes or dtypes differ from the layout's, if tensors that
+                are tied there differ, if a running variance is below the smallest that comes back, or if
+                values differ that are equal in all checkpoints that the layout was made from.
+        """
+        check_structure(state_dict, {spec.name: (spec.shape, spec.dtype) for spec in self.specs})
+        check_ties(state_dict, self._ties)
+        if self.normalisation != Normalisation.residual:
+            return
+        for spec in self.specs:
+            tensor = state_dict[spec.name]
+            if spec.alias_of is not None or not spec.dtype.is_floating_point or not spec.numel:
+                continue
+            if spec.kind == TensorKind.constant and not same_bits(self.centre[spec.name], tensor):
+                raise RPGError(
+                    f"tensor '{spec.name}': expected the values that all earlier checkpoints have, "
+                    "found others"
+                )
+            if spec.kind == TensorKind.running_var:
+                smallest, floor = float(tensor.min()), spec.floor * spec.pre_mean
+                if smallest / spec.pre_mean < spec.floor:
+                    raise RPGError(
+                        f"tensor '{spec.name}': expected running variances of at least {floor:g}, "
+                        f"the smallest of the earlier checkpoints, found {smallest:g}"
+                    )
 
     def encode(self, state_dict: Mapping[str, Tensor]) -> Encoded:
         """Turn a checkpoint into tokens; the order of its tensors does not matter.
@@ -135,7 +168,7 @@ class Layout:
         return state_dict
 
     def decode_token(self, index: int, values: Tensor) -> tuple[TensorSpec, int, Tensor]:
-        """Turn one token into weights, without touching any other; bit for bit as `decode` does.
+        """Turn one token into weights without reading any other; the bits are those that `decode` gives.
 
         Args:
             index: of the token, 0 … tokens − 1.
@@ -173,7 +206,7 @@ class Layout:
         return torch.arange(self.token_size) < self.lengths()[:, None]
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 over everything that the layout says, centre included."""
+        """Hexadecimal SHA-256 over the layout, centre included."""
         return self._digest
 
     def save(self, directory: AnyPath) -> None:
@@ -197,7 +230,7 @@ class Layout:
         content = read_json(path, "a layout")
         specs = _read_specs(content, str(path))
         centre_path = directory / CENTRE_FILE
-        # Owned, so that the layout does not change with a file that it was mapped from.
+        # Copied, because the tensors are mapped from the file and would change with it.
         stored = {name: owned(tensor) for name, tensor in read_checkpoint(centre_path).items()}
         try:
             check_structure(stored, {spec.name: (spec.shape, spec.dtype) for spec in specs})
@@ -222,8 +255,8 @@ class Layout:
         values = join(rows, spec.numel)
         if spec.kind != TensorKind.running_var:
             return self._decode_slice(spec, 0, values)
-        # exp and log may round differently at the end of a vector than within it; token by token, this
-        # agrees with decode_token bit for bit.
+        # exp and log may round differently at the end of a vector than within it. Tokens are decoded one by
+        # one, so that the bits are those of decode_token.
         starts = range(0, spec.numel, self.token_size)
         return torch.cat([self._decode_slice(spec, i, values[i : i + self.token_size]) for i in starts])
 

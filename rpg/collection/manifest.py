@@ -1,7 +1,8 @@
-"""What makes a directory of shards complete: `shards.json`, written last, and `entries.arrow`.
+"""The manifest of a directory of shards: `shards.json` and `entries.arrow`.
 
-The manifest names the shards with their sizes and digests; the entries are a row a checkpoint: name, SHA-256,
-shard, record batch, split, condition, and permutation state, if the collection has them.
+`shards.json` names the shards with their sizes and digests. It is written last, and a directory without it is
+incomplete. `entries.arrow` has a row for each checkpoint: name, SHA-256, shard, record batch, split,
+condition, and permutation state, if the collection has them.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ _COLUMNS = {"name": pa.string(), "sha256": pa.string(), "shard": pa.int32(), "ba
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ShardManifest:
     """A complete directory of shards."""
 
     dtype: TokenDtype
@@ -42,9 +43,9 @@ class Manifest:
     """Number of checkpoints, the first ones, that layout and centre were computed from."""
     shards: list[ShardInfo]
     names: list[str]
-    """The checkpoints', in order."""
+    """Names of the checkpoints, in order."""
     sha256: dict[str, str]
-    """Of each checkpoint, by name, as `Entry.sha256`."""
+    """Digest of each checkpoint, by name: its `Entry.sha256`."""
     places: list[tuple[int, int]]
     """Shard and record batch of each checkpoint."""
     conditions: Tensor | None
@@ -69,8 +70,8 @@ def write_manifest(
     Args:
         directory: where the shards already are.
         layout: that they were written with.
-        shards: in the order that their checkpoints shall have.
-        entries: one for each checkpoint in the shards (matched by name = `file`); others are left out.
+        shards: in the order in which their checkpoints are listed.
+        entries: one for each checkpoint in the shards, whose name is the entry's `file`; others are ignored.
         dtype: that they were written with.
         fitted: how many checkpoints, the first ones, the layout was computed from; default all.
         encoder: digest of the text encoder that the conditions came from.
@@ -116,8 +117,8 @@ def write_manifest(
     )
 
 
-def read_manifest(directory: AnyPath) -> Manifest:
-    """Read what `write_manifest` wrote, but for the layout.
+def read_manifest(directory: AnyPath) -> ShardManifest:
+    """Read what `write_manifest` wrote, except for the layout.
 
     Raises:
         RPGError: naming the file that is missing, damaged, of another version, or not what it should be.
@@ -150,7 +151,7 @@ def read_manifest(directory: AnyPath) -> Manifest:
         for shard, found in zip(content["shards"], in_shards, strict=True)
     ]  # fmt: skip
     digests = dict(zip(names, entries.column("sha256").to_pylist(), strict=True))
-    return Manifest(
+    return ShardManifest(
         dtype, content["layout"], content["fitted"], shards, names, digests, places, _conditions(entries),
         content.get("encoder", ""), _states(entries),
     )  # fmt: skip
@@ -165,7 +166,7 @@ def _entries_table(directory: AnyPath, shards: Sequence[ShardInfo], entries: dic
         seen.add(name)
         if name not in entries:
             raise RPGError(f"{directory}: checkpoint '{name}' is in the shards but not in the collection")
-    # As floats: Arrow refuses integers that float32 cannot hold exactly, and rounds floats.
+    # Arrow refuses integers that float32 cannot hold exactly, but rounds floats.
     found = [entries[name].condition for name in names]
     conditions = [None if values is None else list(map(float, values)) for values in found]
     width = None if conditions[0] is None else len(conditions[0])

@@ -1,4 +1,4 @@
-"""Registering: making a collection of a plain folder of checkpoints."""
+"""Registering: turning a plain folder of checkpoints into a collection."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from rpg.collection.checkpoint import (
 from rpg.collection.collection import COLLECTION_FILE, Collection, Entry
 from rpg.collection.conditions import (
     UPSTREAM_PATTERN,
+    ConditionRow,
     NameFacts,
     NamePattern,
-    Row,
     read_conditions,
+    read_descriptions,
 )
-from rpg.collection.descriptions import read_descriptions
 from rpg.collection.state_dicts import check_structure, check_ties, find_ties
 from rpg.collection.tables import check_files
 from rpg.errors import RPGError
@@ -34,7 +34,7 @@ MINIMUM = 2
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the first good checkpoint is like."""
+    """Structure of the first good checkpoint, which all others must have."""
 
     file: str
     form: dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -42,7 +42,7 @@ class _Reference:
 
 
 class BadCheckpointsError(RPGError):
-    """Checkpoints that cannot be part of a collection: `problems` has one line for each."""
+    """Checkpoints cannot be part of a collection; `problems` has one line for each."""
 
     def __init__(self, message: str, problems: list[str]) -> None:
         super().__init__(message)
@@ -61,23 +61,23 @@ def register(
     """Write `collection.json` for the checkpoints that lie directly in `directory`, sorted by name.
 
     Every checkpoint is read and compared with the first good one in names, shapes and dtypes. Conditions come
-    from the `conditions` file (`read_conditions`), or are embeddings of the `descriptions`
-    (`read_descriptions`), else come from `pattern` over the file names (`NamePattern`), else from the
-    published model's naming where all names follow it. Permutation states and metrics come from the names.
-    Splits, and whatever is not given anew, are kept from an earlier `collection.json`, so that held-out
-    checkpoints stay held out.
+    from the first of these that is given: the `conditions` file (`read_conditions`), the embeddings of the
+    `descriptions` (`read_descriptions`), `pattern` over the file names (`NamePattern`), or the published
+    model's naming if all names follow it. Permutation states and metrics come from the names. An earlier
+    `collection.json` keeps its splits, so that held-out checkpoints stay held out, and all values that are
+    not given anew.
 
     Args:
         directory: folder or URI of `.safetensors`, `.pt`/`.pth` and PEFT adapter directories; others are
             ignored.
         conditions: CSV or JSON file.
-        pattern: template or regular expression; without a condition where `conditions` or `descriptions` are
-            given.
+        pattern: template or regular expression; it may have no condition if `conditions` or `descriptions`
+            are given.
         skip_bad: leave bad checkpoints out.
         progress: called with the numbers of checkpoints done and of all.
         descriptions: CSV or JSON file; not together with `conditions`.
         encoder: directory of the text encoder that embeds the descriptions (`TextEncoder`), which is copied
-            into the collection; None: the one that is there already.
+            into the collection; None: use the collection's.
 
     Returns:
         The collection and, for each checkpoint left out, the line that says why.
@@ -96,7 +96,7 @@ def register(
     paths = _candidates(directory)
     names = [path.name for path in paths]
     facts = _name_facts(names, pattern, all_or_none=conditions is None and descriptions is None)
-    rows: dict[str, Row] = {}
+    rows: dict[str, ConditionRow] = {}
     if conditions is not None:
         rows = read_conditions(conditions)
         check_files(rows, names, conditions, "condition")
@@ -118,7 +118,7 @@ def register(
                 _compare(state_dict, path, reference)
             check_finite(state_dict, path)
         except StorageError:
-            # Says nothing of the checkpoint: it must not be left out for it.
+            # The storage failed. The checkpoint may be good, so it must not be left out.
             raise
         except RPGError as error:
             problems.append(str(error))
@@ -210,15 +210,19 @@ def _candidates(directory: AnyPath) -> list[AnyPath]:
 
 def _is_candidate(path: AnyPath) -> bool:
     if is_remote(path):
-        # By the name alone, without asking the storage about each.
+        # The name decides, since asking the storage about each file would take long.
         return path.suffix.lower() in CHECKPOINT_SUFFIXES or is_adapter(path)
-    # A link to nothing is a checkpoint that is missing, and named as such.
+    # A link to nothing counts as a checkpoint, so that reading it reports that it is missing.
     is_ordinary = path.is_file() or path.is_dir() or not path.exists()
     return is_adapter(path) or (is_ordinary and path.suffix.lower() in CHECKPOINT_SUFFIXES)
 
 
 def _name_facts(names: list[str], pattern: str | None, all_or_none: bool) -> Mapping[str, NameFacts]:
-    """What the names say. Where only some are as published: nothing, or an error if `all_or_none`."""
+    """The facts in file names, by name.
+
+    Without a `pattern`, if only some names follow the published model's naming: none, or an error if
+    `all_or_none`.
+    """
     compiled = NamePattern(UPSTREAM_PATTERN if pattern is None else pattern)
     facts = {name: compiled.read(name) for name in names}
     unmatched = [name for name, fact in facts.items() if fact is None]
@@ -230,7 +234,7 @@ def _name_facts(names: list[str], pattern: str | None, all_or_none: bool) -> Map
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _compare(state_dict: Mapping[str, Tensor], path: AnyPath, reference: "_Reference") -> None:
+def _compare(state_dict: Mapping[str, Tensor], path: AnyPath, reference: _Reference) -> None:
     try:
         check_structure(state_dict, reference.form)
         check_ties(state_dict, reference.ties.items())

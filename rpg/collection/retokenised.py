@@ -1,4 +1,4 @@
-"""A sharded collection seen at another token size, without writing it anew."""
+"""A sharded collection read at another token size, without writing new shards."""
 
 from collections.abc import Sequence
 
@@ -13,19 +13,19 @@ from rpg.collection.shards import ShardedCollection
 class Retokenised:
     """The same checkpoints, cut into tokens of another size as they are read.
 
-    A tensor's values lie one after another in the tokens that hold it, with padding only at its end. So each
-    token of another size is one stretch of the stored values of its checkpoint.
+    The values of a tensor are stored in order in its tokens, with padding only at its end. So each token of
+    another size is one stretch of the stored values of its checkpoint.
 
     Attributes:
         layout: the collection's, at the new token size.
-        names: the checkpoints', in order.
+        names: of the checkpoints, in order.
         conditions: float32 [checkpoints, width], or None if the collection has none.
         encoder: digest of the text encoder that the conditions came from, or empty.
         states: permutation states, int64 [checkpoints], or None if the collection has none.
     """
 
     def __init__(self, shards: ShardedCollection, token_size: int) -> None:
-        """See `shards` at `token_size`.
+        """Cut the tokens of `shards` to `token_size` values.
 
         Raises:
             RPGError: if a token would be larger than the network.
@@ -56,15 +56,15 @@ class Retokenised:
     def read_batch(
         self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64], pinned: bool = False
     ) -> Tensor:
-        """Read K tokens of each of B checkpoints; touches only the pages they lie on.
+        """Read K tokens of each of B checkpoints; reads only the pages that contain them.
 
         Args:
             checkpoints: [B], indices into `names`.
-            tokens: int64 [B, K], token indices, those of a checkpoint a row.
-            pinned: into memory from which a GPU fetches while it computes.
+            tokens: int64 [B, K], token indices, a row for each checkpoint.
+            pinned: whether to read into page-locked memory, from which a GPU can copy while it computes.
 
         Returns:
-            [B, K, token_size] in the dtype that they are stored in, padding 0.
+            [B, K, token_size] in the dtype that they are stored in, padded with 0.
 
         Raises:
             IndexError: if there is no such checkpoint or token.

@@ -1,6 +1,6 @@
-"""One shard: an uncompressed Arrow IPC file of tokens, a record batch a checkpoint, a row a token.
+"""One shard: an uncompressed Arrow IPC file of tokens, with a record batch a checkpoint and a row a token.
 
-It is memory-mapped for reading, so that a token costs the pages that it lies on and nothing else.
+Shards are memory-mapped for reading, so that reading a token reads only the pages that contain it.
 """
 
 import ctypes
@@ -117,13 +117,13 @@ def token_bytes(layout: Layout, dtype: TokenDtype) -> int:
 
 
 def empty_tokens(shape: tuple[int, ...], dtype: TokenDtype, pinned: bool) -> Tensor:
-    """Room for token values of a storage type; `pinned`: in page-locked memory."""
+    """An uninitialised tensor for token values of a storage type, in page-locked memory if `pinned`."""
     return torch.empty(shape, dtype=_TORCH_DTYPES[dtype], pin_memory=pinned)
 
 
 def as_stored(tokens: Tensor) -> npt.NDArray[Any]:
-    """The memory of a tensor of token values as an array of what shards hold."""
-    # NumPy has no bfloat16: shards hold its bits.
+    """A tensor of token values as a NumPy array of the stored type, without a copy."""
+    # NumPy has no bfloat16, so shards hold its bits as uint16.
     bits = tokens.dtype == torch.bfloat16
     return tokens.view(torch.uint16).numpy() if bits else tokens.numpy()
 
@@ -154,10 +154,11 @@ def _record_batch(
 
 
 def _mapped(path: Path) -> Any:
-    """A file's bytes, mapped for as long as anything made of them lives.
+    """A file's bytes, mapped for as long as the buffer or anything that uses its memory lives.
 
-    By PyTorch: Python's own mmap keeps a descriptor for each file, and a collection may have more shards than
-    a process may open files; pyarrow's asks the kernel for the whole file as soon as it is read.
+    PyTorch maps the file, because Python's own mmap keeps a descriptor for each file, and a collection may
+    have more shards than a process may open files. pyarrow's memory map asks the kernel for the whole file as
+    soon as it is read.
     """
     try:
         size = path.stat().st_size
@@ -167,14 +168,14 @@ def _mapped(path: Path) -> Any:
     except (OSError, RuntimeError) as error:
         raise RPGError(f"{path}: cannot be read as a shard: {one_line(error)}") from error
     if hasattr(mmap, "MADV_RANDOM"):
-        # Without it the kernel reads ahead, by megabytes on some systems, at each new place.
+        # Without this advice the kernel reads ahead at each new place, on some systems by megabytes.
         _madvise(values.ctypes.data, size, mmap.MADV_RANDOM)
     values.flags.writeable = False
     return pa.py_buffer(values)
 
 
 def _strided(path: Path, buffer: Any, reader: Any, layout: Layout, dtype: TokenDtype) -> npt.NDArray[Any]:
-    """All record batches as one array: they have the same size, so their values lie at equal distances."""
+    """All record batches as one strided array: they have the same size, so they start at equal distances."""
     count = reader.num_record_batches
 
     def offset(batch: int) -> int:

@@ -16,23 +16,14 @@ import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout
-from rpg.collection.manifest import ENTRIES_FILE, MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from rpg.collection.shard_file import ShardInfo, as_stored, empty_tokens, open_shard, write_shard
+from rpg.collection.manifest import MANIFEST_FILE, ShardManifest, read_manifest
+from rpg.collection.shard_file import as_stored, empty_tokens, open_shard
 from rpg.collection.verified import damage
 from rpg.errors import RPGError
 
-__all__ = [
-    "ENTRIES_FILE",
-    "MANIFEST_FILE",
-    "ShardInfo",
-    "ShardedCollection",
-    "write_manifest",
-    "write_shard",
-]
-
-
 _BYTES_FOR_A_THREAD = 2**20
-"""Read of each checkpoint, above which several are read at a time: starting a thread takes a while."""
+"""Bytes to read of each checkpoint above which threads read several at once. For fewer bytes starting threads
+takes longer than it saves."""
 
 
 class ShardedCollection:
@@ -42,14 +33,14 @@ class ShardedCollection:
         directory: where the shards are.
         layout: that turns tokens back into checkpoints.
         dtype: the tokens' storage type.
-        names: the checkpoints', in order.
+        names: of the checkpoints, in order.
         conditions: float32 [checkpoints, width], or None if the collection has none.
         encoder: digest of the text encoder that the conditions came from, or empty.
         states: permutation states, int64 [checkpoints], or None if the collection has none.
     """
 
-    def __init__(self, directory: Path, layout: Layout, manifest: Manifest) -> None:
-        """Map the shards of a directory; `open` reads what this needs."""
+    def __init__(self, directory: Path, layout: Layout, manifest: ShardManifest) -> None:
+        """Map the shards of a directory; `open` reads the layout and the manifest that this needs."""
         self.directory = directory
         self.layout = layout
         self.dtype = manifest.dtype
@@ -70,8 +61,7 @@ class ShardedCollection:
 
         Args:
             directory: of the shards, on a local file system.
-            verify: compare the SHA-256 of every shard that has changed, or was never read, since it was last
-                found to be right.
+            verify: compare the SHA-256 of every shard that was never verified or has changed since.
 
         Raises:
             RPGError: naming the file that is missing, cut short, damaged, of another version, not what it
@@ -92,18 +82,18 @@ class ShardedCollection:
         return len(self.names)
 
     def read(self, checkpoint: int, tokens: Tensor | Sequence[int]) -> Tensor:
-        """Read some tokens of one checkpoint: float32 [K, token_size]. Touches only the pages they lie on."""
+        """Read K tokens of one checkpoint: float32 [K, token_size]. Only the pages with them are read."""
         return self.read_batch([checkpoint], np.asarray(tokens, dtype=np.int64)[None])[0].float()
 
     def read_batch(
         self, checkpoints: Sequence[int], tokens: npt.NDArray[np.int64], pinned: bool = False
     ) -> Tensor:
-        """Read K tokens of each of B checkpoints. Touches only the pages they lie on.
+        """Read K tokens of each of B checkpoints; reads only the pages that contain them.
 
         Args:
             checkpoints: [B], indices into `names`.
-            tokens: int64 [B, K], token indices, those of a checkpoint a row.
-            pinned: read into memory from which a GPU fetches while it computes.
+            tokens: int64 [B, K], token indices, a row for each checkpoint.
+            pinned: whether to read into page-locked memory, from which a GPU can copy while it computes.
 
         Returns:
             [B, K, token_size] in the dtype that they are stored in.
@@ -120,7 +110,7 @@ class ShardedCollection:
         def read(rows: npt.NDArray[Any], checkpoint: int, indices: npt.NDArray[np.int64]) -> None:
             shard, batch = self._places[checkpoint]
             values = self._stored[shard][batch]
-            # The indices are in range; by default numpy would take into a second buffer to check them first.
+            # The indices are in range. In its default mode NumPy would check them and use a second buffer.
             values.take(indices, 0, rows, "clip")
 
         threads = torch.get_num_threads() if result[:1].nbytes > _BYTES_FOR_A_THREAD else 1

@@ -1,4 +1,4 @@
-"""What a `state_dict` must be, so that it can be turned into numbers and back: checks and tied tensors."""
+"""Checks that a `state_dict` can be turned into tokens and back, and its tied tensors."""
 
 from collections.abc import Iterable, Mapping
 
@@ -64,7 +64,8 @@ def check_structure(
     """Check that a state_dict has exactly the expected names, shapes and dtypes, in any order.
 
     Raises:
-        RPGError: naming the first tensor that is missing, unexpected or different; as `check_entries` too.
+        RPGError: naming the first tensor that is missing, unexpected or different, or that `check_entries`
+            refuses.
     """
     check_entries(state_dict)
     for name, (shape, dtype) in expected.items():
@@ -84,7 +85,7 @@ def check_structure(
 def check_ties(state_dict: Mapping[str, Tensor], ties: Iterable[tuple[str, str]]) -> None:
     """Check that tied tensors hold the same values; `ties` are (alias, name of the first) pairs.
 
-    A checkpoint that went through safetensors has lost its ties, so equality is all that can be asked for.
+    safetensors does not store ties, so a checkpoint that it wrote can only be asked for equal values.
 
     Raises:
         RPGError: naming two tied tensors that differ.
@@ -97,7 +98,7 @@ def check_ties(state_dict: Mapping[str, Tensor], ties: Iterable[tuple[str, str]]
 
 
 def find_ties(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """Tied tensors: the name of each that is an earlier one's very memory, to the name of the earliest."""
+    """The name of each tensor that shares an earlier one's memory, to the earliest one's name."""
     first_of: dict[tuple[object, ...], str] = {}
     ties = {}
     for name, tensor in state_dict.items():

@@ -1,7 +1,7 @@
-"""One pass over a collection: what a layout needs to know about its tensors.
+"""One pass over a collection that computes what a layout needs to know about its tensors.
 
 Passes over parts of a collection merge (Chan, Golub and LeVeque 1979, pairwise update, float64), so that
-they can run anywhere and in any order. What travels between them is a `StatisticsPart`: sums, no reference.
+they can run on any machine and in any order. They exchange `StatisticsPart`s: sums without the reference.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout
-from rpg.collection.normalise import from_log_ratio, log_ratio
 from rpg.collection.state_dicts import (
     check_entries,
     check_structure,
@@ -28,31 +27,31 @@ from rpg.collection.state_dicts import (
     same_bits,
 )
 from rpg.collection.tensor_spec import TensorKind, TensorSpec, compute_dtype
-from rpg.collection.tokens import count_tokens
+from rpg.collection.tokens import count_tokens, from_log_ratio, log_ratio
 from rpg.config import Normalisation
 from rpg.errors import RPGError
 
 _PRE_MEAN_SHARE = 0.95
-"""As published: pre_mean is 0.95 times the mean running variance."""
+"""pre_mean is this share of the mean running variance, as published."""
 _ZSCORE_FLOOR = 0.001
-"""As published: smallest running variance over pre_mean that comes back."""
+"""The smallest running variance over pre_mean that decoding gives back, as published."""
 _SMALLEST_MEAN = 1e-30
 """Running variances of a smaller mean cannot be divided by it in float32; they are plain weights."""
 _SUMS = 6
 _BLOCK = 1 << 18
-"""Values worked on at once: their float64 copies stay in the processor's cache."""
+"""Values per block. Their float64 copies fit into the processor's cache."""
 
 
 @dataclass(frozen=True)
 class StatisticsPart:
-    """What was counted, without the reference.
+    """Statistics of some checkpoints, without the reference.
 
     Attributes:
-        reference: its digest.
+        reference: digest of the reference.
         count: number of checkpoints.
-        sums: float64 [floating tensors, 6]: whether there is a mean, then m2, sum_mean, sum_std, sum_pre_mean
-            and min_ratio.
-        means: float64 [values]: the means that there are, one tensor after the other.
+        sums: float64 [floating tensors, 6]: whether the tensor has a mean, then m2, sum_mean, sum_std,
+            sum_pre_mean and min_ratio.
+        means: float64 [values]: the means of the tensors that have one, one tensor after the other.
     """
 
     reference: str
@@ -82,7 +81,8 @@ class LayoutStatistics:
         self.reference = {name: owned(tensor) for name, tensor in reference.items() if name not in self.ties}
         self.structure = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in reference.items()}
         floating = {n: t for n, t in self.reference.items() if t.is_floating_point() and t.numel()}
-        # One buffer, so that a part can travel without another copy. Pages are taken when they are written.
+        # All means are in one buffer, so that a part can be sent without a copy. The system allocates its
+        # pages when they are first written.
         self._means = torch.empty(sum(tensor.numel() for tensor in floating.values()), dtype=torch.float64)
         self.tensors: dict[str, _TensorStatistics] = {}
         start = 0
@@ -108,14 +108,14 @@ class LayoutStatistics:
         self.count += 1
 
     def part(self) -> StatisticsPart:
-        """What was counted so far; it shares memory with these statistics where it can."""
+        """The statistics so far; they share memory with this object where they can."""
         made = [statistics.mean for statistics in self.tensors.values() if statistics.mean is not None]
         means = self._means if len(made) == len(self.tensors) else torch.cat([self._means[:0], *made])
         sums = np.array([statistics.sums() for statistics in self.tensors.values()], np.float64)
         return StatisticsPart(self._reference_digest, self.count, sums.reshape(-1, _SUMS), means.numpy())
 
     def merge(self, part: StatisticsPart) -> None:
-        """Count all that was counted elsewhere, in statistics of the same reference.
+        """Count all checkpoints of a part that was computed elsewhere with the same reference.
 
         Raises:
             RPGError: if the part was made with another reference.
@@ -187,15 +187,15 @@ class LayoutStatistics:
 
 @dataclass
 class _TensorStatistics:
-    """Statistics of one floating tensor. Sums are over checkpoints; T as in `rpg.collection.normalise`."""
+    """Statistics of one floating tensor. Sums are over checkpoints; T is that of `rpg.collection.tokens`."""
 
     room: Tensor
-    """Float64 [n], where the mean goes."""
+    """Float64 [n], the memory of the mean."""
     pre_mean: float | None
-    """Of a running variance: 0.95 times the reference's mean. None for plain weights."""
+    """For a running variance 0.95 times the reference's mean; None for plain weights."""
     reference_moments: tuple[float, float, float]
     mean: Tensor | None = None
-    """`room`, filled: the mean of T over checkpoints; None as long as all are bit for bit the reference."""
+    """`room` with the mean of T over checkpoints; None as long as all have the reference's bits."""
     m2: float = 0.0
     """Sum over checkpoints and values of (T − mean)²."""
     sum_mean: float = 0.0
@@ -229,7 +229,7 @@ class _TensorStatistics:
             self._merge_block(start, self._transform(values), count, 1)
 
     def sums(self) -> list[float]:
-        """A row of `StatisticsPart.sums`."""
+        """The tensor's row of `StatisticsPart.sums`."""
         has_mean = float(self.mean is not None)
         return [has_mean, self.m2, self.sum_mean, self.sum_std, self.sum_pre_mean, self.min_ratio]
 
@@ -241,7 +241,10 @@ class _TensorStatistics:
         count: int,
         other: int,
     ) -> None:
-        """Add what was counted of `other` checkpoints to what was of `count`; no mean: all the reference."""
+        """Add the statistics of `other` checkpoints to those of `count`.
+
+        `mean` is None if all of the other checkpoints have the reference's bits.
+        """
         m2, sum_mean, sum_std, sum_pre_mean, min_ratio = sums
         self._add_moments(sum_mean, sum_std, sum_pre_mean)
         self.min_ratio = min(self.min_ratio, min_ratio)
@@ -278,7 +281,8 @@ class _TensorStatistics:
 
     def residual(self, spec: TensorSpec, centre: Tensor, count: int) -> TensorSpec:
         assert self.mean is not None
-        # About the stored centre: in half precision its rounding can exceed what varies.
+        # Deviations are taken from the stored centre, because in half precision its rounding can be larger
+        # than the deviations from the exact mean.
         offset = 0.0
         for start, values in _blocks(centre.view(-1)):
             difference = self._transform(values).sub_(self.mean[start : start + len(values)])
@@ -316,11 +320,11 @@ class _TensorStatistics:
 
 
 def _published_moments(values: Tensor, is_variance: bool) -> tuple[float, float, float]:
-    """Mean and standard deviation of one checkpoint's tensor as z-score takes them, and its pre_mean."""
+    """Mean and standard deviation of one checkpoint's tensor for z-score, and its pre_mean."""
     if not is_variance:
         return (*_moments(values), 1.0)
     pre_mean = _PRE_MEAN_SHARE * _moments(values)[0]
-    # Variances that are all 0 have no mean to be divided by; their ratio is 0 to any other.
+    # Variances that are all 0 cannot be divided by their mean. Their ratio to any other mean is 0.
     return (*_moments(values, pre_mean or 1.0), pre_mean)
 
 
@@ -344,7 +348,7 @@ def _blocks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _usable(scale: float, dtype: torch.dtype) -> float:
-    """A scale that can be divided by in the tensor's arithmetic; 1 if this one cannot."""
+    """`scale`, or 1 if the tensor's arithmetic cannot divide by it."""
     tiny = torch.finfo(compute_dtype(dtype)).tiny
     return scale if math.isfinite(scale) and scale >= tiny else 1.0
 

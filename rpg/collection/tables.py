@@ -1,4 +1,4 @@
-"""Tables that say something of every checkpoint: CSV or JSON with a row for each file name."""
+"""Tables about checkpoints: CSV or JSON with a row for each file name."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ SUFFIXES = (".csv", ".json")
 
 
 class Located(Protocol):
-    """What a row says of a checkpoint."""
+    """A row about one checkpoint."""
 
     @property
     def where(self) -> str:
@@ -32,7 +32,7 @@ class CsvTable(NamedTuple):
 
 
 class Pairs(list[tuple[str, Any]]):
-    """A JSON object's keys and values, duplicates kept."""
+    """The keys and values of a JSON object, with duplicate keys."""
 
 
 def read_table(path: Path, what: str) -> str:
@@ -45,7 +45,7 @@ def read_table(path: Path, what: str) -> str:
     if path.suffix.lower() not in SUFFIXES:
         raise RPGError(f"{path}: {expected}")
     try:
-        # utf-8-sig: spreadsheets like to begin a CSV with a byte-order mark.
+        # Spreadsheets often begin a CSV with a byte-order mark, which utf-8-sig skips.
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; {expected}") from error
@@ -56,7 +56,7 @@ def read_table(path: Path, what: str) -> str:
 
 
 def csv_table(text: str, path: Path) -> CsvTable:
-    """Parse a CSV table whose first column is `file`; blanks around cells and empty lines are left out.
+    """Parse a CSV table whose first column is `file`; blanks around cells and empty lines are dropped.
 
     Raises:
         RPGError: naming the row that is not valid CSV, has no file name, or not as many cells as the header.
@@ -90,7 +90,7 @@ def json_table(text: str, path: Path, key: str, form: str) -> Iterator[tuple[str
         RPGError: naming the row that has another form.
     """
     try:
-        # Pairs, not a dict: a dict would silently keep the last of two equal keys.
+        # A dict would silently keep the last of two equal keys.
         content = json.loads(text, object_pairs_hook=Pairs)
     except (ValueError, RecursionError) as error:
         raise RPGError(f"{path}: not valid JSON: {error}") from error
@@ -113,7 +113,7 @@ def json_table(text: str, path: Path, key: str, form: str) -> Iterator[tuple[str
 
 
 def by_file(rows: Iterable[tuple[str, R]], path: Path, what: str) -> dict[str, R]:
-    """The rows by file name.
+    """The rows by file name; `what` says in messages what the file holds.
 
     Raises:
         RPGError: naming the row of a file that is listed twice; if there are no rows.
@@ -129,7 +129,7 @@ def by_file(rows: Iterable[tuple[str, R]], path: Path, what: str) -> dict[str, R
 
 
 def check_files(rows: Mapping[str, Located], files: Sequence[str], source: Path, what: str) -> None:
-    """Check that a table and a folder of checkpoints name the same files; `what` is a row's.
+    """Check that a table and a folder of checkpoints name the same files; `what` says what a row holds.
 
     Raises:
         RPGError: naming the row whose file is missing, or the checkpoint without a row.

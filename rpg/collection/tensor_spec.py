@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from rpg.collection.json_numbers import is_number
 from rpg.collection.state_dicts import DTYPES, dtype_name
 from rpg.errors import RPGError
+from rpg.storage.files import is_number
 
 
 class TensorKind(StrEnum):
     """How a tensor is turned into token values."""
 
     weight = "weight"
-    """Normalised as it is."""
+    """Normalised without a transformation."""
     running_var = "running_var"
     """A BatchNorm variance: normalised after log(v / pre_mean + 0.05)."""
     constant = "constant"
-    """Not turned into tokens: integer, bool and empty tensors, and floats that never change."""
+    """Not turned into tokens: integer, bool and empty tensors, and floats that all checkpoints agree on."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class TensorSpec:
     """One tensor of a layout.
 
     `mean` and `scale` are those of the (transformed) values: token value = (T(w) − offset) / scale, where the
-    offset is `mean` for z-score and T(centre) for residual. `pre_mean` and `floor` are used by
-    `TensorKind.running_var` alone. Tokens `first_token` … `first_token + tokens − 1` hold the tensor; a
+    offset is `mean` for z-score and T(centre) for residual. Only `TensorKind.running_var` uses `pre_mean` and
+    `floor`. Tokens `first_token` … `first_token + tokens − 1` hold the tensor; a
     constant or a tied tensor (`alias_of`) has none.
     """
 
@@ -56,7 +56,7 @@ class TensorSpec:
         return compute_dtype(self.dtype)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; `spec_from_json` reads them back exactly."""
+        """The spec as JSON values; `spec_from_json` reads them back exactly."""
         return {
             "name": self.name,
             "shape": list(self.shape),

@@ -1,7 +1,60 @@
-"""Cutting a tensor's values into tokens: rows of equal length, padded with 0 at the tensor's end."""
+"""From weights to token values and back: normalising a slice of a tensor, and cutting its values into tokens.
+
+token value = (T(w) − offset) / scale. T is the identity except for BatchNorm variances, for which it is
+log(v / pre_mean + 0.05), as published (arXiv 2501.11587, released code). The offset is the tensor's mean
+(z-score) or T of the collection's centre at the same place (residual). Tokens are rows of equal length,
+padded with 0 at the tensor's end.
+"""
 
 import torch
 from torch import Tensor
+
+from rpg.collection.tensor_spec import TensorKind, TensorSpec
+from rpg.errors import RPGError
+
+LOG_SHIFT = 0.05
+"""Added to v / pre_mean before the logarithm."""
+
+
+def log_ratio(variances: Tensor, pre_mean: float) -> Tensor:
+    """T of a BatchNorm variance: log(v / pre_mean + 0.05), in the dtype of `variances`."""
+    return variances.div(pre_mean).add_(LOG_SHIFT).log_()
+
+
+def from_log_ratio(transformed: Tensor, pre_mean: float, floor: float) -> Tensor:
+    """Inverse of `log_ratio`: max(exp(x) − 0.05, floor) · pre_mean, in the dtype of `transformed`."""
+    return transformed.exp().sub_(LOG_SHIFT).clamp_(min=floor).mul_(pre_mean)
+
+
+def normalise(spec: TensorSpec, values: Tensor, centre: Tensor | None) -> Tensor:
+    """Token values of a slice of a tensor.
+
+    Args:
+        spec: of the tensor.
+        values: [n], the slice in weight space.
+        centre: [n], the same slice of the centre (residual); None for z-score.
+
+    Returns:
+        float32 [n].
+
+    Raises:
+        RPGError: naming the tensor, at a negative running variance.
+    """
+    result = _transform(spec, values) - (spec.mean if centre is None else _transform(spec, centre))
+    return result.div_(spec.scale).to(torch.float32)
+
+
+def denormalise(spec: TensorSpec, values: Tensor, centre: Tensor | None) -> Tensor:
+    """Inverse of `normalise`: token values [n] of any float dtype to weights [n] of the tensor's dtype.
+
+    Each operation rounds separately (no fused multiply-add), so that a weight does not depend on the slice in
+    which it is computed.
+    """
+    result = values.to(spec.compute_dtype) * spec.scale
+    result += spec.mean if centre is None else _transform(spec, centre)
+    if spec.kind == TensorKind.running_var:
+        result = from_log_ratio(result, spec.pre_mean, spec.floor)
+    return result.to(spec.dtype)
 
 
 def count_tokens(numel: int, token_size: int) -> int:
@@ -22,8 +75,17 @@ def join(tokens: Tensor, numel: int) -> Tensor:
 
 
 def token_lengths(numel: int, token_size: int) -> Tensor:
-    """Values in each of a tensor's tokens: int64 [t], all `token_size` but the last."""
+    """Number of values in each of a tensor's tokens, int64 [t]: `token_size`, except for the last."""
     lengths = torch.full((count_tokens(numel, token_size),), token_size, dtype=torch.int64)
     if len(lengths):
         lengths[-1] = numel - token_size * (len(lengths) - 1)
     return lengths
+
+
+def _transform(spec: TensorSpec, values: Tensor) -> Tensor:
+    result = values.to(spec.compute_dtype)
+    if spec.kind != TensorKind.running_var:
+        return result
+    if bool((result < 0).any()):
+        raise RPGError(f"tensor '{spec.name}': expected no negative running variance, found one")
+    return log_ratio(result, spec.pre_mean)

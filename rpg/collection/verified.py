@@ -1,8 +1,9 @@
-"""Whether shards are what the manifest says; a file is read for that once, and again when it has changed.
+"""Verifying that shards have the digests in their manifest: each file is read once, and again when it
+changes.
 
-`.verified.json` beside the shards remembers size, modification time and inode of every file whose SHA-256
-was right, so that opening tens of gigabytes again costs nothing. Damage that leaves all three as they were is
-found by `ShardedCollection.verify` (`rpg inspect --verify`), which reads everything.
+`.verified.json` beside the shards records size, modification time and inode of every file whose SHA-256 was
+right, so that tens of gigabytes need not be read each time they are opened. Damage that changes none of the
+three is found by `ShardedCollection.verify` (`rpg inspect --verify`), which reads everything.
 """
 
 import json
@@ -26,14 +27,14 @@ Mark = list[int | str]
 
 
 def damage(directory: AnyPath, shards: Sequence[ShardInfo], again: bool = False) -> dict[str, str]:
-    """The shards that are not what they should be, by file name, each with a line that says why.
+    """The shards that are missing or damaged, by file name, each with a line that says why.
 
-    Behind a URI sizes alone are compared: reading would be fetching everything.
+    Behind a URI only sizes are compared, since reading would fetch everything.
 
     Args:
-        directory: where they are.
-        shards: as the manifest has them.
-        again: read all files, whatever is remembered of them.
+        directory: of the shards.
+        shards: what the manifest says of them.
+        again: read all files, even those that were verified before.
     """
     found = {shard.file: _wrong_size(directory, shard) for shard in shards}
     remembered = {} if again else _remembered(directory)
@@ -46,14 +47,14 @@ def damage(directory: AnyPath, shards: Sequence[ShardInfo], again: bool = False)
                 unread, pool.map(lambda shard: _wrong_content(directory, shard), unread), strict=True
             ):
                 found[shard.file] = wrong
-        # Where the record cannot be written, the files are read each time.
+        # If the record cannot be written, the next call reads the files again.
         with suppress(RPGError):
             write_json(directory / VERIFIED_FILE, {n: mark for n, mark in marks.items() if not found[n]})
     return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def remember(directory: AnyPath, shards: Sequence[ShardInfo]) -> None:
-    """Note that these shards, just written, are what they should be."""
+    """Record that these shards, which were just written, are verified."""
     with suppress(RPGError, OSError):
         write_json(directory / VERIFIED_FILE, {shard.file: _mark(directory, shard) for shard in shards})
 

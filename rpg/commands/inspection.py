@@ -13,7 +13,8 @@ from torch import Tensor
 from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES, checkpoint_files, is_adapter, read_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, Collection
 from rpg.collection.layout import Layout
-from rpg.collection.shards import MANIFEST_FILE, ShardedCollection
+from rpg.collection.manifest import MANIFEST_FILE
+from rpg.collection.shards import ShardedCollection
 from rpg.collection.state_dicts import dtype_name, find_ties
 from rpg.collection.tensor_spec import TensorKind
 from rpg.collection.tokens import count_tokens

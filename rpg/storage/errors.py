@@ -10,28 +10,31 @@ from upath import UPath
 from rpg.errors import RPGError, one_line
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""The extra of RPG that brings a protocol's package."""
+"""The extra of RPG that installs a protocol's package."""
 
-# A copy on its way fills the local disk, not the storage.
+# These errors come from the local disk, which a download has filled.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT}
 _UNREACHABLE = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError"}
 _REFUSED_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
 class StorageError(RPGError):
-    """The storage behind a URI failed, or what is asked for is not there."""
+    """The storage behind a URI failed, or does not have the file."""
 
 
 @contextmanager
 def storage_errors_for(path: Path | UPath, failure: str = "cannot be read") -> Iterator[None]:
-    """Tell whatever a storage's package raises in the block as a `StorageError` that names `path`.
+    """Turn an exception of a storage's package in the block into a `StorageError` that names `path`.
 
-    Only for calls to the storage: each package has exceptions of its own, so all are taken for failures of
-    the storage. Blocks about a local path raise what they raise.
+    The block should contain nothing but calls to the storage. Each package has exceptions of its own, so
+    every exception counts as a failure of the storage. For a local path, exceptions are not changed.
 
     Args:
-        path: what the block reads or writes.
-        failure: what to say of it, such as "cannot be written".
+        path: the file or directory that the block reads or writes.
+        failure: what the message says about `path`, such as "cannot be written".
+
+    Raises:
+        StorageError: naming `path`, if the storage behind it fails.
     """
     try:
         yield
@@ -44,8 +47,8 @@ def storage_errors_for(path: Path | UPath, failure: str = "cannot be read") -> I
 
 
 def storage_error(path: UPath | str, failure: str, error: Exception) -> StorageError:
-    """The line that tells `error`, which a storage's package raised."""
-    # By name: the packages are optional, and share no classes but Python's own.
+    """The `StorageError` for an exception of a storage's package; `failure` says what it prevented."""
+    # Classes are compared by name: the packages are optional, and share only Python's own classes.
     names = {each.__name__ for each in type(error).__mro__}
     reason = _reason(error)
     if isinstance(error, ImportError):
@@ -71,7 +74,7 @@ def storage_error(path: UPath | str, failure: str, error: Exception) -> StorageE
 
 
 def _code(error: Exception) -> str:
-    """The code of an S3 answer that a Python exception was made of."""
+    """The error code of the S3 response that an exception was made from; empty if there is none."""
     response = getattr(error.__cause__, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ PARTIAL_SUFFIX = ".partial"
 """What the names of unfinished files and directories end with."""
 
 _BLOCK_BYTES = 2**20
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _numbers = itertools.count()
 
 
@@ -159,6 +161,18 @@ def read_json(path: AnyPath, what: str) -> Any:
         raise RPGError(f"{path}: not found; expected {what}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RPGError(f"{path}: cannot be read as {what}: {error_reason(error)}") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a number that is finite as float64. A bool is no number."""
+    # JSON's integers have no bounds, and math.isfinite fails on those beyond the floats.
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
+
+
+def is_float32(value: Any) -> bool:
+    """Whether a value from JSON is a number that is finite as float32. A bool is no number."""
+    return is_number(value) and abs(value) <= _LARGEST_FLOAT32
 
 
 def is_storable(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Locations: local paths and URIs (`s3://`, `gs://`, whatever fsspec opens) behind one interface.
 
-`Path` and `UPath` share the methods of `pathlib`. What differs is told here: how a location is written, and
-how something behind a URI becomes a local file for those who need one.
+`Path` and `UPath` share the methods of `pathlib`. This module has what differs: how a user writes a location,
+and how a file behind a URI becomes a local one.
 """
 
 import tempfile
@@ -19,18 +19,18 @@ from rpg.storage.errors import EXTRAS, storage_error, storage_errors_for
 AnyPath = Path | UPath
 """A local path or a URI."""
 
-# Other processes write as well, so listings must not be remembered.
+# Listings must not be cached, because other processes write too.
 _OPTIONS: dict[str, Any] = {"use_listings_cache": False}
-# An endpoint that is gone is given up within half a minute; s3fs goes on trying one that is only busy.
+# These settings give up an endpoint that is gone within half a minute. s3fs itself retries one that is busy.
 _S3_OPTIONS = {
     "config_kwargs": {"connect_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 3}}
 }
 
 
 def location(text: str) -> AnyPath:
-    """The location that a user wrote: a URI, or a local path made absolute, `~` expanded.
+    """The location that a user wrote: a URI, or a local path, which is made absolute with `~` expanded.
 
-    Nothing is read, so it may not exist.
+    It need not exist: nothing is read.
 
     Raises:
         RPGError: for an unknown protocol, one whose package is not installed, or a URI without a bucket.
@@ -61,7 +61,7 @@ def location(text: str) -> AnyPath:
 
 
 def is_remote(path: AnyPath) -> TypeGuard[UPath]:
-    """Whether `path` lies behind a URI."""
+    """Whether `path` is a URI."""
     return not isinstance(path, Path)
 
 
@@ -69,17 +69,17 @@ def exists(path: AnyPath) -> bool:
     """Whether there is a file or directory at `path`.
 
     Raises:
-        RPGError: naming the URI, if its storage cannot be asked.
+        RPGError: naming the URI, if its storage cannot be reached.
     """
     with storage_errors_for(path):
         return bool(path.exists())
 
 
 def identity(path: AnyPath) -> object | None:
-    """What changes when the file at `path` is replaced; None if there is none.
+    """A value that changes when the file at `path` is replaced; None if there is no file.
 
     Raises:
-        RPGError: naming the URI, if its storage cannot be asked.
+        RPGError: naming the URI, if its storage cannot be reached.
     """
     if isinstance(path, Path):
         return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
@@ -92,10 +92,11 @@ def identity(path: AnyPath) -> object | None:
 
 @contextmanager
 def fetched(path: AnyPath) -> Iterator[Path]:
-    """Yield a local path with the file or directory's content: itself, or a temporary copy of a remote one.
+    """Yield a local path with the content of a file or directory: `path` itself, or a temporary copy of a
+    URI.
 
-    The copy has the same name and is removed when the block ends; memory-mapped tensors of it stay. An
-    `RPGError` about the copy, raised in the block, names the URI instead.
+    The copy has the same name. It is removed when the block ends, but tensors that are mapped from it stay
+    usable. In the message of an `RPGError` raised in the block, the URI takes the place of the copy's path.
 
     Raises:
         RPGError: naming the URI, if it cannot be read.
@@ -117,7 +118,7 @@ def fetched(path: AnyPath) -> Iterator[Path]:
 
 
 def _fetch(path: UPath, local: Path) -> None:
-    # A file is one request this way; only some storages know at once that it is none.
+    # A file takes one request this way. For a directory only some storages raise an error.
     with suppress(FileNotFoundError, IsADirectoryError):
         path.fs.get_file(path.path, str(local))
         if local.is_file():

@@ -1,12 +1,12 @@
-"""A node's cache of remote files and directories: brought once, then used by every process of the node.
+"""A node's cache of remote files and directories: downloaded once, then used by every process of the node.
 
-    CACHE/KEY/content/NAME   what was brought; KEY is a digest of the URI and of every file's size and version
-    CACHE/KEY/source.json    the URI, and the files' versions; its time is that of the last use
-    CACHE/KEY.partial/       the same on its way, with `reserved`: the bytes that it will take
-    CACHE/KEY.lock           held shared by who uses KEY, exclusively by who brings or evicts it
-    CACHE/room.lock          held while room is made
+    CACHE/KEY/content/NAME   the copy; KEY is a digest of the URI and of every file's size and version
+    CACHE/KEY/source.json    the URI and the files' versions; its modification time is the time of the last
+    use CACHE/KEY.partial/       an unfinished download; its file `reserved` has the number of bytes that it
+    will take CACHE/KEY.lock           held shared by processes that use KEY, exclusively by one that
+    downloads or evicts it CACHE/room.lock          held by the process that makes room for a download
 
-Locks are `flock`s: the system lets go of them when a process ends, however it ends.
+Locks are `flock`s, which the system releases when a process ends, even if it is killed.
 """
 
 import fcntl
@@ -34,7 +34,8 @@ _PARTIAL = ".partial"
 _KEY = "[0-9a-f]{32}"
 _ATTEMPTS = 3
 
-# Locks of what this process uses, for as long as it lives: mapped files have no other end that could be seen.
+# Locks of the entries that this process uses. They are held until it ends, because nothing tells when a
+# mapped file is no longer used.
 _in_use: dict[Path, IO[str]] = {}
 
 
@@ -43,16 +44,17 @@ def local_copy(
 ) -> Path:
     """A local path with the content of `path`: itself, or a copy in this node's cache.
 
-    A remote file or directory is brought once, whichever process of the node asks first, and again when it
-    changes; of a directory that changed, only the files that did. What was used longest ago is evicted to
-    keep `limit_bytes`, but nothing that a living process has asked for. The copy must not be written to.
+    The first process of the node that asks for a remote file or directory downloads it. It is downloaded
+    again when it has changed; of a directory only the changed files. To keep `limit_bytes`, the entries that
+    were used longest ago are evicted, except those that a living process has asked for. The copy must not be
+    written to.
 
     Args:
         path: file or directory.
-        cache: directory, made if need be; on a local file system.
-        limit_bytes: of all that is in it.
-        check: called with a fresh copy before anyone may use it; if it raises an `RPGError`, the copy is
-            brought once more.
+        cache: directory on a local file system; it is made if it is missing.
+        limit_bytes: the most bytes that the cache may hold.
+        check: called with a fresh copy before any process may use it; if it raises an `RPGError`, the copy is
+            downloaded once more.
 
     Raises:
         RPGError: naming the URI, if it cannot be read, arrives damaged or does not fit; naming the cache, if
@@ -76,7 +78,7 @@ def local_copy(
                     _bring(path, files, entry, limit_bytes, check)
         except OSError as error:
             raise RPGError(f"{cache}: cannot hold a copy of {path}: {error.strerror}") from error
-        # It may have changed while it was on its way, or have been evicted since.
+        # The remote file may have changed during the download, or the entry may have been evicted since.
         with storage_errors_for(path):
             unchanged = remote_files(path) == files
         if unchanged and _used(entry):
@@ -93,9 +95,9 @@ def _versions(files: Mapping[str, RemoteFile]) -> dict[str, tuple[int, str]]:
 
 
 def _used(entry: Path) -> bool:
-    """Mark an entry as used by this process, if it is there and whole."""
+    """Mark an entry as used by this process; False if it is missing or incomplete."""
     if entry in _in_use and (_source(entry) is None or not _is_current(_in_use[entry])):
-        # The cache was cleared by hand, and a lock on a file that is gone keeps nobody out.
+        # Somebody cleared the cache by hand, and a lock on a deleted file keeps nobody out.
         _in_use.pop(entry).close()
     if entry not in _in_use:
         lock = _lock(entry, fcntl.LOCK_SH)
@@ -103,14 +105,14 @@ def _used(entry: Path) -> bool:
             lock.close()
             return False
         _in_use[entry] = lock
-    # Not the kernel's idea of now, which is milliseconds old.
+    # The kernel's own time can be milliseconds old, so two uses could seem to be simultaneous.
     now = time.time_ns()
     os.utime(entry / _SOURCE, ns=(now, now))
     return True
 
 
 def _source(entry: Path) -> tuple[str, dict[str, RemoteFile]] | None:
-    """URI and files of an entry; None if its record cannot be read: it is as good as not there."""
+    """URI and files of an entry; None if its record cannot be read, which makes the entry unusable."""
     try:
         source = json.loads((entry / _SOURCE).read_text())
         return source["uri"], {name: RemoteFile(*version) for name, version in source["files"].items()}
@@ -138,7 +140,8 @@ def _bring(
         try:
             _download_checked(path, missing, copy, check)
         except RPGError:
-            # Once more, and without the links: an earlier copy may be what is damaged.
+            # The damage may come from a linked file of an earlier copy, so the second download takes no
+            # links.
             if copy.is_dir():
                 shutil.rmtree(copy)
             _download_checked(path, files, copy, check)
@@ -150,7 +153,7 @@ def _bring(
 
 
 def _sync(directory: Path) -> None:
-    """Have the disk hold all files: after a power failure a rename may be there and their content not."""
+    """Write all files to the disk, since a power failure could keep a later rename but lose their content."""
     for file in directory.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -171,7 +174,7 @@ def _download_checked(
 
 
 def _link_known(path: UPath, files: Mapping[str, RemoteFile], copy: Path) -> dict[str, RemoteFile]:
-    """Take files of a directory from earlier copies that have the same version; returns those that remain."""
+    """Link files of a directory that earlier copies have in the same version; return the others."""
     known = {}
     for entry in _entries(copy.parents[2]):
         uri, versions = _source(entry) or ("", {})
@@ -189,11 +192,11 @@ def _link_known(path: UPath, files: Mapping[str, RemoteFile], copy: Path) -> dic
 
 
 def _make_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> None:
-    """Evict what was used longest ago until `size` bytes more are within the limit."""
+    """Evict the entries that were used longest ago until `size` more bytes are within the limit."""
     if size > limit_bytes:
         raise RPGError(_no_room(path, cache, size, limit_bytes))
     for partial in cache.glob(f"*{_PARTIAL}"):
-        # Left behind by a process that was killed; a living one holds its lock.
+        # A killed process left it behind. If the process lives, it holds the lock, and nothing is removed.
         _evict(partial.with_suffix(""))
     for entry in _entries(cache):
         if _source(entry) is None:
@@ -217,7 +220,7 @@ def _no_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> str:
 
 
 def _entries(cache: Path) -> list[Path]:
-    # Nothing but what a key names: the directory may hold a user's own.
+    # Other names are ignored, since a user may keep files of his own in the directory.
     return [entry for entry in cache.iterdir() if re.fullmatch(_KEY, entry.name) and entry.is_dir()]
 
 
@@ -227,7 +230,7 @@ def _last_use(entry: Path) -> int:
 
 
 def _taken(cache: Path) -> int:
-    """Bytes of everything in the cache, files of several copies once, and of what is on its way."""
+    """Bytes of all entries, counting a file that several copies share once, and of running downloads."""
     sizes = {}
     for entry in _entries(cache):
         for file in (entry / _CONTENT).rglob("*"):
@@ -239,12 +242,12 @@ def _taken(cache: Path) -> int:
 
 
 def _evict(entry: Path) -> None:
-    """Remove an entry, whole or partial, unless a living process holds it."""
+    """Remove an entry, complete or partial, unless a living process holds its lock."""
     partial = entry.with_suffix(_PARTIAL)
     try:
         with _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
             if entry.is_dir():
-                # So that an eviction that is killed half way leaves nothing that looks whole.
+                # If this process is killed while it removes files, the rest must not look complete.
                 entry.rename(partial)
             shutil.rmtree(partial, ignore_errors=True)
             Path(lock.name).unlink()
@@ -264,7 +267,7 @@ def _lock(entry: Path, mode: int) -> IO[str]:
         lock = path.open("w")
         try:
             fcntl.flock(lock, mode)
-            # Whoever evicted the entry meanwhile has removed the file that was waited for.
+            # While this process waited, another may have evicted the entry and removed the lock's file.
             if _is_current(lock):
                 return lock
         except BaseException:
@@ -274,7 +277,7 @@ def _lock(entry: Path, mode: int) -> IO[str]:
 
 
 def _is_current(lock: IO[str]) -> bool:
-    """Whether a lock's file is the one that others would open under its name."""
+    """Whether a lock's file is still the one under its name, which other processes open."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rpg.collection.collection import Collection, Entry
-from rpg.collection.descriptions import read_descriptions
+from rpg.collection.conditions import read_descriptions
 from rpg.collection.register import register
 from rpg.commands.inspection import inspect
 from rpg.errors import RPGError

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from rpg.collection.collection import Entry
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Layout
-from rpg.collection.shard_file import open_shard
-from rpg.collection.shards import ENTRIES_FILE, MANIFEST_FILE, ShardedCollection, write_manifest, write_shard
+from rpg.collection.manifest import ENTRIES_FILE, MANIFEST_FILE, write_manifest
+from rpg.collection.shard_file import open_shard, write_shard
+from rpg.collection.shards import ShardedCollection
 from rpg.collection.statistics import LayoutStatistics
 from rpg.collection.verified import VERIFIED_FILE
 from rpg.config import Normalisation, TokenDtype
@@ -411,7 +412,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path) -> None:
         import resource, sys, torch
         from pathlib import Path
         from rpg.collection.layout import Layout
-        from rpg.collection.shards import write_shard
+        from rpg.collection.shard_file import write_shard
         from rpg.config import TokenDtype
         from rpg.errors import RPGError
         directory = Path(sys.argv[1])

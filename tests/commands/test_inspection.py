@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
 from rpg.collection.collection import Collection, Entry
-from rpg.collection.shards import write_manifest, write_shard
+from rpg.collection.manifest import write_manifest
+from rpg.collection.shard_file import write_shard
 from rpg.collection.statistics import LayoutStatistics
 from rpg.commands.inspection import Inspection, inspect
 from rpg.config import GeneratorConfig, Normalisation, TokenDtype, save_config

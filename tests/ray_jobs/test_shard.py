@@ -19,7 +19,8 @@ from ray_jobs.train import TRAIN
 from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Encoded
-from rpg.collection.shards import ENTRIES_FILE, MANIFEST_FILE, ShardedCollection
+from rpg.collection.manifest import ENTRIES_FILE, MANIFEST_FILE
+from rpg.collection.shards import ShardedCollection
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Config, load_config
 from rpg.errors import RPGError

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout
-from rpg.collection.normalise import LOG_SHIFT, log_ratio
 from rpg.collection.tensor_spec import TensorKind
-from rpg.collection.tokens import cut
+from rpg.collection.tokens import LOG_SHIFT, cut, log_ratio
 from rpg.config import Normalisation
 from rpg.sampling.model_writer import ModelWriter
 
