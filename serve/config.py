@@ -30,7 +30,7 @@ class GeneratorEntry:
     """Directory or URI of a saved generator, below one of `roots`."""
     replicas: AtLeastOne = 1
     max_replicas: int = 0
-    """Start with `replicas` and grow up to so many while jobs wait; 0: always `replicas`."""
+    """The generator starts with `replicas` and grows up to so many while jobs wait; 0: always `replicas`."""
     collection: str = ""
     """Directory or URI of the collection that it learned from, below one of `roots`: jobs may then ask for
     evaluation. Empty: they may not."""
@@ -43,7 +43,7 @@ class GeneratorEntry:
 
 @dataclass
 class LimitsConfig:
-    """What is refused."""
+    """Limits above which a request is refused."""
 
     queued_models: AtLeastOne = 100_000
     """Models asked for and not made yet, of all jobs."""
@@ -63,7 +63,7 @@ class RetentionConfig:
 
     days: Annotated[float, Ge(0)] = 7.0
     gigabytes: Annotated[float, Ge(0)] = 100.0
-    """Of models, all ended jobs together."""
+    """Size of the models of all ended jobs together."""
 
 
 @dataclass
@@ -130,7 +130,11 @@ class ConfigFile:
         return cls(path.absolute(), Path.cwd())
 
     def read(self) -> ServeConfig:
-        """See `load_serve_config`."""
+        """Read and validate it.
+
+        Raises:
+            RPGError: naming the file and the key.
+        """
         return load_serve_config(self.path, self.directory)
 
 

@@ -20,7 +20,7 @@ class Patience:
     first: float = 0.5
     largest: float = 10.0
     total: float = 60.0
-    """From the first failure on; what cannot be tried again within it is given up."""
+    """Counted from the first failure; a call that cannot be tried again within it is given up."""
 
 
 class BackOff:
@@ -46,16 +46,16 @@ class BackOff:
         wait = self._next * random.uniform(0.5, 1.0)
         self._next = min(2 * self._next, self._patience.largest)
         if error.retry_after is not None:
-            # Never sooner than asked; a little later, so that not all callers come at once.
+            # The wait is never shorter than asked, and a little longer so that not all callers come at once.
             wait = error.retry_after + 0.1 * wait
         if now + wait - since > self._patience.total:
             raise error
         if is_first:
-            # Whoever sits before a terminal would take it for hanging.
+            # Without a word, whoever sits before a terminal would think that the command hangs.
             _log.warning("%s; trying again for up to %.0f s", error, self._patience.total)
         return wait
 
     def reset(self) -> None:
-        """Something was achieved: the next failure counts as the first."""
+        """Count the next failure as the first one, since something was achieved."""
         self._next = self._patience.first
         self._failing_since = None

@@ -1,23 +1,24 @@
-"""The calls of the service, written once for both clients."""
+"""The calls to the service, written once for both clients."""
 
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
 from urllib.parse import quote, urlsplit
 
 import httpx
 
-from rpg.client.arriving import ArrivingFile, in_memory, is_there, partial_file
 from rpg.client.back_off import BackOff, Patience
+from rpg.client.download import PartialFile, in_memory, is_there, partial_file
 from rpg.client.errors import CallError, refused, unreachable
 from rpg.client.schema import GeneratorInfo, GeneratorList, Job, JobPage, JobState, ModelFile, ModelPage
-from rpg.client.transport import Answer, EventReader, Transport
+from rpg.client.transport import EventReader, Response, Transport
 from rpg.errors import RPGError
 
-TellJob = Callable[[Job], None]
-TellBytes = Callable[[int, int], None]
+JobCallback = Callable[[Job], None]
+BytesCallback = Callable[[int, int], None]
 
 POLL_SECONDS = 2.0
 _POLLS_WITHOUT_EVENTS = 30
@@ -42,7 +43,7 @@ class SamplingOptions(TypedDict, total=False):
     priority: int | None
 
 
-class _Whole(NamedTuple):
+class _WholeResponse(NamedTuple):
     status: int
     body: bytes
 
@@ -84,8 +85,12 @@ class Calls:
     ) -> Job:
         """Ask for `number` models for each condition, or in all where the generator takes none.
 
-        Where it has a text encoder (`GeneratorInfo.descriptions`), `descriptions` may stand in place of
-        conditions. However often it has to be sent, it makes one job.
+        Where the generator has a text encoder (`GeneratorInfo.descriptions`), `descriptions` may stand in
+        place of conditions. However often the request has to be sent, the service makes one job of it.
+
+        Raises:
+            RPGError: for what cannot be sent: conditions that are no finite numbers, or other descriptions
+                than texts.
         """
         asked: dict[str, Any] = {"generator": generator, "number": number, "seed": seed}
         asked |= {key: value for key, value in settings.items() if value is not None}
@@ -113,8 +118,8 @@ class Calls:
         asked = {key: value for key, value in asked.items() if value is not None}
         return JobPage.from_json((await self._call("GET", "/v1/jobs", params=asked)).json())
 
-    async def wait(self, id: str, progress: TellJob | None = None) -> Job:
-        """The job, once it has ended, well or not; `progress` is told whenever it has changed."""
+    async def wait(self, id: str, progress: JobCallback | None = None) -> Job:
+        """Wait until a job has succeeded, failed or been cancelled; `progress` is told of changes."""
         seen: int | None = None
 
         def tell(job: Job) -> None:
@@ -129,7 +134,7 @@ class Calls:
             job = await self._follow(id, tell)
             if job is not None and job.has_ended:
                 return job
-            # Where something on the way holds events back, asking now and then is quicker.
+            # A proxy may hold events back: asking now and then is quicker there.
             for _ in range(_POLLS_WITHOUT_EVENTS if seen == before else 1):
                 job = await self.job(id)
                 tell(job)
@@ -141,20 +146,20 @@ class Calls:
         """Stop a job within one denoising batch. One that has ended stays as it is, with its models."""
         back_off = BackOff(self._patience)
         while True:
-            # Each time: for a job that has ended, the same call to the service removes it.
+            # The job is looked at before each attempt, since DELETE removes a job that has ended.
             job = await self.job(id)
             if job.has_ended:
                 return job
             try:
-                answer = await self._once("DELETE", _job(id))
+                response = await self._once("DELETE", _job(id))
             except CallError as error:
                 await self._transport.sleep(back_off.seconds(error))
                 continue
-            if answer.status == 204:
+            if response.status == 204:
                 raise RPGError(f"job {id} ended while it was being cancelled, and is removed")
-            return Job.from_json(answer.json())
+            return Job.from_json(response.json())
 
-    async def download(self, id: str, directory: Path, progress: TellBytes | None = None) -> list[Path]:
+    async def download(self, id: str, directory: Path, progress: BytesCallback | None = None) -> list[Path]:
         """Write all models of a job that are finished into `directory`, and return their paths by index.
 
         A file that is there already is not fetched again, and one that was broken off is continued. Each is
@@ -175,11 +180,11 @@ class Calls:
             def arrived(size: int, before: int = before) -> None:
                 tell(before + size, total)
 
-            if not await self._transport.apart(lambda t=target, m=model: is_there(t, m)):  # type: ignore[misc]
+            if not await self._transport.run_blocking(partial(is_there, target, model)):
                 with partial_file(target, model) as file:
-                    await self._transport.apart(file.read_what_is_there)
+                    await self._transport.run_blocking(file.read_what_is_there)
                     await self._fetch(id, file, arrived)
-                    await self._transport.apart(file.sync)
+                    await self._transport.run_blocking(file.sync)
             done += model.bytes
             tell(done, total)
             paths.append(target)
@@ -196,7 +201,7 @@ class Calls:
     ) -> bytes:
         """Have one model made: the content of its .safetensors file, checked against its SHA-256.
 
-        It is a job like any other, so that a lost connection makes no second one and loses no work.
+        The model is a job like any other, so that a lost connection makes no second one and loses no work.
 
         Raises:
             RPGError: with the reason, if it could not be made.
@@ -213,23 +218,23 @@ class Calls:
         file.check()
         return buffer.getvalue()
 
-    async def _follow(self, id: str, tell: TellJob) -> Job | None:
-        """Tell of every event until there are no more; the last one's job, if there was any."""
+    async def _follow(self, id: str, tell: JobCallback) -> Job | None:
+        """Tell of each of a job's events until they end; returns the last one's job, if there was any."""
         job = None
         try:
-            answer = await self._open("GET", f"{_job(id)}/events", headers={"Accept": "text/event-stream"})
+            response = await self._open("GET", f"{_job(id)}/events", headers={"Accept": "text/event-stream"})
             try:
-                if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
                     return None
                 reader = EventReader()
-                while block := await self._block(answer):
+                while block := await self._block(response):
                     for event in reader.feed(block):
-                        job = Job.from_json(_Whole(200, event.data.encode()).json())
+                        job = Job.from_json(_WholeResponse(200, event.data.encode()).json())
                         tell(job)
                         if event.name == "end":
                             return job
             finally:
-                await answer.close()
+                await response.close()
         except CallError as error:
             if not error.is_temporary:
                 raise
@@ -239,21 +244,21 @@ class Calls:
         found: list[ModelFile] = []
         start: int | None = 0
         while start is not None:
-            answer = await self._call("GET", f"{_job(id)}/models", params={"start": start})
-            page = ModelPage.from_json(answer.json())
+            response = await self._call("GET", f"{_job(id)}/models", params={"start": start})
+            page = ModelPage.from_json(response.json())
             found += page.models
             start = page.next
         return found
 
-    async def _fetch(self, id: str, file: ArrivingFile, arrived: Callable[[int], None]) -> None:
+    async def _fetch(self, id: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
         was_continued = file.size > 0
         await self._fill(id, file, arrived)
         if was_continued and not file.is_right:
-            # A machine that went down may have left anything in it.
+            # A machine that went down may have left anything in the file.
             file.restart()
             await self._fill(id, file, arrived)
 
-    async def _fill(self, id: str, file: ArrivingFile, arrived: Callable[[int], None]) -> None:
+    async def _fill(self, id: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
         back_off = BackOff(self._patience)
         while file.size < file.model.bytes:
             before = file.size
@@ -264,24 +269,24 @@ class Calls:
                     back_off.reset()
                 await self._transport.sleep(back_off.seconds(error))
 
-    async def _fill_once(self, id: str, file: ArrivingFile, arrived: Callable[[int], None]) -> None:
+    async def _fill_once(self, id: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
         headers = {"Accept-Encoding": "identity"}
         if file.size:
             headers |= {"Range": f"bytes={file.size}-", "If-Range": f'"{file.model.sha256}"'}
-        answer = await self._open("GET", f"{_job(id)}/models/{file.model.index}", headers=headers)
+        response = await self._open("GET", f"{_job(id)}/models/{file.model.index}", headers=headers)
         try:
-            continues = answer.headers.get("content-range", "").startswith(f"bytes {file.size}-")
-            if file.size and not (answer.status == 206 and continues):
+            continues = response.headers.get("content-range", "").startswith(f"bytes {file.size}-")
+            if file.size and not (response.status == 206 and continues):
                 file.restart()
-            while block := await self._block(answer):
+            while block := await self._block(response):
                 file.write(block)
                 arrived(file.size)
         finally:
-            await answer.close()
+            await response.close()
         if file.size < file.model.bytes:
             raise CallError(f"{file.name}: broke off after {file.size} bytes", None, True)
 
-    async def _call(self, method: str, path: str, **request: Any) -> _Whole:
+    async def _call(self, method: str, path: str, **request: Any) -> _WholeResponse:
         back_off = BackOff(self._patience)
         while True:
             try:
@@ -289,35 +294,35 @@ class Calls:
             except CallError as error:
                 await self._transport.sleep(back_off.seconds(error))
 
-    async def _once(self, method: str, path: str, **request: Any) -> _Whole:
-        answer = await self._open(method, path, **request)
+    async def _once(self, method: str, path: str, **request: Any) -> _WholeResponse:
+        response = await self._open(method, path, **request)
         try:
-            return _Whole(answer.status, await self._rest(answer))
+            return _WholeResponse(response.status, await self._rest(response))
         finally:
-            await answer.close()
+            await response.close()
 
-    async def _open(self, method: str, path: str, **request: Any) -> Answer:
+    async def _open(self, method: str, path: str, **request: Any) -> Response:
         try:
-            answer = await self._transport.send(method, self._server + path, **request)
+            response = await self._transport.send(method, self._server + path, **request)
         except httpx.TransportError as error:
             raise unreachable(self._server, error) from error
-        if 200 <= answer.status < 300:
-            return answer
+        if 200 <= response.status < 300:
+            return response
         try:
-            body = await self._rest(answer)
+            body = await self._rest(response)
         finally:
-            await answer.close()
-        raise refused(f"{method} {self._server}{path}", answer.status, answer.headers, body)
+            await response.close()
+        raise refused(f"{method} {self._server}{path}", response.status, response.headers, body)
 
-    async def _rest(self, answer: Answer) -> bytes:
+    async def _rest(self, response: Response) -> bytes:
         blocks = []
-        while block := await self._block(answer):
+        while block := await self._block(response):
             blocks.append(block)
         return b"".join(blocks)
 
-    async def _block(self, answer: Answer) -> bytes:
+    async def _block(self, response: Response) -> bytes:
         try:
-            return await answer.block()
+            return await response.block()
         except httpx.TransportError as error:
             raise unreachable(self._server, error) from error
 

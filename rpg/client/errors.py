@@ -1,4 +1,4 @@
-"""What a call ends with when it does not end well, as one line."""
+"""The error of a call that was refused or did not reach the service, as one line."""
 
 import email.utils
 import json
@@ -33,7 +33,7 @@ class CallError(RPGError):
 def refused(call: str, status: int, headers: Mapping[str, str], body: bytes) -> CallError:
     """The error that an HTTP answer tells; `call` says which one it was, for answers that do not say why."""
     detail = _detail(headers, body)
-    # While a front is started again, what stands before it answers in its place, without a problem document.
+    # While the service's front is started again, the proxy before it answers, without a problem document.
     temporary = status in _TEMPORARY or (status in _GATEWAY and detail is None)
     message = detail or f"{call} was answered with HTTP status {status}"
     return CallError(message, status, temporary, _seconds(headers.get("retry-after")))
@@ -42,7 +42,7 @@ def refused(call: str, status: int, headers: Mapping[str, str], body: bytes) -> 
 def unreachable(server: str, error: Exception) -> CallError:
     """The error of a connection that could not be made, or that broke off."""
     reason = one_line(error)
-    # A certificate that is not trusted will not be in a minute either.
+    # A certificate that is not trusted now will not be trusted in a minute, so that trying again is useless.
     temporary = "CERTIFICATE_VERIFY_FAILED" not in reason
     return CallError(f"{server}: no connection: {reason}", None, temporary)
 
@@ -59,7 +59,7 @@ def _detail(headers: Mapping[str, str], body: bytes) -> str | None:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Retry-After: seconds, or a date."""
+    """The wait that a Retry-After header asks for: it gives seconds, or a date."""
     if header is None:
         return None
     if header.strip().isdecimal():

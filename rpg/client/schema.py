@@ -94,7 +94,7 @@ class GenerateRequest(SamplingRequest):
     """In place of `condition`."""
 
 
-class _Answer(BaseModel):
+class _View(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     @classmethod
@@ -121,7 +121,7 @@ def _fault(error: ValidationError) -> str:
     return f"is wrong at {place}: {faults[0]['msg']}"
 
 
-class Job(_Answer):
+class Job(_View):
     """A job and how far it is. Times are seconds since the epoch."""
 
     id: str
@@ -161,14 +161,14 @@ class Job(_Answer):
         return self.state.is_end
 
 
-class QuarantinedJob(_Answer):
+class QuarantinedJob(_View):
     """A job that cannot be read from storage."""
 
     id: str
     reason: str
 
 
-class JobPage(_Answer):
+class JobPage(_View):
     """A page of jobs, newest first; `next` goes into `after` for the following page, null at the end."""
 
     jobs: list[Job]
@@ -177,7 +177,7 @@ class JobPage(_Answer):
     """For admins alone."""
 
 
-class ModelFile(_Answer):
+class ModelFile(_View):
     """A finished model: its index in the job, the SHA-256 and the size of its file, what it is worth."""
 
     index: int
@@ -191,14 +191,14 @@ class ModelFile(_Answer):
     """That it was asked for by, if it was."""
 
 
-class ModelPage(_Answer):
+class ModelPage(_View):
     """A page of a job's finished models by index; `next` goes into `start` for the following page."""
 
     models: list[ModelFile]
     next: int | None
 
 
-class TensorInfo(_Answer):
+class TensorInfo(_View):
     """A tensor of the networks that a generator makes."""
 
     name: str
@@ -206,7 +206,7 @@ class TensorInfo(_Answer):
     dtype: str
 
 
-class GeneratorInfo(_Answer):
+class GeneratorInfo(_View):
     """A generator that is served. What is null is not known until its first replica has started."""
 
     name: str
@@ -239,13 +239,13 @@ class GeneratorDetail(GeneratorInfo):
     layout: list[TensorInfo] | None
 
 
-class GeneratorList(_Answer):
+class GeneratorList(_View):
     """The generators that are served."""
 
     generators: list[GeneratorInfo]
 
 
-class CentreTensor(_Answer):
+class CentreTensor(_View):
     """A tensor of the centre at places spread evenly: value k of n is at `k * numel // n`."""
 
     name: str
@@ -253,7 +253,7 @@ class CentreTensor(_Answer):
     values: list[float]
 
 
-class Centre(_Answer):
+class Centre(_View):
     """A sample of the mean training checkpoint, which generated networks can be compared with."""
 
     digest: str
@@ -262,7 +262,7 @@ class Centre(_Answer):
     """Those that are generated, in the layout's order."""
 
 
-class Health(_Answer):
+class Health(_View):
     """Whether jobs are taken."""
 
     status: Literal["ok"]

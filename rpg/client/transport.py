@@ -1,7 +1,7 @@
-"""The one thing in which the two clients differ: who waits, a thread or a task.
+"""Sending requests and waiting, which the two clients do differently: one blocks a thread, the other a task.
 
-All calls are written once, as coroutines over a `Transport`. Those of the blocking one never suspend, so that
-`finished` can run such a coroutine to its end without an event loop, also inside of one.
+All calls are written once, as coroutines over a `Transport`. The methods of `BlockingTransport` never
+suspend, so that `finished` can run a call over it to its end without an event loop, and even within one.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ T = TypeVar("T")
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
-class Answer(Protocol):
-    """An HTTP answer whose body is still to come. All methods may raise an `httpx.TransportError`."""
+class Response(Protocol):
+    """An HTTP response whose body is still to be read. All methods may raise an `httpx.TransportError`."""
 
     status: int
     headers: Mapping[str, str]
@@ -35,16 +35,16 @@ class Answer(Protocol):
 class Transport(Protocol):
     """Sends requests, and waits."""
 
-    async def send(self, method: str, url: str, **request: Any) -> Answer:
-        """The answer, as soon as its headers are there. May raise an `httpx.TransportError`."""
+    async def send(self, method: str, url: str, **request: Any) -> Response:
+        """The response, as soon as its headers are there. May raise an `httpx.TransportError`."""
         ...
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
         ...
 
-    async def apart(self, work: Callable[[], T]) -> T:
-        """Do what takes the disk or the processor long, without holding up other tasks."""
+    async def run_blocking(self, work: Callable[[], T]) -> T:
+        """Run `work`, which takes the disk or the processor long, without holding up other tasks."""
         ...
 
 
@@ -54,9 +54,9 @@ class BlockingTransport:
     def __init__(self, client: httpx.Client) -> None:
         self.client = client
 
-    async def send(self, method: str, url: str, **request: Any) -> Answer:
+    async def send(self, method: str, url: str, **request: Any) -> Response:
         """Block the thread until the headers are there."""
-        return _BlockingAnswer(
+        return _BlockingResponse(
             self.client.send(self.client.build_request(method, url, **request), stream=True)
         )
 
@@ -64,8 +64,8 @@ class BlockingTransport:
         """Block the thread."""
         time.sleep(seconds)
 
-    async def apart(self, work: Callable[[], T]) -> T:
-        """Do it at once, in this thread."""
+    async def run_blocking(self, work: Callable[[], T]) -> T:
+        """Run `work` in this thread."""
         return work()
 
 
@@ -75,17 +75,17 @@ class AsyncTransport:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self.client = client
 
-    async def send(self, method: str, url: str, **request: Any) -> Answer:
+    async def send(self, method: str, url: str, **request: Any) -> Response:
         """Let other tasks run until the headers are there."""
         asked = self.client.build_request(method, url, **request)
-        return _AsyncAnswer(await self.client.send(asked, stream=True))
+        return _AsyncResponse(await self.client.send(asked, stream=True))
 
     async def sleep(self, seconds: float) -> None:
         """Let other tasks run."""
         await asyncio.sleep(seconds)
 
-    async def apart(self, work: Callable[[], T]) -> T:
-        """Do it in another thread."""
+    async def run_blocking(self, work: Callable[[], T]) -> T:
+        """Run `work` in another thread."""
         return await asyncio.to_thread(work)
 
 
@@ -99,10 +99,10 @@ def finished(call: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("a blocking call was suspended")
 
 
-# Bodies are read raw: what a digest or a range counts are the bytes on the wire.
+# Bodies are read raw, since digests and ranges count the bytes on the wire.
 
 
-class _BlockingAnswer:
+class _BlockingResponse:
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
         self.headers: Mapping[str, str] = response.headers
@@ -116,7 +116,7 @@ class _BlockingAnswer:
         self._response.close()
 
 
-class _AsyncAnswer:
+class _AsyncResponse:
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
         self.headers: Mapping[str, str] = response.headers

@@ -22,7 +22,7 @@ Finite = Annotated[float, AllowInfNan(False)]
 
 @dataclass(frozen=True)
 class Expected:
-    """What a message calls the bounds of a field, where it should not make up its own words."""
+    """Words for the bounds of a field, which messages use in place of those made from the bounds."""
 
     text: str
 

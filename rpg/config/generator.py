@@ -142,7 +142,7 @@ class DiffusionConfig:
 class SamplingConfig:
     """The reverse process: sampling settings in full."""
 
-    # Requests and answers of the service hold these settings too; OpenAPI then tells what each one means.
+    # The service's answers hold these settings too, and OpenAPI then tells what each one means.
     __pydantic_config__ = ConfigDict(
         use_attribute_docstrings=True, json_schema_serialization_defaults_required=True
     )
@@ -157,7 +157,7 @@ class SamplingConfig:
     """Standard deviation of the noise that sampling starts from."""
     clip: Annotated[Finite, Ge(0)] = 0.0
     """Largest magnitude of the estimate x̂ (normalised values) that a step may go by; 0: any. Where noise is
-    predicted, an error is multiplied by up to 1/signal in it."""
+    predicted, the estimate multiplies an error by up to 1/signal."""
     token_batch: Annotated[int, Ge(1), Le(2**20)] = 256
     """Tokens denoised together; peak memory depends on this alone."""
     precision: SamplingPrecision = SamplingPrecision.auto
@@ -178,7 +178,11 @@ class GeneratorConfig:
 
 
 def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
-    """Check a generator's ranges and combinations; `prefix` goes before the keys in messages."""
+    """Check a generator's bounds and combinations; `prefix` goes before the keys in messages.
+
+    Raises:
+        RPGError: naming the key and what was expected.
+    """
     check_bounds(config, prefix)
     recurrent, denoiser, diffusion = config.recurrent, config.denoiser, config.diffusion
     inner = recurrent.expand * recurrent.width
@@ -216,7 +220,11 @@ def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
 
 
 def validate_sampling(sampling: SamplingConfig, generator: GeneratorConfig, prefix: str = "") -> None:
-    """Check sampling settings against the generator that they are for."""
+    """Check sampling settings by themselves and against the generator that they are for.
+
+    Raises:
+        RPGError: naming the key, with `prefix` before it, and what was expected.
+    """
     check_bounds(sampling, prefix)
     if sampling.steps > generator.diffusion.timesteps:
         raise RPGError(

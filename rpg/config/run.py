@@ -58,7 +58,7 @@ class Sharding(StrEnum):
 
 @dataclass
 class CollectConfig:
-    """Making a collection: networks fine-tuned for every task of a family (stage `collect`)."""
+    """Making a collection of networks that are fine-tuned for every task of a family (stage `collect`)."""
 
     directory: str = ""
     """A collection that is there already (see `rpg register`), a directory or URI, used as it is instead of
@@ -87,7 +87,7 @@ class ShardConfig:
     normalisation: Normalisation = Normalisation.residual
     dtype: TokenDtype = TokenDtype.float32
     checkpoints_per_shard: Count = 512
-    """At most; fewer where `megabytes_per_shard` is reached before."""
+    """Largest number; a shard holds fewer where it reaches `megabytes_per_shard` before."""
     megabytes_per_shard: Count = 256
     """A shard holds as many checkpoints as fit, and at least one."""
 
@@ -111,7 +111,7 @@ class TrainConfig:
     save_every: Count = 500
     """Steps between training checkpoints."""
     keep: Count = 2
-    """Training checkpoints kept: the newest, besides the best."""
+    """Newest training checkpoints that are kept, besides the best one."""
     validate_every: Annotated[int, Ge(0)] = 0
     """Steps between generating networks for the validation tasks, whose accuracy chooses the generator;
     0: never, and the last step's generator is taken."""
@@ -127,7 +127,7 @@ class GenerateConfig:
     split: Split = Split.heldout
     """Whose tasks are generated for as unseen ones: the held-out ones, or those for choosing settings."""
     models_per_task: Count = 5
-    """Models a task; for collections without conditions: models in all."""
+    """Models for each task; where the collection has no conditions, models in all."""
     seen_tasks: Annotated[int, Ge(0)] = 20
     """Tasks of the training set to generate for as well."""
     models_per_batch: Count = 50
@@ -143,7 +143,7 @@ class EvaluateConfig:
     )
     """Noised originals, the yardstick of similarity: noise as a share of each tensor's standard deviation."""
     ridge_penalty: Annotated[Finite, Ge(0)] = 1e-3
-    """Of the ridge regressions from condition to weights."""
+    """Penalty of the ridge regressions from condition to weights."""
 
 
 @dataclass
@@ -156,7 +156,7 @@ class TuneConfig:
     compute: Annotated[Finite, Gt(0)] = 1.0
     """What each trial may spend, as a share of the arithmetic that training with the config itself takes."""
     reduction: Annotated[int, Ge(2)] = 3
-    """ASHA: at each rung one of so many trials goes on, with so many times the compute."""
+    """ASHA: at each rung one in `reduction` trials goes on, with `reduction` times the compute."""
     concurrent: Annotated[int, Ge(0)] = 0
     """Trials at a time; 0: as many as the cluster has room for."""
 
@@ -184,16 +184,17 @@ class RayConfig:
     networks of a family that uses one (cifar10)."""
     train_workers: Count = 1
     min_train_workers: Annotated[int, Ge(0)] = 0
-    """Start with as few and grow up to `train_workers` when there is room; 0: always `train_workers`."""
+    """Training starts with so few and grows up to `train_workers` when there is room; 0: it starts
+    with `train_workers`."""
     train_threads: Annotated[int, Ge(0)] = 0
     """PyTorch threads of a training worker; 0: its share of its machine's CPUs."""
     generate_workers: Count = 2
     wait_seconds: Annotated[Finite, Ge(0)] = 0.0
-    """How long to wait for an autoscaling cluster to bring what the job needs before it is refused."""
+    """Time that an autoscaling cluster has to bring what the job needs before the job is refused."""
     cache_directory: str = "~/.cache/rpg"
     """Where a node keeps copies of shards and generators that lie behind a URI."""
     cache_gigabytes: Annotated[Finite, Gt(0)] = 100.0
-    """Size limit of that directory; what was used longest ago goes first."""
+    """Size limit of `cache_directory`; what was used longest ago is removed first."""
 
 
 @dataclass

@@ -67,7 +67,7 @@ def generator_config_from_yaml(path: Path) -> GeneratorConfig:
     """Read a saved generator's `config.yaml`.
 
     Raises:
-        RPGError: as `load_config`.
+        RPGError: for a missing or malformed file, an unknown key, a value of the wrong type or out of range.
     """
     config = read_config(path, GeneratorConfig, "a generator's configuration")
     validate_generator(config, prefix=f"{path}: ")
@@ -87,7 +87,7 @@ def read_config(path: Path, schema: type[T], what: str) -> T:
 
 
 def save_config(config: Any, path: AnyPath) -> None:
-    """Write any of this module's dataclasses as YAML that reads back to an equal object."""
+    """Write a dataclass of this package as YAML that reads back to an equal object."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 

@@ -50,7 +50,7 @@ class JobManifest:
     evaluate: bool = False
     idempotency_key: str | None = None
     request_sha256: str = ""
-    """Of the request's body: one key must not stand for two requests."""
+    """SHA-256 of the request's body, since one key must not stand for two requests."""
     descriptions: list[str] | None = None
     """What the job's conditions are embeddings of, if it was asked for so."""
     encoder: str | None = None
@@ -87,7 +87,7 @@ def _by_index(made: list[Made]) -> dict[int, Made]:
 
 
 def _listed(kind: Any, schema_of: GetCoreSchemaHandler) -> CoreSchema:
-    # The file lists the models; JSON's objects have no numbers for keys.
+    # The file holds a list of the models, since JSON's objects have no numbers for keys.
     models = schema_of.generate_schema(list[Made])
     to_list = core_schema.plain_serializer_function_ser_schema(
         lambda made: list(made.values()), return_schema=models
@@ -133,7 +133,7 @@ _PROGRESS = TypeAdapter(JobProgress)
 
 def _validated(schema: TypeAdapter[T], value: Any, what: str) -> T:
     try:
-        # Strict validation makes enumerations of JSON's text, and of no other.
+        # Strict validation makes enumerations of text in JSON alone, and the value is parsed already.
         return schema.validate_json(json.dumps(value), strict=True, extra="forbid")
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]

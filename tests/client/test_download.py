@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rpg.client import Client, Job, ModelFile
-from rpg.client.arriving import ArrivingFile, partial_path
+from rpg.client.download import PartialFile, partial_path
 from rpg.errors import RPGError
 from tests.client.conftest import HURRY, TOKEN, Both, Live, answered, cut_after, damaged
 from tests.serve.conftest import CONDITIONS
@@ -152,7 +152,7 @@ def test_a_directory_that_cannot_be_written(client: Client, job: Job, tmp_path: 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk() -> None:
     with Path("/dev/full").open("r+b", buffering=0) as full:
-        arriving = ArrivingFile(full, model(b"content"), "model_000000.safetensors")
+        arriving = PartialFile(full, model(b"content"), "model_000000.safetensors")
         with pytest.raises(RPGError, match=r"^model_000000.safetensors: cannot be written: No space left"):
             arriving.write(b"content")
         assert arriving.size == 0

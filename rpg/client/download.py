@@ -1,4 +1,4 @@
-"""A model's file while it arrives: counted and hashed, and kept only if it is what was sent."""
+"""Downloading a model's file: it is hashed while it arrives, and kept only if its digest is the right one."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from rpg.storage.locks import LockedError, exclusive_lock
 _BLOCK = 2**20
 
 
-class ArrivingFile:
+class PartialFile:
     """The bytes of `model` that have arrived, in a binary file that can be read, written and cut."""
 
     def __init__(self, file: IO[bytes], model: ModelFile, name: str) -> None:
@@ -54,7 +54,7 @@ class ArrivingFile:
         self.size += len(block)
 
     def sync(self) -> None:
-        """Wait until the disk has it.
+        """Wait until the disk has what was written.
 
         Raises:
             RPGError: if it cannot be written.
@@ -77,10 +77,10 @@ class ArrivingFile:
         return self._digest.hexdigest() == self.model.sha256
 
     def check(self) -> None:
-        """Refuse what is not the model.
+        """Check the digest of what arrived. Where it is wrong, all is forgotten: nothing can be trusted.
 
         Raises:
-            RPGError: naming the digests. What arrived is forgotten: nothing of it can be trusted.
+            RPGError: naming the digests.
         """
         if not self.is_right:
             found = self._digest.hexdigest()
@@ -90,10 +90,10 @@ class ArrivingFile:
             )
 
 
-def in_memory(model: ModelFile) -> tuple[ArrivingFile, io.BytesIO]:
-    """A file that takes no place on the disk, and where its bytes are."""
+def in_memory(model: ModelFile) -> tuple[PartialFile, io.BytesIO]:
+    """A download into memory, and the buffer that holds its bytes."""
     buffer = io.BytesIO()
-    return ArrivingFile(buffer, model, "the model"), buffer
+    return PartialFile(buffer, model, "the model"), buffer
 
 
 def is_there(target: Path, model: ModelFile) -> bool:
@@ -110,15 +110,15 @@ def is_there(target: Path, model: ModelFile) -> bool:
 
 
 def partial_path(target: Path, model: ModelFile) -> Path:
-    """Where a file grows until it is whole. Its name tells the content, so that no other one is continued."""
+    """Where a download lies until it is whole. The name tells the content, so that no other is continued."""
     return target.with_name(f".{target.name}.{model.sha256[:16]}.partial")
 
 
 @contextmanager
-def partial_file(target: Path, model: ModelFile) -> Iterator[ArrivingFile]:
-    """Where `target` arrives; `read_what_is_there` first. After a block that ends well it takes its name.
+def partial_file(target: Path, model: ModelFile) -> Iterator[PartialFile]:
+    """The file that `target` is downloaded to; call `read_what_is_there` before anything else.
 
-    After one that does not, what arrived stays for the next time.
+    It takes its name when the block ends well. After an exception, what arrived stays for the next time.
 
     Raises:
         RPGError: if the file system refuses, another process is at the same file, or it is damaged.
@@ -134,7 +134,7 @@ def partial_file(target: Path, model: ModelFile) -> Iterator[ArrivingFile]:
         raise RPGError(f"{target}: cannot be written: {error.strerror}") from error
     with file:
         file.seek(0)
-        arriving = ArrivingFile(file, model, str(target))
+        arriving = PartialFile(file, model, str(target))
         try:
             yield arriving
             arriving.check()
