@@ -1,4 +1,4 @@
-"""The application on Ray Serve: a small HTTP front, and the dispatcher, which brings the generators.
+"""The application on Ray Serve: a small HTTP front, and the dispatcher, which starts the generators.
 
 serve run serve.app:app config=serve.yaml
 """

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Make it a command of `rpg` (see `rpg.commands.main`)."""
+    """Add `serve` to the commands of `rpg`."""
     _add_arguments(commands.add_parser("serve", help=_DESCRIPTION))
 
 
@@ -61,14 +61,14 @@ def serve(file: ConfigFile) -> None:
         lock_storage(config, seconds=5).close()
     stop = threading.Event()
     with ray_cluster(RayConfig(num_cpus=config.num_cpus)):
-        # Not before: Ray installs handlers of its own.
+        # The handlers are set after Ray has started, because Ray sets handlers of its own.
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda *_: stop.set())
         built = application(file)
         ray_serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
         try:
             try:
-                # The dispatcher would begin them as well, but not before it has started itself.
+                # The dispatcher would start the generators as well. Started here, they load while it starts.
                 apps = GeneratorApps(APPLICATION)
                 apps.add(config, apps.wanted(config))
                 ray_serve.run(built, name=APPLICATION, route_prefix="/")
@@ -80,7 +80,7 @@ def serve(file: ConfigFile) -> None:
             stop.wait()
         finally:
             if os.environ.get("RAY_ADDRESS"):
-                # Others may be served there as well.
+                # The cluster may serve other applications, so only this one ends.
                 ray_serve.delete(APPLICATION)
                 GeneratorApps(APPLICATION).remove_all()
             else:
@@ -88,10 +88,10 @@ def serve(file: ConfigFile) -> None:
 
 
 def _wait_for_generators(stop: threading.Event) -> None:
-    """Return when all of them have started.
+    """Return when all generators have started, or `stop` is set.
 
     Raises:
-        RPGError: with the reason of the first that cannot.
+        RPGError: with the reason of the first that cannot start.
     """
     from ray import serve as ray_serve
     from ray.serve.schema import ApplicationStatus
@@ -111,6 +111,7 @@ def _wait_for_generators(stop: threading.Event) -> None:
 
 
 def _why_not_deployed(application: str) -> str | None:
+    """The `RPGError` that Ray Serve reports of an application; None if it reports none."""
     from ray import serve as ray_serve
 
     status = ray_serve.status().applications.get(application)

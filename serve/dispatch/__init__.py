@@ -1,1 +1,1 @@
-"""The dispatcher: jobs on storage, whose turn it is, and what replicas are given to make."""
+"""The dispatcher: jobs on storage, their turns, and the leases that replicas are given."""

@@ -11,7 +11,7 @@ _FILES = {
     **{f"/static/{name}": (name, "text/javascript") for name in _SCRIPTS},
 }
 PAGE_PATHS = tuple(_FILES)
-"""Answered without a token: a browser opens a page before anyone can type one."""
+"""Answered without a token, because a browser opens the page before its user can type one."""
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -20,13 +20,13 @@ _HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Files of another version must not be mixed with these.
+    # A browser that kept some files would mix them with those of a newer version.
     "Cache-Control": "no-cache",
 }
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page's files. They are no part of the interface, and not in its document."""
+    """Serve the page's files. They are left out of the OpenAPI document, which is about the interface."""
     for path, (name, media_type) in _FILES.items():
         _add_file(app, path, files("serve").joinpath("static", name).read_bytes(), media_type)
 

@@ -1,1 +1,1 @@
-"""Generators on Ray Serve: a replica of one, and which of them are served."""
+"""Generators on Ray Serve: the replica of one, their applications, and the reconciler of what is served."""

@@ -138,7 +138,7 @@ def config(saved: Path, tmp_path: Path) -> ServeConfig:
 
 @pytest.fixture(scope="session")
 def saved_config(described: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    """One for a service that lasts longer than a test; its generator reads descriptions."""
+    """The configuration of a service that lasts a session; its generator reads descriptions."""
     return _config(described, tmp_path_factory.mktemp("service"))
 
 
@@ -242,7 +242,7 @@ class Server:
         """The process of one deployment, such as `rpg:front` or `rpg.small.`."""
         deadline = time.monotonic() + seconds
         while True:
-            # Now and then a title cannot be read: Ray rewrites it at every call.
+            # Ray rewrites a process's title at every call, and now and then it cannot be read meanwhile.
             if found := self.parts(title):
                 return found[0]
             assert time.monotonic() < deadline, f"no process {title}"
@@ -310,5 +310,5 @@ def _server(config: ServeConfig, directory: Path, port: int) -> Iterator[Server]
 def serving(
     free_ports: Callable[[int], list[int]],
 ) -> Callable[[ServeConfig, Path], AbstractContextManager[Server]]:
-    """`with serving(config, directory) as server`: a real one."""
+    """`with serving(config, directory) as server`: `python -m serve` with a Ray of its own."""
     return lambda config, directory: _server(config, directory, free_ports(1)[0])

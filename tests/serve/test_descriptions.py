@@ -56,7 +56,7 @@ def embeddings(text_encoder: Path) -> list[list[float]]:
 
 @pytest.fixture
 def files(describing: Generator, embeddings: list[list[float]], tmp_path: Path) -> list[bytes]:
-    """What the job has to make."""
+    """The files that the job has to make."""
     job = GenerationJob(embeddings, 2, 5, describing.config.sampling)
     return [path.read_bytes() for path in run_job(describing, job, range(4), tmp_path / "expected")]
 
@@ -67,7 +67,7 @@ async def post(service: Service, path: str = "/v1/jobs", **body: Any) -> httpx.R
     )
 
 
-def test_from_descriptions_to_files(
+def test_descriptions_make_the_same_files_as_their_embeddings(
     using: Using, describing_config: ServeConfig, embeddings: list[list[float]], files: list[bytes]
 ) -> None:
     async def run(service: Service) -> None:
@@ -177,7 +177,9 @@ def test_what_cannot_be_made_is_refused_with_one_line(
     using(run)
 
 
-def test_a_generator_without_an_encoder(config: ServeConfig, in_process: InProcess) -> None:
+def test_a_generator_without_an_encoder_refuses_descriptions(
+    config: ServeConfig, in_process: InProcess
+) -> None:
     async def run() -> None:
         async with in_process(config) as service:
             info = (await service.client.get("/v1/generators/small", headers=ALICE)).json()
@@ -190,7 +192,7 @@ def test_a_generator_without_an_encoder(config: ServeConfig, in_process: InProce
     asyncio.run(run())
 
 
-def test_replicas_that_do_not_answer(using: Using, describing_config: ServeConfig) -> None:
+def test_descriptions_that_no_replica_reads_are_refused(using: Using, describing_config: ServeConfig) -> None:
     answers: list[Any] = []
 
     def failing(replica: Any) -> Any:
@@ -210,7 +212,7 @@ def test_replicas_that_do_not_answer(using: Using, describing_config: ServeConfi
             line = "no replica of generator 'small' has read the descriptions; try once more"
             assert problem(refused, 503) == line
             assert refused.headers["retry-after"] == "1"
-        # What was reserved for them is free again.
+        # The queue has room again for the models of the requests that were refused.
         describing_config.limits.queued_models = describing_config.limits.models_per_job = 4
         scheduler = service.dispatcher.schedulers["small"]
         scheduler.replicas, replicas = None, scheduler.replicas
@@ -222,7 +224,7 @@ def test_replicas_that_do_not_answer(using: Using, describing_config: ServeConfi
     using(run, wrap=failing, embed_seconds=0.1)
 
 
-def test_embeddings_of_an_encoder_that_was_replaced(using: Using) -> None:
+def test_a_job_with_embeddings_of_a_replaced_encoder_fails(using: Using) -> None:
     def older(replica: Any) -> Replicas:
         embed = replica.embed
 
@@ -261,7 +263,7 @@ def test_an_encoder_that_cannot_be_used_ends_the_start(
         asyncio.run(run())
 
 
-def test_the_client(using: Using, files: list[bytes], tmp_path: Path) -> None:
+def test_the_client_asks_for_models_by_descriptions(using: Using, files: list[bytes], tmp_path: Path) -> None:
     async def run(service: Service) -> None:
         service.client.headers.update(ALICE)
         calls = Calls("http://127.0.0.1", AsyncTransport(service.client), Patience())

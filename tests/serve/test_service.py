@@ -27,7 +27,7 @@ ALICE = bearer("alice")
 
 
 def get(server: Server, path: str, name: str = "alice") -> Any:
-    """The JSON at `path`; while a part of the service starts again it may be told to come back."""
+    """The JSON at `path`, asked for again while a part of the service restarts."""
     deadline = time.monotonic() + 180
     while True:
         try:
@@ -42,7 +42,7 @@ def get(server: Server, path: str, name: str = "alice") -> Any:
 
 
 def finished(server: Server, job: str, models: int) -> dict[str, Any]:
-    """The job once so many of its models are there."""
+    """The job once so many of its models are finished."""
     deadline = time.monotonic() + 240
     while (found := get(server, f"/v1/jobs/{job}"))["finished"] < models:
         assert found["state"] in ("queued", "running"), found
@@ -52,7 +52,7 @@ def finished(server: Server, job: str, models: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_whatever_is_killed_every_model_comes_out_once_and_the_same(
+def test_every_model_is_made_once_and_the_same_whatever_is_killed(
     config: ServeConfig, tmp_path: Path, serving: Serving, expected: Callable[..., list[bytes]]
 ) -> None:
     models = 600
@@ -88,7 +88,7 @@ def test_whatever_is_killed_every_model_comes_out_once_and_the_same(
 
 
 @pytest.mark.slow
-def test_over_real_sockets(config: ServeConfig, tmp_path: Path, serving: Serving) -> None:
+def test_the_service_over_real_sockets(config: ServeConfig, tmp_path: Path, serving: Serving) -> None:
     config.limits.body_bytes = 10_000
     with serving(config, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         assert client.get("/healthz").json() == {"status": "ok"}
@@ -109,7 +109,7 @@ def test_over_real_sockets(config: ServeConfig, tmp_path: Path, serving: Serving
         chunked = client.post("/v1/jobs", content=iter([b" " * 6000] * 2), headers=ALICE)
         assert chunked.status_code == 413
 
-        # A body that ends half way harms nobody.
+        # A body that ends half way harms no other call.
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as half:
             half.sendall(
@@ -134,7 +134,7 @@ def test_over_real_sockets(config: ServeConfig, tmp_path: Path, serving: Serving
 
 
 def listed(server: Server, name: str, digest: str | None) -> dict[str, Any]:
-    """The generator once its replica has told this digest; None: once it is not served any more."""
+    """The generator once its replica reports this digest; None: once it is no longer served."""
     deadline = time.monotonic() + 240
     while True:
         found = {each["name"]: each for each in get(server, "/v1/generators")["generators"]}
@@ -176,7 +176,7 @@ def test_generators_come_and_go_while_others_run(
         newly = httpx.post(f"{server.url}/v1/generate", json=one, headers=ALICE, timeout=60)
         assert newly.status_code == 200 and newly.content != made.content
 
-        # One that is wrong changes nothing.
+        # A configuration that is wrong changes nothing.
         broken = replace(config, generators=[replace(config.generators[0], replicas=5)])
         save_config(broken, tmp_path / "serve.yaml")
         time.sleep(3)
@@ -188,7 +188,7 @@ def test_generators_come_and_go_while_others_run(
         assert now["state"] == "running" and now["finished"] < now["models"]
         late = httpx.post(f"{server.url}/v1/jobs", json={**one, "conditions": None}, headers=ALICE)
         assert late.status_code == 422
-        # What still sampled is given a moment to end.
+        # A replica that is still sampling is given a moment to end.
         deadline = time.monotonic() + 60
         while server.parts("rpg.other."):
             assert time.monotonic() < deadline

@@ -62,7 +62,7 @@ def test_the_content_of_a_locked_file_stays(tmp_path: Path) -> None:
     assert path.read_bytes() == b"half more"
 
 
-def test_a_place_that_cannot_be_written_is_the_systems_own_error(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_raises_the_systems_own_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError):
         exclusive_lock(tmp_path / "file" / ".lock")

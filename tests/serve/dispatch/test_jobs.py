@@ -46,7 +46,7 @@ OFTEN = {"tick_seconds": 0.1, "save_seconds": 0.1}
 
 
 async def gone(config: ServeConfig, id: str) -> None:
-    """Wait until a job has left no file."""
+    """Wait until no file of a job is left."""
     async with asyncio.timeout(30):
         while (Path(config.storage) / "jobs" / id).exists():
             await asyncio.sleep(0.02)
@@ -101,7 +101,9 @@ def named(content: list[bytes]) -> dict[str, bytes]:
     return {f"model_{i:06d}.safetensors": each for i, each in enumerate(content)}
 
 
-def test_models_in_another_dtype(config: ServeConfig, in_process: InProcess, expected: Expected) -> None:
+def test_models_are_made_in_another_dtype(
+    config: ServeConfig, in_process: InProcess, expected: Expected
+) -> None:
     async def run() -> None:
         async with in_process(config) as service:
             id = (await submit(service, number=3, seed=1, dtype="bfloat16")).json()["id"]
@@ -122,7 +124,7 @@ def test_models_in_another_dtype(config: ServeConfig, in_process: InProcess, exp
 def test_models_are_measured_where_that_is_asked_for(
     config: ServeConfig, in_process: InProcess, measurable: Measurable
 ) -> None:
-    """Killed in the middle and begun again: every model has its measures."""
+    """The service is stopped in the middle and started again: every model has its measures."""
     measurable.of(config)
     condition = measurable.condition
     asked = {"conditions": [condition, condition[::-1]], "number": 20, "evaluate": True}
@@ -172,7 +174,7 @@ def test_networks_without_conditions_are_not_measured(
     tmp_path: Path,
     kind: ConditionKind,
 ) -> None:
-    """Refused at once; a job of that kind that is on storage already fails and says why."""
+    """Such a request is refused; such a job that is on storage already fails and says why."""
     measurable.of(config)
     layout = make_layout(576, DigitsNet().state_dict())
     make_generator(layout, RecurrentKind.lstm, condition=kind).save_pretrained(tmp_path / "roots" / "other")
@@ -212,7 +214,7 @@ def test_higher_priorities_are_made_first(config: ServeConfig, in_process: InPro
             ids = [(await submit(service, number=300, priority=p)).json()["id"] for p in (-1, 0, 7)]
             await service.ended(ids[2])
             left = [service.dispatcher.job(caller(), id).remaining for id in ids]
-            # The lower ones got what was free before it came and while its last models were written.
+            # The others were given the replica before this job came, and while its last models were written.
             assert left[2] == 0, left
             assert min(left[:2]) > 200, left
 
@@ -293,7 +295,7 @@ def test_a_job_that_every_replica_is_lost_at_fails(config: ServeConfig, in_proce
 def test_an_interrupted_service_goes_on_where_it_was(
     config: ServeConfig, in_process: InProcess, expected: Expected
 ) -> None:
-    """Also where storage lags behind: the state was never written, files lie there half written."""
+    """Storage lags behind: the state was never written, and one file is only half written."""
 
     async def begin() -> str:
         async with in_process(config) as service:
@@ -322,7 +324,7 @@ def test_an_interrupted_service_goes_on_where_it_was(
     assert files(config, id) == named(expected(CONDITIONS[:1], 300))
 
 
-def test_jobs_wait_for_a_generator_that_is_withdrawn(
+def test_jobs_wait_for_a_generator_that_is_no_longer_served(
     config: ServeConfig, in_process: InProcess, expected: Expected
 ) -> None:
     async def run() -> str:
@@ -346,7 +348,7 @@ def test_jobs_wait_for_a_generator_that_is_withdrawn(
     assert files(config, asyncio.run(run())) == named(expected(CONDITIONS[:1], 300))
 
 
-def test_an_ended_job_is_not_begun_again(config: ServeConfig, in_process: InProcess) -> None:
+def test_an_ended_job_is_not_started_again(config: ServeConfig, in_process: InProcess) -> None:
     async def run() -> None:
         async with in_process(config) as service:
             id = (await submit(service, number=2)).json()["id"]
@@ -498,7 +500,7 @@ def test_one_key_is_one_job(config: ServeConfig, in_process: InProcess) -> None:
     asyncio.run(run())
 
 
-def test_too_much_at_once_is_told_to_come_back(config: ServeConfig, in_process: InProcess) -> None:
+def test_a_job_above_the_limit_is_told_when_to_come_back(config: ServeConfig, in_process: InProcess) -> None:
     config.limits.models_per_job = config.limits.queued_models = 3000
 
     async def run() -> None:
@@ -768,7 +770,7 @@ def test_a_job_of_another_version_of_the_generator_is_not_mixed(
 def test_storage_may_be_a_uri(
     config: ServeConfig, in_process: InProcess, expected: Expected, s3: S3Server
 ) -> None:
-    """Killed in the middle and begun again, to the byte."""
+    """The service is stopped in the middle and started again: the models are the same, to the byte."""
     config.storage = f"{s3.bucket('jobs')}/service"
 
     async def begin() -> str:

@@ -21,7 +21,7 @@ from tests.s3_server import Proxy, S3Server
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: nothing catches it."""
+    """Stands for SIGKILL: no handler catches it."""
 
 
 @pytest.fixture(params=["directory", "uri"])
@@ -144,7 +144,7 @@ def test_a_storage_that_goes_on_failing_quarantines_no_job(
     assert len(list(store.all())) == 1
 
 
-def test_a_file_that_may_not_be_read_is_that_jobs_alone(
+def test_a_file_that_may_not_be_read_quarantines_its_job_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = JobStore(tmp_path)

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a `chromium` in 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # Not for the session: while Playwright runs, its event loop is this thread's.
+    # Of the module's scope, because Playwright's event loop occupies this thread while it runs.
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
@@ -192,7 +192,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
         context.close()
 
 
-def test_by_keyboard_from_token_to_file(
+def test_a_model_is_made_and_downloaded_by_keyboard(
     visit: Callable[..., Visit], url: str, small_net: type[nn.Module], tmp_path: Path
 ) -> None:
     here = visit(url)
@@ -217,7 +217,7 @@ def test_by_keyboard_from_token_to_file(
     expect(page.get_by_role("status")).to_contain_text("succeeded: 3 of 3 models")
     card = page.locator("#card")
     expect(card).to_contain_text("SHA-256, checked")
-    # The largest seed is not rounded on its way.
+    # The largest seed arrives without being rounded.
     expect(card).to_contain_text("18446744073709551615, 0")
     expect(card).to_contain_text("1 0 1")
     strips = page.get_by_role("img")
@@ -245,7 +245,7 @@ def test_by_keyboard_from_token_to_file(
     assert here.complaints == []
 
 
-def test_a_measured_network_says_what_it_is_worth(
+def test_a_measured_network_shows_its_accuracy(
     visit: Callable[..., Visit], measured_url: str, measurable: Measurable
 ) -> None:
     here = visit(measured_url, viewport=PHONE)
@@ -263,7 +263,9 @@ def test_a_measured_network_says_what_it_is_worth(
     assert here.complaints == []
 
 
-def test_a_description_in_place_of_numbers(visit: Callable[..., Visit], described_url: str) -> None:
+def test_a_description_is_entered_in_place_of_numbers(
+    visit: Callable[..., Visit], described_url: str
+) -> None:
     here = visit(described_url, viewport=PHONE)
     page = here.page
     expect(page.get_by_label("Condition")).to_be_hidden()
@@ -326,7 +328,7 @@ def test_what_is_refused_is_told_in_the_services_line(
     expect(here.page.get_by_role("alert")).to_have_text(line)
     expect(here.page.get_by_role("alert")).to_be_in_viewport(ratio=0.9)
     assert here.fits()
-    # The browser itself notes that an answer was not a 200.
+    # The browser itself logs answers whose status is an error.
     assert all("status of 422" in complaint for complaint in here.complaints)
 
 
@@ -378,7 +380,7 @@ def test_a_large_file_is_not_loaded_for_its_picture(visit: Callable[..., Visit],
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_without_tokens_or_conditions(
+def test_the_page_works_on_a_phone_without_tokens_or_conditions(
     visit: Callable[..., Visit], open_url: str, scheme: str
 ) -> None:
     here = visit(open_url, viewport=PHONE, color_scheme=scheme, has_touch=True)

@@ -108,12 +108,12 @@ def test_what_cannot_be_made_is_refused_with_one_line(
     calling(run)
 
 
-def test_broken_bodies(calling: Calling) -> None:
+def test_bodies_that_are_not_a_json_object_are_refused(calling: Calling) -> None:
     async def run(service: Any) -> None:
         headers = {**ALICE, "Content-Type": "application/json"}
         for body in (b"{", b"", b"[]"):
             problem(await service.client.post("/v1/jobs", content=body, headers=headers), 422)
-        # JSON that Python's parser gives up on.
+        # Python's JSON parser gives up on these.
         for body in (b"\xff\xfe", b"[" * 100_000):
             answer = await service.client.post("/v1/jobs", content=body, headers=headers)
             problem(answer, answer.status_code)
@@ -126,7 +126,7 @@ def test_broken_bodies(calling: Calling) -> None:
     calling(run)
 
 
-def test_tokens_and_scopes(config: ServeConfig, calling: Calling) -> None:
+def test_callers_need_a_valid_token_with_the_right_scope(config: ServeConfig, calling: Calling) -> None:
     past, future = (datetime.now(UTC) + timedelta(hours=hours) for hours in (-1, 1))
     config.tokens += [
         token_entry("old", expires=past.isoformat()),
@@ -184,7 +184,9 @@ def test_without_tokens_only_this_machine_is_answered(config: ServeConfig, in_pr
     asyncio.run(run())
 
 
-def test_downloads(calling: Calling, expected: Callable[..., list[bytes]]) -> None:
+def test_models_are_downloaded_whole_in_parts_and_as_an_archive(
+    calling: Calling, expected: Callable[..., list[bytes]]
+) -> None:
     whole = expected(CONDITIONS, 2)
 
     async def run(service: Any) -> None:
@@ -273,7 +275,7 @@ def test_an_archive_of_a_large_network_can_be_unpacked(tmp_path: Path) -> None:
     assert [int(line.split()[2]) for line in listed.stdout.splitlines()] == list(sizes.values())
 
 
-def test_one_model_in_the_answer(calling: Calling, expected: Callable[..., list[bytes]]) -> None:
+def test_generate_answers_with_one_model(calling: Calling, expected: Callable[..., list[bytes]]) -> None:
     async def run(service: Any) -> None:
         asked = {"generator": "small", "condition": CONDITIONS[1], "seed": 9}
         answer = await service.client.post("/v1/generate", json=asked, headers=ALICE)
@@ -302,7 +304,7 @@ def test_progress_comes_as_events(calling: Calling) -> None:
     calling(run)
 
 
-def test_pages_and_filters(calling: Calling) -> None:
+def test_jobs_are_listed_in_pages_and_filtered(calling: Calling) -> None:
     async def run(service: Any) -> None:
         client = service.client
         ids = [(await client.post("/v1/jobs", json=JOB, headers=ALICE)).json()["id"] for _ in range(5)]

@@ -1,4 +1,4 @@
-"""Generators that come and go with the configuration file; Ray Serve is only played here."""
+"""Generators that come and go with the configuration file, with a fake of Ray Serve."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ from tests.serve.conftest import CONDITIONS, Service, bearer
 
 
 @dataclass
-class PlayedServe:
+class FakeServe:
     """In place of `ray.serve`: what runs, and how often ending something takes too long.
 
     Attributes:
@@ -81,12 +81,12 @@ class Followed:
     """A service that follows its file."""
 
     service: Service
-    serve: PlayedServe
+    serve: FakeServe
     path: Path
 
     def write(self, config: ServeConfig) -> None:
         save_config(config, self.path)
-        # Two that follow fast may have one time.
+        # Files that are written one soon after the other may have the same time.
         os.utime(self.path, ns=(0, self.path.stat().st_mtime_ns + 10**9))
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -109,8 +109,8 @@ def following(
 ) -> Following:
     """`following(run)`: calls `run` with a service of `config` that looks at its file all the time."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    played = PlayedServe()
-    monkeypatch.setattr(generator_apps, "ray_serve", played)
+    fake = FakeServe()
+    monkeypatch.setattr(generator_apps, "ray_serve", fake)
 
     @asynccontextmanager
     async def followed() -> AsyncIterator[Followed]:
@@ -125,7 +125,7 @@ def following(
             await reconciler.start()
             assert reconciler.task is not None
             try:
-                yield Followed(service, played, path)
+                yield Followed(service, fake, path)
             finally:
                 reconciler.task.cancel()
 
@@ -145,7 +145,7 @@ def with_other(config: ServeConfig) -> ServeConfig:
     return config
 
 
-def test_only_the_generators_of_a_new_file_count(
+def test_of_a_changed_file_only_the_generators_are_taken_up(
     config: ServeConfig, following: Following, tmp_path: Path
 ) -> None:
     storage = config.storage
@@ -184,8 +184,10 @@ def test_a_change_that_ended_half_way_is_completed(config: ServeConfig, followin
     following(run)
 
 
-def test_a_change_that_is_taken_back_half_way(config: ServeConfig, following: Following) -> None:
-    """The old version's end took too long, and now it is wanted again."""
+def test_a_change_that_is_taken_back_half_way_leaves_the_generator_running(
+    config: ServeConfig, following: Following
+) -> None:
+    """The old version takes long to end, and is then wanted again."""
 
     async def run(followed: Followed) -> None:
         (before,) = followed.serve.running
