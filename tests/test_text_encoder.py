@@ -1,4 +1,4 @@
-"""Text encoders: embeddings against BERT's own formulas, and what is refused, with which words."""
+"""Text encoders: embeddings against BERT's formulas, and the messages for what is refused."""
 
 import json
 import math
@@ -29,12 +29,12 @@ from tests.text_encoders import HEADS, LAYERS, SIZE, save_encoder, token_ids
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
-    """One that may be spoilt."""
+    """An encoder that a test may change."""
     return save_encoder(tmp_path / "words")
 
 
 def bert(weights: dict[str, Tensor], ids: list[int]) -> Tensor:
-    """The last layer's outputs [tokens, size], as arXiv 1810.04805 and 1706.03762 have it."""
+    """The last layer's outputs [tokens, size], by the formulas of arXiv 1810.04805 and 1706.03762."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -80,7 +80,7 @@ def test_an_embedding_is_the_normalised_mean_of_berts_outputs(text_encoder: Path
     assert torch.tensor(embedding).double().tolist() == embedding, "float32 values"
 
 
-def test_threads_change_nothing(text_encoder: Path) -> None:
+def test_the_number_of_threads_does_not_change_embeddings(text_encoder: Path) -> None:
     encoder = TextEncoder(text_encoder)
     alone = encoder.encode("two dogs")
     before = torch.get_num_threads()
@@ -103,7 +103,9 @@ def test_threads_change_nothing(text_encoder: Path) -> None:
         ("\ud800", r"description '\ud800': expected Unicode text"),
     ],
 )
-def test_descriptions_that_cannot_be_read(text_encoder: Path, description: str, words: str) -> None:
+def test_descriptions_that_cannot_be_read_are_refused(
+    text_encoder: Path, description: str, words: str
+) -> None:
     with pytest.raises(RPGError) as refusal:
         TextEncoder(text_encoder).encode(description)
     assert words in str(refusal.value)
@@ -147,7 +149,7 @@ NAME = "encoder.layer.1.output.dense.weight"
         (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter_config.json: expected"),
     ],
 )  # fmt: skip
-def test_encoders_that_cannot_be_used(
+def test_encoders_that_cannot_be_used_are_refused(
     encoder: Path, spoil: Callable[[Path], object], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spoil(encoder)
@@ -159,7 +161,7 @@ def test_encoders_that_cannot_be_used(
     assert capfd.readouterr().err == ""
 
 
-def test_words_that_the_network_does_not_know(encoder: Path) -> None:
+def test_a_tokenizer_with_more_words_than_the_network_is_refused(encoder: Path) -> None:
     content = json.loads((encoder / "tokenizer.json").read_text())
     content["model"]["vocab"]["extra"] = 20
     (encoder / "tokenizer.json").write_text(json.dumps(content))
@@ -173,8 +175,8 @@ def test_the_pooler_may_be_missing(encoder: Path) -> None:
     assert TextEncoder(encoder).encode("cat") == before
 
 
-def test_an_encoder_that_does_not_count_from_0(encoder: Path) -> None:
-    """RoBERTa: of its 16 positions the first two stand for nothing."""
+def test_positions_that_do_not_start_at_0_limit_the_tokens(encoder: Path) -> None:
+    """RoBERTa does not use the first two of its 16 positions."""
     config = RobertaConfig(
         vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=16, pad_token_id=1,
@@ -209,7 +211,7 @@ def test_neither_pickles_nor_code_are_run(encoder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "exploded").exists()
 
 
-def test_without_the_packages(text_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(text_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RPGError, match=r"not installed: pip install 'rpg\[text\]'"):
         TextEncoder(text_encoder)

@@ -1,4 +1,4 @@
-"""Real networks go to tokens and back: torchvision's, and adapters made by PEFT."""
+"""Real networks are turned into tokens and back: torchvision's, and adapters made by PEFT."""
 
 import math
 from collections.abc import Iterator

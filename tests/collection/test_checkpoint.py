@@ -1,4 +1,4 @@
-"""Checkpoint files: every form is read as it was saved, everything else is refused in one line."""
+"""Checkpoint files: every form is read unchanged, and all other files are refused in one line."""
 
 import json
 import os
@@ -97,7 +97,7 @@ class TestReading:
         assert list(read_checkpoint(tmp_path / "x.safetensors")) == ["a", "b"]
 
     @pytest.mark.parametrize("form", ["safetensors", "bin"])
-    def test_adapter_directories(self, tmp_path: Path, form: str) -> None:
+    def test_adapter_directories_are_read(self, tmp_path: Path, form: str) -> None:
         weights = {"q.lora_A.weight": torch.randn(2, 4), "q.lora_B.weight": torch.randn(4, 2)}
         (tmp_path / "adapter_config.json").write_text("{}")
         if form == "bin":
@@ -115,7 +115,7 @@ class TestReading:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dora", [False, True])
-    def test_what_peft_saves(self, tmp_path: Path, dora: bool) -> None:
+    def test_adapters_that_peft_saved_are_read(self, tmp_path: Path, dora: bool) -> None:
         peft = pytest.importorskip("peft")
         network = nn.Sequential(OrderedDict(a=nn.Linear(6, 5), b=nn.Linear(5, 4)))
         adapted = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=["a", "b"], use_dora=dora))
@@ -159,19 +159,19 @@ class TestPicklesAreNeverExecuted:
         assert (tmp_path / "harm").exists()
 
     @pytest.mark.parametrize("zipped", [True, False])
-    def test_whole_modules(self, tmp_path: Path, zipped: bool) -> None:
+    def test_pickled_modules_are_refused(self, tmp_path: Path, zipped: bool) -> None:
         torch.save(nn.Linear(2, 2), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
         assert_refused(tmp_path / "x.pt", "Python objects besides tensors")
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_torchscript_archives(self, tmp_path: Path) -> None:
+    def test_torchscript_archives_are_refused(self, tmp_path: Path) -> None:
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "x.pt")
         assert_refused(tmp_path / "x.pt", "Python objects besides tensors")
 
 
 class TestBadFiles:
     @pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.pth"])
-    def test_missing_empty_and_junk(self, tmp_path: Path, name: str) -> None:
+    def test_missing_empty_and_unreadable_files_are_refused(self, tmp_path: Path, name: str) -> None:
         path = tmp_path / name
         assert_refused(path, "not found")
         path.write_bytes(b"")
@@ -181,7 +181,7 @@ class TestBadFiles:
             assert_refused(path)
 
     @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-    def test_truncated_anywhere(self, tmp_path: Path, form: str) -> None:
+    def test_files_truncated_anywhere_are_refused(self, tmp_path: Path, form: str) -> None:
         path = tmp_path / ("x.safetensors" if form == "safetensors" else "x.pt")
         if form == "safetensors":
             save_file({"a": torch.randn(200)}, path)
@@ -192,7 +192,7 @@ class TestBadFiles:
             path.write_bytes(whole[:length])
             assert_refused(path)
 
-    def test_a_lying_safetensors_header(self, tmp_path: Path) -> None:
+    def test_a_false_safetensors_header_is_refused(self, tmp_path: Path) -> None:
         header = json.dumps(
             {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4 << 40]}}
         ).encode()
@@ -216,25 +216,27 @@ class TestBadFiles:
             ({"a": torch.ones(1, dtype=torch.complex64)}, "'a'"),
         ],
     )
-    def test_not_a_state_dict(self, tmp_path: Path, content: Any, words: str) -> None:
+    def test_content_other_than_a_state_dict_is_refused(
+        self, tmp_path: Path, content: Any, words: str
+    ) -> None:
         torch.save(content, tmp_path / "x.pt")
         assert_refused(tmp_path / "x.pt", words)
 
-    def test_a_zip_of_something_else(self, tmp_path: Path) -> None:
+    def test_other_zip_files_are_refused(self, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
             archive.writestr("a.txt", "x")
         assert_refused(tmp_path / "x.pt", "corrupt")
 
     @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
-    def test_a_directory_instead_of_a_file(self, tmp_path: Path, name: str) -> None:
+    def test_a_directory_instead_of_a_file_is_refused(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).mkdir()
         assert_refused(tmp_path / name, "directory")
 
-    def test_an_adapter_without_weights(self, tmp_path: Path) -> None:
+    def test_an_adapter_without_weights_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text("{}")
         assert_refused(tmp_path, "adapter_model.safetensors", "adapter_model.bin")
 
-    def test_another_suffix(self, tmp_path: Path) -> None:
+    def test_another_suffix_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "x.bin").write_bytes(b"\x80")
         assert_refused(tmp_path / "x.bin", ".safetensors, .pt, .pth")
 
@@ -254,7 +256,7 @@ class TestFinite:
         with pytest.raises(RPGError, match=rf"x\.pt: tensor 'b' holds {words}"):
             check_finite({"a": torch.ones(2), "n": torch.ones(2, dtype=torch.int64), "b": bad}, Path("x.pt"))
 
-    def test_all_else_passes(self) -> None:
+    def test_finite_values_and_integers_pass(self) -> None:
         check_finite(example(), Path("x.pt"))
 
 
@@ -292,7 +294,9 @@ class TestWriting:
     @pytest.mark.parametrize(
         "state_dict", [{}, {"a": torch.ones(1, device="meta")}, {"a": torch.eye(2).to_sparse()}]
     )
-    def test_what_cannot_be_written_is_refused(self, tmp_path: Path, state_dict: dict[str, Tensor]) -> None:
+    def test_tensors_that_cannot_be_written_are_refused(
+        self, tmp_path: Path, state_dict: dict[str, Tensor]
+    ) -> None:
         with pytest.raises(RPGError, match=r"x\.safetensors: "):
             write_checkpoint(tmp_path / "x.safetensors", state_dict, {})
         assert list(tmp_path.iterdir()) == []
@@ -334,7 +338,7 @@ class TestWriting:
 
 
 class TestHostileArchives:
-    def test_a_corrupt_directory(self, tmp_path: Path) -> None:
+    def test_a_corrupt_zip_directory_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
         torch.save({"weight": torch.zeros(3)}, path)
         content = bytearray(path.read_bytes())
@@ -346,7 +350,7 @@ class TestHostileArchives:
         with pytest.raises(RPGError, match=r"a\.pt: "):
             read_checkpoint(path)
 
-    def test_a_small_file_that_would_fill_the_memory(self, tmp_path: Path) -> None:
+    def test_a_small_file_that_would_fill_the_memory_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
         torch.save({"weight": torch.zeros(1).expand(10**13)}, path)
         with pytest.raises(
@@ -354,7 +358,7 @@ class TestHostileArchives:
         ):
             read_checkpoint(path)
 
-    def test_a_mask_that_repeats_its_rows(self, tmp_path: Path) -> None:
+    def test_a_mask_that_repeats_its_rows_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
         torch.save({"mask": torch.arange(8.0).expand(4, 8)}, path)
         assert read_checkpoint(path)["mask"].equal(torch.arange(8.0).expand(4, 8))

@@ -1,4 +1,4 @@
-"""Collections: what is saved is loaded, and a `collection.json` from elsewhere is not trusted."""
+"""Collections: saving and loading, and `collection.json` files of others, which are not trusted."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def edited(root: Path, **changes: Any) -> Path:
     return path
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_a_loaded_collection_equals_the_saved_one(tmp_path: Path) -> None:
     collection = make(tmp_path)
     collection.save()
     for path in (tmp_path, tmp_path / "collection.json"):
@@ -145,7 +145,7 @@ def test_reading_verifies_the_names(tmp_path: Path, names: list[str], message: s
         ({"split": "test"}, "expected one of train, validation, heldout"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_invalid_entries_are_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = edited(tmp_path, **changes)
     with pytest.raises(RPGError) as caught:
         Collection.load(tmp_path)
@@ -163,14 +163,14 @@ def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[", "3", "[]", "null", "[" * 100_000, "\xff"])
-def test_not_a_collection(tmp_path: Path, content: str) -> None:
+def test_files_that_are_no_collections_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "collection.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(RPGError, match=r"collection\.json"):
         Collection.load(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["", "nowhere", "nowhere/collection.json"])
-def test_a_missing_collection(tmp_path: Path, path: str) -> None:
+def test_a_missing_collection_is_named(tmp_path: Path, path: str) -> None:
     with pytest.raises(RPGError, match=r"collection\.json: not found; expected a collection"):
         Collection.load(tmp_path / path)
 
@@ -196,7 +196,7 @@ def test_no_listed_path_leaves_the_directory(file: str) -> None:
     assert collection.path(collection.entries[0]).resolve().is_relative_to(root)
 
 
-def test_tasks_that_are_trained_on_are_no_others() -> None:
+def test_conditions_that_are_trained_on_are_no_tasks_of_other_splits() -> None:
     splits = [
         ("train", [0.0, 1.0]),
         ("heldout", [1.0, 0.0]),

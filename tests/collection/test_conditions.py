@@ -16,7 +16,7 @@ BITS_314 = [0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
 
 
 class TestBits:
-    def test_314(self) -> None:
+    def test_the_bits_of_314(self) -> None:
         assert bits(314, 10) == BITS_314
 
     @given(st.integers(1, 1022))
@@ -24,7 +24,7 @@ class TestBits:
         assert sum(bit * 2 ** (9 - i) for i, bit in enumerate(bits(number, 10))) == number
 
     @pytest.mark.parametrize("number", [0, 1023, 1024, -1])
-    def test_neither_no_class_nor_all(self, number: int) -> None:
+    def test_no_class_and_all_classes_are_refused(self, number: int) -> None:
         with pytest.raises(RPGError, match="expected 1 to 1022"):
             bits(number, 10)
 
@@ -39,14 +39,14 @@ class TestPattern:
             "0000_acc0.9613_class0314",
         ],
     )
-    def test_upstreams_naming(self, name: str) -> None:
+    def test_names_of_the_published_model_are_read(self, name: str) -> None:
         facts = NamePattern(UPSTREAM_PATTERN).read(name)
         assert facts is not None
         assert facts.condition == BITS_314
         assert facts.metrics == {"acc": 0.9613}
 
     @pytest.mark.parametrize("name", ["class0314.pt", "x_acc0.9_class3.pt", "0_acc0.9_classy.pt", "model.pt"])
-    def test_other_names_are_not_taken_for_it(self, name: str) -> None:
+    def test_other_names_do_not_match_the_published_pattern(self, name: str) -> None:
         assert NamePattern(UPSTREAM_PATTERN).read(name) is None
 
     @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ class TestPattern:
             (r"(?P<my_task__digits>[01]+)\.pt", "011.pt", [0, 1, 1], {}),
         ],
     )
-    def test_kinds(
+    def test_each_kind_reads_its_form(
         self, pattern: str, name: str, condition: list[float] | None, metrics: dict[str, float]
     ) -> None:
         facts = NamePattern(pattern).read(name)
@@ -122,7 +122,7 @@ class TestPattern:
             ("(?P<a>[", "not a valid pattern"),
         ],
     )
-    def test_bad_patterns(self, pattern: str, words: str) -> None:
+    def test_bad_patterns_are_refused(self, pattern: str, words: str) -> None:
         with pytest.raises(RPGError) as caught:
             NamePattern(pattern)
         assert f"pattern '{pattern}'" in str(caught.value)
@@ -142,7 +142,7 @@ class TestPattern:
             ("{x:state}", "9" * 5000, "expected a whole number"),
         ],
     )
-    def test_bad_names(self, pattern: str, name: str, words: str) -> None:
+    def test_names_with_wrong_fields_are_refused(self, pattern: str, name: str, words: str) -> None:
         with pytest.raises(RPGError) as caught:
             NamePattern(pattern).read(name)
         assert name in str(caught.value)
@@ -172,7 +172,9 @@ class TestFiles:
             ),
         ],
     )
-    def test_forms(self, tmp_path: Path, name: str, content: str, expected: dict[str, list[float]]) -> None:
+    def test_csv_and_json_forms_are_read(
+        self, tmp_path: Path, name: str, content: str, expected: dict[str, list[float]]
+    ) -> None:
         (tmp_path / name).write_text(content, newline="")
         assert conditions_of(tmp_path / name) == expected
 
@@ -216,7 +218,7 @@ class TestFiles:
             ('file,a\nx,"1\n', "not valid CSV"),
         ],
     )
-    def test_bad_csv(self, tmp_path: Path, content: str, words: str) -> None:
+    def test_bad_csv_is_refused(self, tmp_path: Path, content: str, words: str) -> None:
         self.refused(tmp_path / "c.csv", content, words)
 
     @pytest.mark.parametrize(
@@ -243,10 +245,10 @@ class TestFiles:
             ('{"x": [1], "y": [-1e39]}', ", row 2: 'y': expected values that are finite as float32"),
         ],
     )
-    def test_bad_json(self, tmp_path: Path, content: str, words: str) -> None:
+    def test_bad_json_is_refused(self, tmp_path: Path, content: str, words: str) -> None:
         self.refused(tmp_path / "c.json", content, words)
 
-    def test_other_files(self, tmp_path: Path) -> None:
+    def test_other_files_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(RPGError, match=r"c\.csv: not found"):
             read_conditions(tmp_path / "c.csv")
         with pytest.raises(RPGError, match=r"c\.txt: expected conditions as \.csv or \.json"):

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
         ("t.json", json.dumps([{"file": file, "description": text} for file, text in TEXTS.items()])),
     ],
 )
-def test_reading(tmp_path: Path, name: str, content: str) -> None:
+def test_csv_and_json_forms_are_read(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     found = read_descriptions(tmp_path / name)
     assert {file: row.description for file, row in found.items()} == TEXTS
@@ -58,7 +58,7 @@ def test_reading(tmp_path: Path, name: str, content: str) -> None:
         ("t.txt", "", ": expected descriptions as .csv or .json"),
     ],
 )
-def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_bad_tables_are_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(RPGError) as refusal:
         read_descriptions(tmp_path / name)
@@ -75,7 +75,7 @@ def test_conditions_are_the_descriptions_embeddings(folder: Path, text_encoder: 
     assert collection.encoder == encoder_digest(text_encoder) == encoder_digest(collection.encoder_directory)
 
 
-def test_inspecting(folder: Path, text_encoder: Path) -> None:
+def test_rpg_inspect_names_the_encoder(folder: Path, text_encoder: Path) -> None:
     register(folder, descriptions=folder / "texts.json", encoder=text_encoder)
     facts = inspect(folder, verify=True).to_json()
     assert (facts["text_encoder"], facts["condition_width"]) == (encoder_digest(text_encoder), 32)
@@ -85,7 +85,7 @@ def test_inspecting(folder: Path, text_encoder: Path) -> None:
         inspect(folder, verify=True)
 
 
-def test_what_is_not_given_anew_is_kept(folder: Path, text_encoder: Path, tmp_path: Path) -> None:
+def test_values_that_are_not_given_anew_are_kept(folder: Path, text_encoder: Path, tmp_path: Path) -> None:
     register(folder, descriptions=folder / "texts.json", encoder=text_encoder)
     first = (folder / "collection.json").read_bytes()
     register(folder)
@@ -118,7 +118,7 @@ def _bits(folder: Path) -> Path:
     return path
 
 
-def test_behind_a_uri(folder: Path, text_encoder: Path, s3: S3Server) -> None:
+def test_a_collection_behind_a_uri_keeps_its_encoder(folder: Path, text_encoder: Path, s3: S3Server) -> None:
     uri = location(s3.bucket("described"))
     for path in folder.glob("*.pt"):
         (uri / path.name).write_bytes(path.read_bytes())
@@ -136,7 +136,7 @@ def test_behind_a_uri(folder: Path, text_encoder: Path, s3: S3Server) -> None:
         ({"a.pt": "cat"}, "texts.json: no row for 'b.pt'; expected a description for every checkpoint"),
     ],
 )
-def test_descriptions_that_cannot_be_used(
+def test_descriptions_that_cannot_be_used_are_refused(
     folder: Path, text_encoder: Path, texts: dict[str, str], words: str
 ) -> None:
     (folder / "texts.json").write_text(json.dumps(texts))
@@ -147,7 +147,7 @@ def test_descriptions_that_cannot_be_used(
     assert not (folder / "encoder").exists()
 
 
-def test_wrong_arguments(folder: Path, text_encoder: Path) -> None:
+def test_contradicting_arguments_are_refused(folder: Path, text_encoder: Path) -> None:
     texts = folder / "texts.json"
     with pytest.raises(RPGError, match=r"texts\.json: descriptions need a text encoder.*--encoder"):
         register(folder, descriptions=texts)
@@ -175,7 +175,7 @@ def test_wrong_arguments(folder: Path, text_encoder: Path) -> None:
         (Entry("a.pt", "", [1.0], description=3), "0" * 64, "'a.pt': description: expected text, beside"),  # type: ignore[arg-type]
     ],
 )
-def test_collections_that_make_no_sense(tmp_path: Path, entry: Entry, encoder: str, words: str) -> None:
+def test_inconsistent_collections_are_refused(tmp_path: Path, entry: Entry, encoder: str, words: str) -> None:
     with pytest.raises(RPGError) as refusal:
         Collection(tmp_path, {}, [entry], encoder)
     assert words in str(refusal.value)

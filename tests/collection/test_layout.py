@@ -1,4 +1,4 @@
-"""Any state_dict goes to tokens and back; layouts survive saving; bad input is named."""
+"""Any state_dict is turned into tokens and back; layouts are saved and loaded; bad input is named."""
 
 import json
 from collections.abc import Callable
@@ -225,7 +225,7 @@ def test_order_of_the_given_state_dict_does_not_matter() -> None:
     assert torch.equal(encoded.tokens, layout.encode(checkpoints[0]).tokens)
 
 
-def test_token_larger_than_the_network() -> None:
+def test_a_token_may_be_larger_than_the_network() -> None:
     layout, checkpoints = small(token_size=10_000)
     assert layout.tokens == 2
     assert_comes_back(checkpoints[1], layout.decode(layout.encode(checkpoints[1])), layout)
@@ -346,7 +346,7 @@ def test_loading_without_a_file_names_it(tmp_path: Path, missing: str) -> None:
         (lambda c: c["tensors"][3].update(alias_of="n"), "tensor 'tied': alias_of: expected an earlier"),
     ],
 )
-def test_loading_a_layout_that_makes_no_sense_is_refused(
+def test_loading_an_inconsistent_layout_is_refused(
     tmp_path: Path, change: Callable[[Any], Any], message: str
 ) -> None:
     small()[0].save(tmp_path)

@@ -1,4 +1,4 @@
-"""Registering folders: what is good is listed, what is bad is named, nothing written is harmed."""
+"""Registering folders: good checkpoints are listed, bad ones named, and earlier files stay intact."""
 
 import json
 import os
@@ -87,7 +87,7 @@ class TestGoodFolders:
         _, skipped = register(tmp_path, skip_bad=True)
         assert [line.partition(";")[0] for line in skipped] == [f"{tmp_path / 'c.pt'}: not found"]
 
-    def test_adapters(self, tmp_path: Path) -> None:
+    def test_adapters_are_registered(self, tmp_path: Path) -> None:
         for name in ("task_b", "task_a", "task_c"):
             adapter(tmp_path / name)
         collection, _ = register(tmp_path, pattern="task_{name}")
@@ -95,7 +95,7 @@ class TestGoodFolders:
         assert collection.entries[0].sha256 == checkpoint_sha256(tmp_path / "task_a")
         assert list(collection.read(collection.entries[1])) == ["lora_A.weight"]
 
-    def test_upstreams_naming_needs_no_option(self, tmp_path: Path) -> None:
+    def test_names_of_the_published_model_need_no_option(self, tmp_path: Path) -> None:
         fill(tmp_path, "0000_acc0.9613_class0314_x.pth", "0001_acc0.9_class0001_x.pth")
         collection, _ = register(tmp_path)
         assert collection.condition_width == 10
@@ -103,7 +103,7 @@ class TestGoodFolders:
         assert collection.entries[1].condition == [0] * 9 + [1]
         assert collection.entries[0].metrics == {"acc": 0.9613}
 
-    def test_some_names_in_upstreams_naming_are_a_mistake(self, tmp_path: Path) -> None:
+    def test_a_name_unlike_the_other_published_ones_is_refused(self, tmp_path: Path) -> None:
         fill(tmp_path, "0000_acc0.9613_class0314_x.pth", "0001_accuracy0.9_class0001_x.pth")
         with pytest.raises(RPGError, match=r"^0001_accuracy0\.9_class0001_x\.pth: name does not match"):
             register(tmp_path)
@@ -114,7 +114,7 @@ class TestGoodFolders:
         collection, _ = register(tmp_path, conditions=tmp_path / "c.csv")
         assert [entry.condition for entry in collection.entries] == [[1, 2], [3, 4]]
 
-    def test_conditions_beat_the_names_but_metrics_are_kept(self, tmp_path: Path) -> None:
+    def test_a_file_of_conditions_overrides_names_and_metrics_are_kept(self, tmp_path: Path) -> None:
         fill(tmp_path, "0_acc0.5_class3.pt", "1_acc0.25_class4.pt")
         (tmp_path / "c.json").write_text('{"0_acc0.5_class3.pt": [1], "1_acc0.25_class4.pt": [2]}')
         collection, _ = register(tmp_path, conditions=tmp_path / "c.json")
@@ -183,11 +183,11 @@ class TestBadFolders:
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
-        """`BAD` is compared with the first good one: let that be a good one by its name."""
+        """`BAD` is compared with the first good checkpoint, so a good one must come first by name."""
         fill(tmp_path, "0.pt")
         return tmp_path
 
-    def test_all_are_named(self, root: Path) -> None:
+    def test_all_bad_checkpoints_are_named(self, root: Path) -> None:
         expected = self.fill_badly(root)
         with pytest.raises(BadCheckpointsError, match=rf"{len(expected)} of {len(expected) + 3} ") as caught:
             register(root)
@@ -195,7 +195,7 @@ class TestBadFolders:
         assert "\n" not in str(caught.value)
         assert not (root / "collection.json").exists()
 
-    def test_or_left_out(self, root: Path) -> None:
+    def test_bad_checkpoints_can_be_left_out(self, root: Path) -> None:
         expected = self.fill_badly(root)
         collection, skipped = register(root, skip_bad=True)
         self.assert_each_is_named(skipped, root, expected)
@@ -210,7 +210,7 @@ class TestBadFolders:
         assert [entry.condition for entry in collection.entries] == [[0], [1]]
         assert len(skipped) == 1
 
-    def test_tied_tensors_that_come_apart(self, tmp_path: Path) -> None:
+    def test_tied_tensors_that_differ_are_refused(self, tmp_path: Path) -> None:
         shared = torch.ones(3)
         torch.save({"a": shared, "b": shared}, tmp_path / "0.pt")
         torch.save({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "1.pt")
@@ -220,25 +220,25 @@ class TestBadFolders:
         assert "2.pt: tensor 'b'" in line
 
     @pytest.mark.parametrize("names", [[], ["a.pt"]])
-    def test_too_few(self, tmp_path: Path, names: list[str]) -> None:
+    def test_too_few_checkpoints_are_refused(self, tmp_path: Path, names: list[str]) -> None:
         fill(tmp_path, *names)
         with pytest.raises(RPGError, match=f"a collection needs at least 2 checkpoints, found {len(names)}"):
             register(tmp_path)
 
-    def test_too_few_good_ones(self, tmp_path: Path) -> None:
+    def test_too_few_good_checkpoints_are_refused(self, tmp_path: Path) -> None:
         fill(tmp_path, "a.pt")
         (tmp_path / "b.pt").touch()
         with pytest.raises(BadCheckpointsError, match=r"at least 2 checkpoints, 1 of 2") as caught:
             register(tmp_path, skip_bad=True)
         assert len(caught.value.problems) == 1
 
-    def test_no_folder(self, tmp_path: Path) -> None:
+    def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
         fill(tmp_path, "a.pt")
         for path in (tmp_path / "nowhere", tmp_path / "a.pt"):
             with pytest.raises(RPGError, match="not a directory"):
                 register(path)
 
-    def test_wrong_conditions(self, tmp_path: Path) -> None:
+    def test_wrong_conditions_are_refused(self, tmp_path: Path) -> None:
         fill(tmp_path, "a.pt", "b.pt")
         (tmp_path / "c.csv").write_text("file,a\na.pt,1\n")
         with pytest.raises(RPGError, match=r"no row for 'b\.pt'"):
@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_the_earlier_collection(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_names_are_not_asked_where_a_file_says_it(tmp_path: Path) -> None:
+def test_names_need_not_match_if_a_file_has_the_conditions(tmp_path: Path) -> None:
     named, other = "0000_acc0.9613_class0314_x.safetensors", "mine.safetensors"
     root = fill(tmp_path / "c", named, other)
     with pytest.raises(RPGError, match=r"mine\.safetensors: name does not match the naming of the others"):

@@ -1,4 +1,4 @@
-"""A collection seen at another token size is the collection that was cut at that size."""
+"""A collection read at another token size equals one that was written at that size."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Shards give back any tokens, read only the pages that these lie on, and name damaged files."""
+"""Shards give back any tokens, read only the pages that contain them, and name damaged files."""
 
 import ctypes
 import gc
@@ -111,7 +111,7 @@ def test_a_shard_is_plain_arrow(tmp_path: Path, dtype: TokenDtype, arrow_type: A
         assert torch.equal(torch.tensor(rows), layout.encode(checkpoints[1][1]).tokens)
 
 
-def test_collection_without_conditions(tmp_path: Path) -> None:
+def test_a_collection_may_have_no_conditions(tmp_path: Path) -> None:
     layout, checkpoints = make(2)
     shard = write_shard(tmp_path / "a.arrow", layout, checkpoints, TokenDtype.float32)
     entries = [Entry(name, "") for name, _ in checkpoints]
@@ -146,7 +146,7 @@ LIMIT_BYTES = 40 * 4096
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mincore")
 def test_reading_a_few_tokens_reads_only_their_pages_from_disk(tmp_path: Path) -> None:
     path = tmp_path / "large.arrow"
-    # Not kept: pages of a file that is mapped cannot be dropped.
+    # The collection is not kept, because the pages of a mapped file cannot be dropped.
     large(tmp_path)
     drop_from_cache(path)
     if resident_bytes(path) > 0:
@@ -287,14 +287,14 @@ def test_a_changed_byte_is_found_on_opening(tmp_path: Path) -> None:
     for _ in range(2):
         ShardedCollection.open(tmp_path)
         flip_a_bit(tmp_path / "00002.arrow")
-        # Until it is repaired, however often it is opened.
+        # It is found each time until it is repaired.
         for _ in range(2):
             refused("00002.arrow: damaged", lambda: ShardedCollection.open(tmp_path))
         flip_a_bit(tmp_path / "00002.arrow")
 
 
 def test_an_unchanged_file_is_read_for_its_checksum_once(tmp_path: Path) -> None:
-    """Damage that leaves size, time and inode alone passes: so the file was not read; `verify` reads it."""
+    """Damage with the same size, time and inode passes, since the file is not read; `verify` reads it."""
     write(tmp_path)
     path = tmp_path / "00002.arrow"
     ShardedCollection.open(tmp_path)
@@ -306,7 +306,7 @@ def test_an_unchanged_file_is_read_for_its_checksum_once(tmp_path: Path) -> None
     refused("00002.arrow: damaged", lambda: ShardedCollection.open(tmp_path))
 
 
-def test_shards_are_read_each_time_where_nothing_can_be_remembered(tmp_path: Path) -> None:
+def test_shards_are_verified_each_time_if_no_record_can_be_written(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / VERIFIED_FILE).mkdir()
     path = tmp_path / "00002.arrow"
@@ -324,7 +324,7 @@ def garble(path: Path) -> None:
 
 
 def move(directory: Path, column: str, value: int) -> None:
-    """Say that the last checkpoint lies elsewhere, in entries that the manifest vouches for."""
+    """Give the last checkpoint another place, in entries with the digest that the manifest expects."""
     table = pa.ipc.open_file((directory / ENTRIES_FILE).read_bytes()).read_all()
     places = table.column(column).to_pylist()
     places[-1] = value
@@ -345,7 +345,7 @@ def change_column(directory: Path, column: str, values: Any) -> None:
 
 
 def vouched(directory: Path, entries: bytes) -> None:
-    """Write entries whose digest is the manifest's."""
+    """Write entries, and their digest into the manifest."""
     (directory / ENTRIES_FILE).write_bytes(entries)
     change(directory, entries_sha256=sha256(directory / ENTRIES_FILE))
 
@@ -384,7 +384,7 @@ def test_checkpoints_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     refused("no tensor differs", lambda: write_shard(path, empty, checkpoints, TokenDtype.float32))
 
 
-def test_manifests_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_manifests_that_do_not_match_the_shards_are_refused(tmp_path: Path) -> None:
     layout, checkpoints = make(3)
     other, _ = make(3, token_size=9)
     shard = write_shard(tmp_path / "a.arrow", layout, checkpoints, TokenDtype.float32)
@@ -404,8 +404,8 @@ def test_manifests_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / MANIFEST_FILE).exists()
 
 
-def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path) -> None:
-    """A file size limit, as RLIMIT_FSIZE sets it, stands for the full disk."""
+def test_a_full_disk_is_reported_in_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    """The file size limit RLIMIT_FSIZE stands for the full disk."""
     write(tmp_path)
     before = (tmp_path / "00000.arrow").read_bytes()
     script = """
@@ -466,7 +466,7 @@ def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_closed_collection_is_mapped_no_more(tmp_path: Path) -> None:
+def test_a_deleted_collection_is_unmapped(tmp_path: Path) -> None:
     write(tmp_path)
     collection = ShardedCollection.open(tmp_path)
     read = collection.read(0, [0])

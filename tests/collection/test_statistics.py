@@ -58,7 +58,7 @@ def test_residual_scale_is_the_deviation_about_the_stored_centre(dtype: torch.dt
     layout = statistics_of(collection).layout(8, Normalisation.residual)
     for name in ("conv.weight", "bn.running_mean"):
         values, centre = stacked(collection, name), layout.centre[name]
-        # Of float64 the last bit depends on the order of the sum.
+        # In float64 the last bit depends on the order of the sum.
         torch.testing.assert_close(centre, torch.from_numpy(values.mean(0)).to(dtype), rtol=1e-14, atol=1e-14)
         expected = np.sqrt(np.mean((values - centre.double().numpy()) ** 2))
         assert spec_of(layout, name).scale == pytest.approx(expected, rel=1e-12)
@@ -118,7 +118,7 @@ def test_zscore_is_the_published_formula() -> None:
     assert torch.equal(layout.constants["scalar"], collection[0]["scalar"])
 
 
-def test_what_never_changes_is_constant_in_residual_mode_only() -> None:
+def test_unchanging_tensors_are_constant_in_residual_mode_only() -> None:
     collection = checkpoints(3)
     layout = statistics_of(collection).layout(8, Normalisation.residual)
     assert spec_of(layout, "frozen").kind == TensorKind.constant
@@ -130,7 +130,7 @@ def test_what_never_changes_is_constant_in_residual_mode_only() -> None:
     assert int(layout.decode(encoded)["bn.num_batches_tracked"]) == 2
 
 
-def test_all_the_same_leaves_no_tokens() -> None:
+def test_equal_checkpoints_leave_no_tokens() -> None:
     layout = statistics_of(checkpoints(1) * 3).layout(8, Normalisation.residual)
     assert layout.tokens == 0
     decoded = layout.decode(layout.encode(checkpoints(1)[0]))
@@ -143,8 +143,10 @@ def test_all_the_same_leaves_no_tokens() -> None:
     repeated=st.integers(1, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_split_merges_to_the_same(owners: list[int], normalisation: Normalisation, repeated: int) -> None:
-    # The first checkpoint stands there several times, so that some parts see nothing but the reference.
+def test_any_split_merges_to_the_same_layout(
+    owners: list[int], normalisation: Normalisation, repeated: int
+) -> None:
+    # The first checkpoint occurs several times, so that some parts contain only the reference.
     collection = checkpoints(1) * repeated + checkpoints(len(owners))[repeated:]
     collection = collection[: len(owners)]
     whole = statistics_of(collection).layout(8, normalisation)
@@ -218,7 +220,7 @@ def refused(message: str, action: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_bad_input_is_named() -> None:
+def test_bad_checkpoints_are_named() -> None:
     collection = checkpoints(3)
     statistics = statistics_of(collection[:1])
     residual = Normalisation.residual

@@ -1,4 +1,4 @@
-"""The AdaLN MLP against a second implementation over bare parameters, and its ways of being called."""
+"""The AdaLN MLP against a second implementation over bare parameters, and its groups of tokens."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_groups_equal_rows_and_preparing_equals_forward() -> None:
     assert prepared.shape == (6, (3 * DEPTH + 2) * WIDTH)
 
 
-def test_a_fresh_one_answers_zero_and_learns_from_there() -> None:
+def test_a_fresh_network_predicts_zero_and_its_output_layer_learns() -> None:
     mlp = build(random=False)
     x, prototype = inputs(4)
     answer = mlp(x, torch.tensor([10]), prototype)

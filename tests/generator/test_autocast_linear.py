@@ -47,7 +47,9 @@ def passes(
 @pytest.mark.parametrize("shape", [(2, 5), (7,), ()])
 @pytest.mark.parametrize("input_gradient", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_same_output_and_gradients(autocast: bool, input_gradient: bool, shape: tuple[int, ...]) -> None:
+def test_output_and_gradients_are_those_of_the_plain_layer(
+    autocast: bool, input_gradient: bool, shape: tuple[int, ...]
+) -> None:
     found, _ = passes(autocast_linear, autocast, input_gradient, shape)
     expected, _ = passes(plain, autocast, input_gradient, shape)
     for a, b in zip(found, expected, strict=True):
@@ -55,7 +57,7 @@ def test_same_output_and_gradients(autocast: bool, input_gradient: bool, shape: 
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_double_precision_stays() -> None:
+def test_double_precision_is_not_rounded() -> None:
     found, expected = (passes(apply, dtype=torch.float64)[0] for apply in (autocast_linear, plain))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype

@@ -1,4 +1,4 @@
-"""Noise schedules against their formulas; what is predicted gives back what it was made from."""
+"""Noise schedules against their formulas, and clean values from predictions."""
 
 import math
 

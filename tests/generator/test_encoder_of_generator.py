@@ -1,4 +1,4 @@
-"""A generator's text encoder: saved with it, bound to it, and what does not fit is refused."""
+"""A generator's text encoder: it is saved with the generator, and another one is refused."""
 
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ def saved(describing: Generator, tmp_path: Path) -> Path:
     return tmp_path / "generator"
 
 
-def test_the_directory_needs_nothing_else(
+def test_a_saved_generator_contains_its_encoder(
     describing: Generator, saved: Path, text_encoder: Path, tmp_path: Path
 ) -> None:
     generator = Generator.from_pretrained(saved)
@@ -47,14 +47,16 @@ def test_the_directory_needs_nothing_else(
         assert again.text_encoder().encode("cat") == TextEncoder(text_encoder).encode("cat")
 
 
-def test_behind_a_uri(describing: Generator, text_encoder: Path, s3: S3Server) -> None:
+def test_a_generator_behind_a_uri_contains_its_encoder(
+    describing: Generator, text_encoder: Path, s3: S3Server
+) -> None:
     uri = location(s3.bucket("reads-descriptions")) / "generator"
     describing.save_pretrained(uri)
     generator = Generator.from_pretrained(uri)
     assert generator.text_encoder().encode("cat") == TextEncoder(text_encoder).encode("cat")
 
 
-def test_the_command_makes_the_same_as_with_the_embedding(
+def test_rpg_generate_makes_the_same_from_a_description_as_from_its_embedding(
     saved: Path, text_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["is it a cat?", "two dogs"]
@@ -71,7 +73,9 @@ def test_the_command_makes_the_same_as_with_the_embedding(
     ]
 
 
-def test_digests_of_others_are_what_they_were(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
+def test_digests_of_generators_without_encoder_have_not_changed(
+    make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
     generator = make_generator(make_layout(16))
     architecture = to_plain(generator.config)
     del architecture["sampling"], architecture["condition"]["encoder"], architecture["condition"]["states"]
@@ -84,7 +88,7 @@ def test_digests_of_others_are_what_they_were(make_generator: MakeGenerator, mak
     assert generator.digest() != hashed.hexdigest()
 
 
-def test_the_encoder_comes_from_the_collection(
+def test_a_new_generator_takes_the_encoder_of_its_collection(
     describing: Generator, make_collection: Callable[..., ShardedCollection], tmp_path: Path
 ) -> None:
     shards = make_collection(tmp_path / "shards", condition_width=32)
@@ -123,7 +127,7 @@ def other_config(saved: Path) -> None:
         (other_config, "generator.safetensors: was saved with another text encoder than config.yaml names"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_a_missing_or_wrong_encoder_is_refused(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     spoil: Callable[[Path], object], words: str,
 ) -> None:  # fmt: skip
@@ -135,7 +139,7 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_embeddings_of_another_size(
+def test_an_encoder_with_embeddings_of_another_size_is_refused(
     make_generator: MakeGenerator, make_layout: MakeLayout, text_encoder: Path
 ) -> None:
     generator = make_generator(make_layout(16), condition_size=3)
@@ -149,7 +153,9 @@ def test_embeddings_of_another_size(
         generator.text_encoder()
 
 
-def test_generators_that_take_nothing(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
+def test_generators_without_encoder_refuse_descriptions(
+    make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
     generator = make_generator(
         make_layout(16), recurrent=RecurrentKind.lstm, condition=ConditionKind.permutation
     )
@@ -159,8 +165,8 @@ def test_generators_that_take_nothing(make_generator: MakeGenerator, make_layout
         generator.text_encoder()
 
 
-def test_training_goes_on_without_the_files(describing: Generator, tmp_path: Path) -> None:
-    """Checkpoints of a run do not each hold the encoder; its digest they do."""
+def test_training_checkpoints_do_not_need_the_encoders_files(describing: Generator, tmp_path: Path) -> None:
+    """Training checkpoints contain the encoder's digest, but not its files."""
     apart = Generator(describing.config, describing.layout)
     apart.load_state_dict(describing.state_dict())
     apart.save_pretrained(tmp_path / "step")

@@ -103,7 +103,9 @@ def test_loss_of_nothing_but_padding_is_zero(make_generator: MakeGenerator, make
     assert torch.equal(make_generator(layout).loss(given), torch.zeros(4))
 
 
-def test_dropped_conditions_do_not_matter(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:
+def test_dropped_conditions_have_no_effect_on_the_loss(
+    make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
     layout = make_layout(16)
     generator = make_generator(layout, dropout=0.5)
     given = random_batch(layout)
@@ -139,7 +141,7 @@ def test_shapes_of_both_presets(make_layout: MakeLayout, config: GeneratorConfig
     assert losses.isfinite().all()
     torch.autograd.backward(losses.sum())
     unused = [name for name, p in generator.named_parameters() if p.grad is None]
-    # Without dropout nothing learns the null vector.
+    # Without dropout the null vector gets no gradient.
     assert unused == (["condition.null"] if config is FAST else [])
 
 
@@ -175,7 +177,7 @@ def test_states_are_those_of_the_collection(make_layout: MakeLayout) -> None:
     for asked in (2, -1):
         fitted = made(asked, [1, 0, 1])
         assert fitted.state_dict()["condition.state.weight"].shape[0] == fitted.config.condition.states == 2
-    # A generator that does not ask for them takes no notice of them.
+    # A generator that does not ask for states ignores the collection's.
     assert made(0, [1, 0, 1]).digest() != made(2, [1, 0, 1]).digest()
     assert made(0, [1, 0, 1]).state_dict().keys() == made(0, None).state_dict().keys()
     for asked, states, words in (
@@ -207,7 +209,7 @@ def sampled(generator: Generator, condition: Tensor) -> Tensor:
 @pytest.mark.parametrize("recurrent", list(RecurrentKind))
 @pytest.mark.parametrize("denoiser", list(DenoiserKind))
 @pytest.mark.parametrize("condition", list(ConditionKind))
-def test_saved_and_loaded_is_the_same(
+def test_a_loaded_generator_equals_the_saved_one(
     tmp_path: Path,
     make_generator: MakeGenerator,
     make_layout: MakeLayout,
@@ -234,7 +236,7 @@ def test_saved_and_loaded_is_the_same(
     assert torch.equal(sampled(loaded, row), sampled(generator, row))
 
 
-def test_the_digest_is_of_what_determines_the_models(
+def test_the_digest_covers_everything_that_determines_the_models(
     make_generator: MakeGenerator, make_layout: MakeLayout
 ) -> None:
     layout = make_layout(16)
@@ -365,17 +367,17 @@ def test_damaged_directories_are_refused_in_one_line(
         ("timesteps: 1000", "timesteps: 999"),
     ],
 )
-def test_a_generator_of_two_halves_is_refused(saved: Path, before: str, after: str) -> None:
-    """Of equal shapes, as when files are replaced one by one behind a URI and the process is killed."""
+def test_weights_of_another_configuration_are_refused(saved: Path, before: str, after: str) -> None:
+    """Shapes are equal, as after a kill while files behind a URI were replaced one by one."""
     change_config(saved, before, after)
     with pytest.raises(RPGError, match=f"{WEIGHTS_FILE}: was saved with another configuration"):
         Generator.from_pretrained(saved)
-    # Older files do not say what they belong to.
+    # The metadata of older files has no configuration.
     change_weights(saved, lambda weights: None)
     Generator.from_pretrained(saved)
 
 
-def test_a_key_that_came_later_is_no_other_configuration(saved: Path) -> None:
+def test_a_configuration_key_of_a_later_version_is_accepted(saved: Path) -> None:
     def without_a_key(metadata: dict[str, str]) -> None:
         known = json.loads(metadata[CONFIG_KEY])
         del known["denoiser"]["kernel_size"]
@@ -388,7 +390,7 @@ def test_a_key_that_came_later_is_no_other_configuration(saved: Path) -> None:
         Generator.from_pretrained(saved)
 
 
-def test_how_to_sample_may_be_changed_later(saved: Path) -> None:
+def test_sampling_settings_may_be_changed_in_a_saved_generator(saved: Path) -> None:
     change_config(saved, "steps: 8", "steps: 3")
     change_config(saved, "solver: dpmpp_2m", "solver: ddim")
     assert Generator.from_pretrained(saved).config.sampling.steps == 3
@@ -413,7 +415,7 @@ def test_a_failed_save_leaves_the_earlier_generator(
     assert Generator.from_pretrained(saved).digest() == other.digest()
 
 
-def test_saving_never_replaces_a_directory_of_something_else(
+def test_saving_never_replaces_a_directory_with_other_files(
     make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
@@ -423,7 +425,7 @@ def test_saving_never_replaces_a_directory_of_something_else(
 
 
 @pytest.mark.parametrize("size", [10**14, 2**70])
-def test_absurd_sizes_are_refused_in_one_line(
+def test_sizes_beyond_the_memory_are_refused_in_one_line(
     make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path, size: int
 ) -> None:
     directory = tmp_path / "generator"

@@ -1,4 +1,4 @@
-"""What all recurrent networks have in common: shapes, causality, pieces equal the whole."""
+"""Properties of all recurrent networks: shapes, causality, pieces equal the whole."""
 
 import pytest
 import torch

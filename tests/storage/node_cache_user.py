@@ -19,7 +19,7 @@ def read(uri: str, cache: Path, limit: int) -> str:
 
 
 def tell(answer: Connection, uri: str, cache: Path, limit: int) -> None:
-    """Send the content, or the error's text."""
+    """Send the content, or the text of the error."""
     try:
         answer.send(read(uri, cache, limit))
     except RPGError as error:

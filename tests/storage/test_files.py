@@ -1,4 +1,4 @@
-"""Writing files: as a whole or not at all, and nothing left behind."""
+"""Files and directories are written as a whole or not at all, and nothing is left behind."""
 
 import hashlib
 import json
@@ -70,7 +70,7 @@ class TestReplacingFile:
             lambda root: Path("/proc/nowhere/x"),
         ],
     )
-    def test_impossible_places(self, tmp_path: Path, place: Callable[[Path], Path]) -> None:
+    def test_impossible_targets_are_refused(self, tmp_path: Path, place: Callable[[Path], Path]) -> None:
         (tmp_path / "file").write_text("x")
         (tmp_path / "directory").mkdir()
         with pytest.raises(RPGError, match=": cannot be written: "):
@@ -213,7 +213,7 @@ def replacing_process(path: Path, when: str) -> subprocess.Popen[str]:
 
 
 class TestLeftovers:
-    """Of processes that were killed while they replaced a directory."""
+    """Directories left by processes that were killed while they replaced one."""
 
     @pytest.fixture
     def run(self, tmp_path: Path) -> Path:
@@ -228,7 +228,7 @@ class TestLeftovers:
         assert process.returncode == -signal.SIGKILL
 
     @pytest.mark.parametrize("when", ["writing", "/run"])
-    def test_are_removed_by_the_next(self, run: Path, when: str) -> None:
+    def test_leftovers_are_removed_by_the_next_writer(self, run: Path, when: str) -> None:
         self.killed(run, when)
         assert len(names(run.parent)) == 2
         with replacing_directory(run) as temporary:
@@ -237,7 +237,7 @@ class TestLeftovers:
         assert names(run.parent) == ["run"]
         assert names(run) == ["three"]
 
-    def test_what_was_moved_away_comes_back(self, run: Path) -> None:
+    def test_a_directory_that_was_moved_away_is_restored(self, run: Path) -> None:
         self.killed(run, ".previous")
         assert not run.exists()
         with pytest.raises(ValueError), replacing_directory(run):
@@ -245,7 +245,7 @@ class TestLeftovers:
         assert names(run) == ["one"]
         assert names(run.parent) == ["run"]
 
-    def test_half_a_directory_does_not_come_back(self, run: Path) -> None:
+    def test_an_unfinished_directory_is_not_restored(self, run: Path) -> None:
         self.killed(run, "/run")
         shutil.rmtree(run)
         left = names(run.parent)
@@ -253,7 +253,7 @@ class TestLeftovers:
             raise ValueError
         assert names(run.parent) == left
 
-    def test_what_a_living_process_writes_is_left_alone(self, run: Path) -> None:
+    def test_the_directory_of_a_living_process_stays(self, run: Path) -> None:
         with replacing_process(run, "waiting") as process:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             with replacing_directory(run) as temporary:
@@ -264,7 +264,7 @@ class TestLeftovers:
         assert names(run) == ["two"]
         assert names(run.parent) == ["run"]
 
-    def test_only_what_this_library_made_on_this_machine_goes(
+    def test_only_directories_that_rpg_made_on_this_machine_are_removed(
         self, run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with monkeypatch.context() as elsewhere:
@@ -322,7 +322,7 @@ def test_permission_denied(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
 
-def test_what_killed_writers_left_does_not_come_along(tmp_path):
+def test_unfinished_files_of_killed_writers_are_left_out(tmp_path):
     with replacing_directory(tmp_path / "run") as temporary:
         (temporary / "part").mkdir()
         (temporary / "part" / ".model.safetensors.4711.partial").write_text("half")

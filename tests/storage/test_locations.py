@@ -1,4 +1,4 @@
-"""Locations, and files behind URIs: on a real S3 server and in fsspec's memory."""
+"""Locations and files behind URIs, on a real S3 server and in fsspec's memory."""
 
 import os
 import sys
@@ -64,14 +64,14 @@ class TestLocation:
         assert str(path / "x") == f"{uri}/x"
 
     @pytest.mark.parametrize("uri", ["s3://", "s3:///key", "gs://", "nonsense://bucket/key", "://x"])
-    def test_what_cannot_be_a_uri(self, uri, monkeypatch):
+    def test_malformed_uris_are_refused(self, uri, monkeypatch):
         with pytest.raises(RPGError) as caught:
             location(uri)
         assert str(caught.value).startswith(uri)
         assert "\n" not in str(caught.value)
 
     def test_package_that_is_not_installed(self, monkeypatch):
-        # An import of a module that is None fails as one that is not there.
+        # Importing a module that is None in sys.modules fails like importing a missing one.
         monkeypatch.setitem(sys.modules, "gcsfs", None)
         with pytest.raises(RPGError, match=r"^gs://bucket/key: .*pip install 'rpg\[gcs\]'$"):
             location("gs://bucket/key")
@@ -125,7 +125,7 @@ class TestFiles:
             found = {str(p.relative_to(local)): p.read_text() for p in local.rglob("*") if p.is_file()}
         assert found == {name: name for name in ("a", "b/c", "b/d/e")}
 
-    def test_a_key_that_leads_out_is_refused(self, s3, bucket):
+    def test_a_key_that_leads_out_of_its_directory_is_refused(self, s3, bucket):
         s3.client.put_object(Bucket=bucket[5:], Key="dir/../../../evil", Body=b"x")
         with pytest.raises(RPGError, match=r"\.\./\.\./\.\./evil"), fetched(location(bucket) / "dir"):
             pass
@@ -171,7 +171,7 @@ class TestErrors:
         with pytest.raises(StorageError, match=rf"^{path}: cannot be read as x: permission denied"):
             read_json(path, "x")
 
-    def test_nobody_answers(self, s3, monkeypatch):
+    def test_an_unreachable_endpoint_is_named(self, s3, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         S3FileSystem.clear_instance_cache()
         began = time.monotonic()
@@ -281,7 +281,7 @@ class TestGenerator:
     def test_weights_of_another_layout_are_refused(
         self, bucket, make_layout, make_checkpoints, make_generator
     ):
-        """What a save that broke off between two files would leave behind a URI."""
+        """A save to a URI that was interrupted between two files leaves such a generator."""
         layout = make_layout()
         make_generator(layout).save_pretrained(bucket)
         moved = {name: t + 1 if t.is_floating_point() else t for name, t in layout.centre.items()}

@@ -1,4 +1,4 @@
-"""The node's cache of what lies behind URIs: brought once, kept within its limit, never taken away in use."""
+"""The node's cache of remote files: downloaded once, evicted to keep the limit, but never while in use."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ def bucket(s3):
 
 
 def in_process(uri: str, cache: Path, limit: int) -> str:
-    """`read` in a process that lets go of what it used when it ends; errors come back as text."""
+    """`read` in another process, whose locks are released when it ends; errors are returned as text."""
     receiver, sender = SPAWN.Pipe(duplex=False)
     process = SPAWN.Process(target=tell, args=(sender, uri, cache, limit))
     process.start()
@@ -44,7 +44,7 @@ def in_process(uri: str, cache: Path, limit: int) -> str:
 
 
 def read_and_end(uri: str, cache: Path, limit: int) -> str:
-    """`in_process` without the price of a process: lets go of the locks as the end of one does."""
+    """`in_process` without starting a process, which is slow; the locks are released as at its end."""
     try:
         return read(uri, cache, limit)
     except RPGError as error:
@@ -59,16 +59,16 @@ def cached(cache: Path) -> set[str]:
 
 
 def downloads(requests: list[tuple[str, str]]) -> int:
-    """Requests for content: listings of a bucket have a query instead of a key."""
+    """The requests for content. Listings of a bucket have a query instead of a key."""
     return sum(method == "GET" and "list-type" not in path for method, path in requests)
 
 
-def test_local_paths_are_returned_as_they_are(tmp_path):
+def test_local_paths_are_returned_unchanged(tmp_path):
     assert local_copy(tmp_path / "a", tmp_path / "cache", 0) == tmp_path / "a"
     assert not (tmp_path / "cache").exists()
 
 
-def test_brought_once_and_again_when_it_changes(bucket, proxy, tmp_path):
+def test_a_file_is_downloaded_once_and_again_when_it_changes(bucket, proxy, tmp_path):
     uri = f"{bucket}/a.txt"
     write_text(location(uri), "one")
     proxy.requests.clear()
@@ -77,11 +77,11 @@ def test_brought_once_and_again_when_it_changes(bucket, proxy, tmp_path):
     assert downloads(proxy.requests) == 1
     write_text(location(uri), "two")
     assert read(uri, tmp_path / "cache", LARGE) == "two"
-    # Who has the earlier one open still has it.
+    # A process that has the earlier copy open can still read it.
     assert [path.read_text() for path in paths] == ["one"]
 
 
-def test_of_a_directory_only_what_changed_is_brought(bucket, proxy, tmp_path):
+def test_of_a_directory_only_changed_files_are_downloaded(bucket, proxy, tmp_path):
     directory, cache = location(bucket) / "d", tmp_path / "cache"
     for name in ("a", "b/c", "d"):
         write_text(directory / name, name * 100)
@@ -101,8 +101,8 @@ def test_of_a_directory_only_what_changed_is_brought(bucket, proxy, tmp_path):
 @given(
     sizes=st.lists(st.integers(1, 70), min_size=5, max_size=5), picks=st.lists(st.integers(0, 4), max_size=8)
 )
-def test_what_was_used_longest_ago_goes(tmp_path, sizes, picks):
-    """Against the plainest model of such a cache: a list, the last used at its end."""
+def test_the_entry_that_was_used_longest_ago_is_evicted(tmp_path, sizes, picks):
+    """Compared with a list whose last element is the one used last."""
     cache = tmp_path / uuid.uuid4().hex
     uris = [f"memory://bucket/{uuid.uuid4().hex}" for _ in sizes]
     for uri, size in zip(uris, sizes, strict=True):
@@ -124,7 +124,7 @@ def test_what_was_used_longest_ago_goes(tmp_path, sizes, picks):
     assert len(locks) <= len(sizes) + 1
 
 
-def test_what_a_living_process_uses_stays(bucket, tmp_path):
+def test_entries_that_a_living_process_uses_stay(bucket, tmp_path):
     cache = tmp_path / "cache"
     held, other = f"{bucket}/held", f"{bucket}/other"
     write_text(location(held), "h" * 50)
@@ -142,7 +142,7 @@ def test_what_a_living_process_uses_stays(bucket, tmp_path):
     assert cached(cache) == {other}
 
 
-def test_processes_that_ask_at_once_bring_it_once(bucket, proxy, tmp_path):
+def test_processes_that_ask_at_once_download_once(bucket, proxy, tmp_path):
     for i in range(3):
         write_text(location(f"{bucket}/d/{i}"), f"{i}" * 100_000)
     proxy.requests.clear()
@@ -161,7 +161,7 @@ def test_processes_that_ask_at_once_bring_it_once(bucket, proxy, tmp_path):
     assert downloads(proxy.requests) == 3
 
 
-def test_a_killed_download_is_nothing_that_anyone_takes(bucket, proxy, tmp_path):
+def test_an_unfinished_download_is_never_used(bucket, proxy, tmp_path):
     cache, uri = tmp_path / "cache", f"{bucket}/d"
     write_text(location(uri) / "a", "a" * 1000)
     write_text(location(uri) / "b", "b" * 1000)
@@ -181,7 +181,7 @@ def test_a_killed_download_is_nothing_that_anyone_takes(bucket, proxy, tmp_path)
     process.join()
     assert list(cache.glob("*.partial"))
     assert cached(cache) == set()
-    # What it had reserved is free again for others.
+    # The room that it had reserved is free again.
     write_text(location(f"{bucket}/other"), "o" * 2000)
     assert in_process(f"{bucket}/other", cache, 2000) == "o" * 2000
     assert not list(cache.glob("*.partial"))
@@ -190,7 +190,9 @@ def test_a_killed_download_is_nothing_that_anyone_takes(bucket, proxy, tmp_path)
 
 
 @pytest.mark.parametrize("times, tells_checksums", [(1, True), (1, False), (100, False)])
-def test_shards_damaged_on_their_way(bucket, proxy, tmp_path, make_collection, times, tells_checksums):
+def test_shards_that_are_damaged_in_transfer_are_downloaded_again(
+    bucket, proxy, tmp_path, make_collection, times, tells_checksums
+):
     proxy.tells_checksums = tells_checksums
     make_collection(tmp_path / "local")
     for file in (tmp_path / "local").iterdir():
@@ -215,7 +217,7 @@ def test_shards_damaged_on_their_way(bucket, proxy, tmp_path, make_collection, t
         assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_cache_that_cannot_be_written(tmp_path):
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     path = location(f"memory://bucket/{uuid.uuid4().hex}")
     write_text(path, "a")
     (tmp_path / "file").write_text("mine")
@@ -224,7 +226,7 @@ def test_cache_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", '{"uri": 1, "files": [2]}', None])
-def test_an_entry_without_a_readable_record_is_brought_again(tmp_path, record):
+def test_an_entry_without_a_readable_record_is_downloaded_again(tmp_path, record):
     cache = tmp_path / "cache"
     uri, other = (f"memory://bucket/{uuid.uuid4().hex}" for _ in range(2))
     write_text(location(uri), "one")
@@ -245,7 +247,7 @@ def test_an_entry_without_a_readable_record_is_brought_again(tmp_path, record):
     ]
 
 
-def test_what_is_renamed_into_place_is_on_the_disk(tmp_path, monkeypatch):
+def test_files_are_synced_before_an_entry_is_renamed_into_place(tmp_path, monkeypatch):
     uri = location(f"memory://bucket/{uuid.uuid4().hex}")
     write_text(uri / "a", "one")
     synced, fsync = [], os.fsync
@@ -255,7 +257,7 @@ def test_what_is_renamed_into_place_is_on_the_disk(tmp_path, monkeypatch):
     assert {file.stat().st_ino for file in files} <= set(synced)
 
 
-def test_a_process_brings_again_what_was_cleared_while_it_lives(tmp_path):
+def test_a_living_process_downloads_a_cleared_entry_again(tmp_path):
     cache, uri = tmp_path / "cache", f"memory://bucket/{uuid.uuid4().hex}"
     write_text(location(uri), "one")
     for _ in range(2):
@@ -267,7 +269,7 @@ def test_a_process_brings_again_what_was_cleared_while_it_lives(tmp_path):
     assert os.path.samestat(os.fstat(node_cache._in_use[entry].fileno()), entry.with_suffix(".lock").stat())
 
 
-def test_directories_of_others_in_the_cache_are_left_alone(tmp_path):
+def test_other_directories_in_the_cache_stay(tmp_path):
     uri = f"memory://bucket/{uuid.uuid4().hex}"
     write_text(location(uri), "x" * 50)
     (tmp_path / "mine").mkdir()

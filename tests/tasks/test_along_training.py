@@ -1,4 +1,4 @@
-"""Checkpoints along one training run: where they are kept, what they are, and going on after a kill."""
+"""Checkpoints along one training run: at which steps, with which weights, and resuming after a kill."""
 
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_files(images: Images, tmp_path:
     }
 
 
-def test_a_state_of_another_training_is_not_gone_on_from(images: Images, tmp_path: Path) -> None:
+def test_a_state_of_another_training_is_ignored(images: Images, tmp_path: Path) -> None:
     state = tmp_path / "state.pt"
     train_along(fresh(), images, RECIPE, SEED, state, nothing, nothing)
     epochs: list[int] = []

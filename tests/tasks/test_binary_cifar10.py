@@ -1,4 +1,4 @@
-"""The task family `cifar10`: networks that learn, from training images alone."""
+"""The task family `cifar10`: its networks learn, and only from training images."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_the_backbone_knows_ten_classes_and_other_randomness_is_left_alone(famil
     assert not torch.equal(family.train_backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
 
 
-def test_no_models_have_no_answers(family: BinaryCifar10) -> None:
+def test_predictions_of_no_models_are_empty(family: BinaryCifar10) -> None:
     assert family.predict([], "test").shape == (0, 60)
 
 
@@ -102,6 +102,6 @@ def test_networks_have_tens_of_thousands_of_parameters() -> None:
         assert sum(p.numel() for p in Cifar10Net(outputs).parameters()) == 64128 + 65 * outputs
 
 
-def test_images_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(RPGError, match=r"train\.parquet: not found"):
         BinaryCifar10(str(tmp_path), torch.device("cpu")).check_images()

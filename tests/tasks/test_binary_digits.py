@@ -72,5 +72,5 @@ def test_the_backbone_knows_ten_classes_and_other_randomness_is_left_alone() -> 
     assert not torch.equal(FAMILY.train_backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
 
 
-def test_no_models_have_no_answers() -> None:
+def test_predictions_of_no_models_are_empty() -> None:
     assert FAMILY.predict([], "test").shape[0] == 0

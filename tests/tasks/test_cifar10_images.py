@@ -1,4 +1,4 @@
-"""CIFAR-10 from Parquet: splits that never mix, and one line for whatever is wrong with a file."""
+"""CIFAR-10's images: splits never share an image, and errors in files are one line."""
 
 import pickle
 import shutil
@@ -62,19 +62,19 @@ def refusal(path: Path) -> str:
     return line
 
 
-def test_no_setting() -> None:
+def test_a_missing_setting_is_named() -> None:
     with pytest.raises(RPGError, match=r"^collect\.images: expected .* train\.parquet .*, got none"):
         check_files("")
 
 
-def test_missing_file(directory: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(directory: Path, tmp_path: Path) -> None:
     shutil.copy(directory / "test.parquet", tmp_path / "test.parquet")
     with pytest.raises(RPGError) as error:
         check_files(str(tmp_path))
     assert str(error.value).startswith(f"{tmp_path / 'train.parquet'}: not found (collect.images)")
 
 
-def test_corrupt_parquet(directory: Path, tmp_path: Path) -> None:
+def test_corrupt_parquet_is_named(directory: Path, tmp_path: Path) -> None:
     whole = (directory / "test.parquet").read_bytes()
     for name, content in {
         "cut": whole[: len(whole) // 2],
@@ -110,7 +110,7 @@ def test_damaged_data_behind_a_whole_footer(directory: Path, tmp_path: Path) -> 
         ({"img": pa.array([], IMAGE), "label": pa.array([], pa.int64())}, "holds no images"),
     ],
 )
-def test_wrong_content(tmp_path: Path, table: dict[str, object], says: str) -> None:
+def test_wrong_content_is_named(tmp_path: Path, table: dict[str, object], says: str) -> None:
     pq.write_table(pa.table(table), tmp_path / "test.parquet")
     line = refusal(tmp_path)
     assert line.startswith(f"{tmp_path / 'test.parquet'}: ")
@@ -166,7 +166,7 @@ def test_batches_that_newer_pythons_wrote(tmp_path: Path, protocol: int) -> None
     assert labels.tolist() == classes.tolist()
 
 
-def test_batches_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_no_batches_are_refused(tmp_path: Path) -> None:
     whole = batch_file(*(lambda pixels, classes: (pixels, classes.tolist()))(*pixels_and_classes(10, 0)))
     fewer = pickle.dumps({b"data": np.zeros((10, 3072), np.uint8), b"labels": [1] * 9})
     for content in (b"", b"no pickle", whole[: len(whole) // 2], fewer, pickle.dumps(1)):
@@ -178,6 +178,6 @@ def test_batches_that_are_none(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_images_of_another_size(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", np.zeros((1, 28, 30, 3), np.uint8), np.array([1]))
     assert "row 0: expected an image of 32 × 32, found 30 × 28" in refusal(tmp_path)

@@ -1,4 +1,4 @@
-"""The ResNet-18 for small images, against the module run plainly, image by image."""
+"""The ResNet-18 for small images, and its predictions against a loop over images."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def network() -> torch.nn.Module:
     return cifar10_resnet18()
 
 
-def test_the_network_is_the_usual_one(network: torch.nn.Module) -> None:
+def test_the_network_is_resnet18_with_a_stem_for_small_images(network: torch.nn.Module) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == 11_173_962
     places: list[torch.Size] = []
     hook = network.layer4.register_forward_hook(lambda module, inputs, output: places.append(output.shape))

@@ -1,10 +1,10 @@
-"""Tasks are numbered, and held out, as upstream does."""
+"""The numbers of tasks and the held-out ones are those of the published work."""
 
 import pytest
 
 from rpg.tasks.class_subsets import ALL_TASKS, HELD_OUT_TASKS, class_bits, task_splits
 
-# By hand, from shared/data/README.md.
+# Copied by hand from the published list.
 HELD_OUT = {
     314, 482, 589, 197, 462, 111, 101, 278, 793, 279, 653, 238, 1001, 141, 884, 592, 502, 643, 383, 128,
 }  # fmt: skip

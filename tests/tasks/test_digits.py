@@ -1,4 +1,4 @@
-"""The digits: splits that never mix, and a network that is the same in both of its forms."""
+"""The digits: splits never share an image, and both forms of the network compute the same."""
 
 import pytest
 import torch

@@ -14,6 +14,6 @@ def test_networks_of_a_family_are_binary(name: str) -> None:
     assert head.dtype == torch.float32
 
 
-def test_an_unknown_name() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(RPGError, match=r"collect\.family: expected one of cifar10, digits, got 'digit'"):
         task_family("digit")

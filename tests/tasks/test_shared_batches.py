@@ -1,4 +1,4 @@
-"""Training side by side on shared batches: against training each network alone with plain PyTorch."""
+"""Training side by side on shared batches, against training each network by itself with plain PyTorch."""
 
 import math
 
@@ -37,7 +37,7 @@ def networks(count: int, outputs: int = 1) -> list[Cifar10Net]:
     for network in made:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                # Away from the ones and zeros that hide mistakes.
+                # With BatchNorm's initial ones and zeros, mistakes would not show.
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.2)
                 assert module.running_mean is not None and module.running_var is not None
@@ -51,7 +51,7 @@ def some_images(count: int = 20) -> Images:
     return Images(torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,)))
 
 
-def alone(network: nn.Module, images: Images, answers: Tensor, outputs: int) -> None:
+def train_by_itself(network: nn.Module, images: Images, answers: Tensor, outputs: int) -> None:
     """PyTorch's own modules and Adam, on the same batches, with the same schedule."""
     network.train()
     optimiser = torch.optim.Adam(network.parameters(), lr=RATE, betas=(0.9, 0.99))
@@ -70,7 +70,7 @@ def alone(network: nn.Module, images: Images, answers: Tensor, outputs: int) -> 
 
 
 @pytest.mark.parametrize("outputs", [1, 10])
-def test_equals_training_each_model_alone(outputs: int) -> None:
+def test_equals_training_each_model_by_itself(outputs: int) -> None:
     made, images = networks(3, outputs), some_images()
     answers = torch.randint(2, (3, 10)).bool() if outputs == 1 else torch.stack([torch.randperm(10)] * 3)
     trained = train_on_shared_batches(
@@ -79,7 +79,7 @@ def test_equals_training_each_model_alone(outputs: int) -> None:
     )  # fmt: skip
     for i, network in enumerate(made):
         before = network.head.weight.detach().clone()
-        alone(network, images, answers[i], outputs)
+        train_by_itself(network, images, answers[i], outputs)
         assert (network.head.weight - before).abs().max() > 1e-3
         for name, value in network.state_dict().items():
             torch.testing.assert_close(trained[name][i], value, rtol=1e-6, atol=1e-8)
@@ -121,7 +121,7 @@ def test_bfloat16_is_near_to_float32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_what_is_compiled_on_a_gpu_is_the_same() -> None:
+def test_compiled_training_on_a_gpu_gives_the_same_networks() -> None:
     device = torch.device("cuda")
     start = stacked([network.float().state_dict() for network in networks(3)], device)
     weights = {name: value.requires_grad_() for name, value in start.items() if is_trained(name)}

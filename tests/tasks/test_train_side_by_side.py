@@ -1,4 +1,4 @@
-"""Training side by side: against training each model alone, written plainly."""
+"""Training side by side, against training each model by itself in plain PyTorch."""
 
 import math
 
@@ -43,7 +43,7 @@ def together(
     )
 
 
-def alone(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
+def train_by_itself(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
     """PyTorch's own Adam on one plain network, with the same schedule and data order."""
     optimiser = torch.optim.Adam(network.parameters(), lr=RATE, betas=(0.9, 0.99))
     random = torch.Generator().manual_seed(seed)
@@ -61,12 +61,12 @@ def alone(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None
             optimiser.step()
 
 
-def test_equals_training_each_model_alone() -> None:
+def test_equals_training_each_model_by_itself() -> None:
     networks, images, labels = problem()
     trained = together(networks, images, labels, SEEDS)
     for i, network in enumerate(networks):
         before = network.head.weight.detach().clone()
-        alone(network, images, labels[i], SEEDS[i])
+        train_by_itself(network, images, labels[i], SEEDS[i])
         assert (network.head.weight - before).abs().max() > 0.01
         for name, parameter in network.named_parameters():
             torch.testing.assert_close(trained[name][i], parameter.detach(), rtol=1e-6, atol=1e-8)

@@ -1,4 +1,4 @@
-"""What a step sees: a function of seed and step, every checkpoint once an epoch, only sampled tokens read."""
+"""Batches: a function of seed and step, every checkpoint once an epoch, only sampled tokens read."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_a_batch_is_a_function_of_seed_and_step(shards: ShardedCollection) -> No
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
-def test_workers_share_the_batch_that_one_would_see(shards: ShardedCollection, count: int) -> None:
+def test_workers_together_see_the_batch_that_one_worker_sees(shards: ShardedCollection, count: int) -> None:
     whole = source(shards, checkpoints=7, dropout=0.3)
     shares = [
         source(shards, checkpoints=7, dropout=0.3, workers=Workers(rank, count)) for rank in range(count)

@@ -1,4 +1,4 @@
-"""The training loop: what it calls when, resuming in its middle, and that it learns."""
+"""The training loop: when it calls its callbacks, resuming, and that the loss falls."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_logs_and_saves_when_asked_and_at_the_end(shards: ShardedCollection) -> 
     assert run(trainer, shards, lambda *_: pytest.fail("nothing is left to do")) == []
 
 
-def test_stopped_and_resumed_ends_as_if_nothing_had_happened(
+def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, shards: ShardedCollection
 ) -> None:
     whole = new_trainer(shards, GENERATOR, TRAIN, 0, CPU)

@@ -31,10 +31,10 @@ def shards(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) ->
     return make_collection(tmp_path / "shards")
 
 
-def test_an_mlp_by_hand(shards: ShardedCollection) -> None:
+def test_the_count_of_an_mlp_equals_a_count_by_hand(shards: ShardedCollection) -> None:
     tokens, token_size, width, depth, prototype, condition, hidden, frequencies = 5, 16, 40, 3, 24, 3, 12, 256
     modulations = (3 * depth + 2) * width
-    # Their inputs are data: no gradient flows any further.
+    # Their inputs are data, for which no gradient is computed.
     first = tokens * token_size * width + frequencies * width + condition * hidden
     rest = (
         tokens * prototype * modulations
@@ -60,7 +60,7 @@ def test_every_recurrent_network_adds_its_own(shards: ShardedCollection, kind: R
         assert flops(24, 1) < flops(24, 2) < flops(48, 2)
 
 
-def test_more_tokens_than_there_are_cost_nothing(shards: ShardedCollection) -> None:
+def test_asking_for_more_tokens_than_there_are_costs_nothing(shards: ShardedCollection) -> None:
     there = shards.layout.tokens
     most = replace(TRAIN, tokens_per_checkpoint=there)
     more = replace(TRAIN, tokens_per_checkpoint=there + 100)

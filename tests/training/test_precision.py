@@ -1,4 +1,4 @@
-"""Which arithmetic a step runs in, and that nothing of it stays behind."""
+"""Which arithmetic a step uses, and that the settings are restored."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_arithmetic_on_a_cpu(precision: Precision, dtype: torch.dtype, matmul: s
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_an_error_leaves_nothing_behind() -> None:
+def test_an_error_restores_the_earlier_settings() -> None:
     for precision in Precision:
         with pytest.raises(ZeroDivisionError), arithmetic(precision, CPU):
             raise ZeroDivisionError

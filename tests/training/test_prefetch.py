@@ -1,4 +1,4 @@
-"""Batches ahead of the step that needs them: in order, one ahead, errors where they belong."""
+"""Reading ahead: batches come in order, one is read ahead, errors are raised at their step."""
 
 import threading
 import time
@@ -32,9 +32,7 @@ def test_batches_come_in_order(source: BatchSource) -> None:
             assert torch.equal(one, other)
 
 
-def test_the_next_batch_is_read_meanwhile_and_no_further(
-    source: BatchSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_batch_is_read_ahead_and_no_more(source: BatchSource, monkeypatch: pytest.MonkeyPatch) -> None:
     read = source.batch
     begun: list[int] = []
     second = threading.Event()
@@ -70,7 +68,7 @@ def test_time_spent_waiting_is_counted(source: BatchSource, monkeypatch: pytest.
         assert batches.waited - waited < 0.1
 
 
-def test_what_reading_raises_is_raised_at_its_step(
+def test_an_error_of_reading_is_raised_at_the_step_of_its_batch(
     source: BatchSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = source.batch

@@ -121,7 +121,7 @@ def test_the_gradient_is_that_of_the_direct_formula(shards: ShardedCollection) -
 
 
 def test_steps_are_those_of_adamw(shards: ShardedCollection) -> None:
-    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101 algorithm 2), on matrices alone."""
+    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101 algorithm 2), only on matrices."""
     config = replace(TRAIN, weight_decay=0.3, gradient_clip=0.05)
     trainer = opened(new_trainer(shards, generator_config(), config, 0, CPU))
     expected = {n: p.detach().double() for n, p in trainer.generator.named_parameters()}
@@ -144,11 +144,11 @@ def test_steps_are_those_of_adamw(shards: ShardedCollection) -> None:
             scale = (second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
             expected[name] = expected[name] * (1 - rate * decay) - rate * corrected / scale
             torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-4, atol=2e-6)
-        # What the optimiser saw was cut to the norm that the configuration allows.
+        # The optimiser saw gradients that were clipped to the configured norm.
         assert math.sqrt(squares) == pytest.approx(0.05, rel=1e-3)
 
 
-def test_weight_decay_is_for_matrices(shards: ShardedCollection) -> None:
+def test_only_matrices_decay(shards: ShardedCollection) -> None:
     trainer = new_trainer(shards, generator_config(), replace(TRAIN, weight_decay=0.3), 0, CPU)
     decayed, others = trainer.optimiser.param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
@@ -191,7 +191,7 @@ def test_the_average_follows_its_recurrence(shards: ShardedCollection, decay: fl
     for name, parameter in trainer.average.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
         assert not parameter.requires_grad
-    # Buffers, such as BatchNorm's statistics, are taken as they are.
+    # Buffers, such as BatchNorm's statistics, are copied.
     for name, buffer in trainer.average.named_buffers():
         assert torch.equal(buffer, trainer.generator.get_buffer(name))
     assert not trainer.average.training
@@ -319,7 +319,7 @@ def test_a_malicious_state_is_refused_and_not_executed(
 
 
 def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path, shards: ShardedCollection) -> None:
-    """A file size limit, as RLIMIT_FSIZE sets it, stands for the full disk."""
+    """The file size limit RLIMIT_FSIZE stands for the full disk."""
     new_trainer(shards, generator_config(), TRAIN, 0, CPU).save(tmp_path / "saved")
     before = (tmp_path / "saved" / STATE_FILE).read_bytes()
     script = """

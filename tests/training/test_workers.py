@@ -27,7 +27,7 @@ LAST = 12
 
 
 def dequantised(moment: Tensor | dict[str, Tensor]) -> Tensor:
-    """Blocks of 256 values: a level of the block's largest one each."""
+    """The values of a moment; an 8-bit one is a level for each value times a scale for each block of 256."""
     if isinstance(moment, Tensor):
         return moment
     codes, blocks = moment["codes"].flatten().tolist(), moment["scale"].repeat_interleave(256)
@@ -121,7 +121,7 @@ def lost_in_batch_norm(name: str) -> bool:
         *("2/fast_sharded", "2/unet_sharded", "2/transformer_sharded", "4/fast_sharded"),
     ],
 )
-def test_workers_train_as_one_would(together: Together, run: str) -> None:
+def test_workers_train_like_a_single_one(together: Together, run: str) -> None:
     alone = "1/" + run.split("/")[1].removesuffix("_sharded")
     assert_same_curve(together.history(run), together.history(alone), 2e-4 if "unet" in run else 2e-5)
     found, expected = together.state(run), together.state(alone)
@@ -142,7 +142,7 @@ def test_workers_train_in_half_precision(together: Together, run: str) -> None:
     assert [row["loss"] for row in alone] != [row["loss"] for row in together.history("1/fast")]
 
 
-def test_gradients_were_cut_in_some_steps(together: Together) -> None:
+def test_gradients_were_clipped_in_some_steps(together: Together) -> None:
     norms = [row["gradient_norm"] for row in together.history("1/fast")]
     assert min(norms) < 0.7 < max(norms)
 
@@ -157,7 +157,7 @@ def test_the_saved_generator_is_the_average(together: Together, run: str) -> Non
 
 
 @pytest.mark.parametrize(("resumed", "whole"), [("1 after 2", "2"), ("2 after 4", "4")])
-def test_any_number_of_workers_goes_on(together: Together, resumed: str, whole: str) -> None:
+def test_any_number_of_workers_can_resume(together: Together, resumed: str, whole: str) -> None:
     run = "fast_sharded"
     assert_same_curve(together.history(f"{resumed}/{run}"), together.history(f"{whole}/{run}")[5:], 2e-5)
     found, expected = together.state(f"{resumed}/{run}"), together.state(f"{whole}/{run}")
@@ -165,19 +165,19 @@ def test_any_number_of_workers_goes_on(together: Together, resumed: str, whole: 
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_eight_bits_are_close_to_thirty_two(together: Together) -> None:
+def test_moments_of_eight_bits_train_like_those_of_thirty_two(together: Together) -> None:
     assert_same_curve(together.history("1/eight_bits"), together.history("1/wide"), 2e-3)
     moments, exact = together.state("1/eight_bits"), together.state("1/wide")
     name = "optimiser.denoiser.blocks.0.0.weight.exp_avg"
     blocks = moments[name].view(-1, 256)
-    # 256 levels of each block's largest value are all that 8 bits tell apart.
+    # With 8 bits, a block has at most 256 different multiples of its largest value.
     assert max(len(row.unique()) for row in blocks / blocks.abs().amax(1, keepdim=True)) <= 256
     assert not torch.equal(moments[name], exact[name])
     assert torch.nn.functional.cosine_similarity(moments[name].flatten(), exact[name].flatten(), 0) > 0.99
 
 
-def test_eight_bits_shard(together: Together) -> None:
-    """Each worker quantises its share alone; rounding errors seldom change a level, and then it shows."""
+def test_moments_of_eight_bits_can_be_sharded(together: Together) -> None:
+    """Each worker quantises its own share. Rounding errors seldom change a level, but then visibly."""
     assert_same_curve(together.history("2/eight_bits"), together.history("1/eight_bits"), 1e-4)
     found, expected, exact = (together.state(run) for run in ("2/eight_bits", "1/eight_bits", "1/wide"))
     for name, tensor in expected.items():
@@ -187,7 +187,7 @@ def test_eight_bits_shard(together: Together) -> None:
             assert apart.mean() < 0.05 * (tensor - exact[name]).abs().mean(), name
 
 
-def test_eight_bits_resume_bit_for_bit(together: Together) -> None:
+def test_moments_of_eight_bits_resume_bit_for_bit(together: Together) -> None:
     found, expected = together.state("1 after 1/eight_bits"), together.state("1/eight_bits")
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

@@ -36,7 +36,7 @@ from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
 
-# Gradients are cut in some of the steps.
+# Gradients are clipped in some of the steps.
 TRAIN = TrainConfig(
     steps=12,
     checkpoints_per_step=7,
