@@ -10,11 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# Read when Ray's own processes start: errors reach the user as exceptions, not as lines of their logs.
+# Ray's own processes read these when they start. Errors reach the user as exceptions, so the log is quiet.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray ends a node whose agent does not answer in this time, and the job with it: half a minute is too short
-# for a busy machine.
+# If a node's agent does not answer in this time, Ray ends the node, and the job with it. The default of half
+# a minute is too short for a busy machine.
 os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
 
 import ray
@@ -30,14 +30,16 @@ _LOGS = "Ray's logs are in session_latest/logs of its temporary directory, /tmp/
 
 @contextmanager
 def ray_cluster(config: RayConfig) -> Iterator[None]:
-    """Connect for the duration of the block; a Ray started here is stopped at its end, Ctrl-C included.
+    """Connect to Ray for the duration of the block; a Ray that is started here is stopped at the block's end,
+    also on Ctrl-C.
 
     Raises:
-        RPGError: if Ray does not start, if no cluster answers at RAY_ADDRESS, or for a worker's RPGError,
-            without Ray's wrapping.
+        RPGError: if Ray does not start, or no cluster answers at RAY_ADDRESS. An RPGError of a worker is
+            raised as it is, without Ray's wrapping.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    with _last_words(f"error: this process was ended, perhaps by Ray, which does so without a word: {_LOGS}"):
+    message = f"error: this process was ended, perhaps by Ray, which does so without a word: {_LOGS}"
+    with _message_if_process_ends(message):
         if address := os.environ.get("RAY_ADDRESS"):
             _join(address)
         else:
@@ -57,13 +59,13 @@ def _join(address: str) -> None:
 def _start(config: RayConfig) -> None:
     for attempt in range(1, _STARTS + 1):
         try:
-            # "local" starts one even where another is running that nobody named.
-            # None leaves the number of CPUs to Ray.
+            # "local" starts a Ray even where another is running on the machine; num_cpus=None leaves the
+            # number of CPUs to Ray.
             _init("local", num_cpus=config.num_cpus, include_dashboard=False)
             break
         except Exception as error:
             # Ray gives up on agents that a busy machine does not start within 15 seconds, and has no setting
-            # for it. What is left of such an attempt ends with this process.
+            # for that. The processes of such an attempt end with this one.
             if attempt == _STARTS:
                 raise RPGError(f"Ray did not start, {_STARTS} times over: {error}: {_LOGS}") from error
 
@@ -81,7 +83,7 @@ def _in_cluster() -> Iterator[None]:
         yield
     except ray.exceptions.RayTaskError as error:
         cause: BaseException = error
-        # A task that needed another's result fails with that task's failure as its cause.
+        # A task that needed the result of a failed task fails with that failure as its cause.
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
         if isinstance(cause, RPGError):
@@ -94,7 +96,7 @@ def _in_cluster() -> Iterator[None]:
 def _why_not_joined() -> str:
     reason = "no Ray cluster answers there"
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        # Ray never sends a token to an address that it was given, unless it is told to.
+        # Ray sends a token to an address that it was given only in this mode.
         reason += (
             "; one that asks for a token (any started where ~/.ray/auth_token is) needs RAY_AUTH_MODE=token"
         )
@@ -102,7 +104,7 @@ def _why_not_joined() -> str:
 
 
 def _probe(address: str) -> None:
-    """Knock at HOST:PORT or ray://HOST:PORT first, where Ray would wait for half a minute or more."""
+    """Try to connect to HOST:PORT or ray://HOST:PORT, because Ray would wait half a minute or more for it."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or "/" in host or not port.isdigit():
         return
@@ -113,11 +115,11 @@ def _probe(address: str) -> None:
 
 
 @contextmanager
-def _last_words(text: str) -> Iterator[None]:
-    """Have `text` said on stderr if the process ends within the block.
+def _message_if_process_ends(text: str) -> Iterator[None]:
+    """Have `text` printed on stderr if the process ends within the block.
 
-    Ray's native code ends a process that has lost its node or the cluster with status 1, and never comes back
-    to Python. So another process says it: its stdin ends without a line.
+    Ray's native code ends a process that has lost its node or the cluster with status 1, without returning to
+    Python. So another process prints the text when its stdin ends without a line.
     """
     listen = ["sh", "-c", 'trap "" HUP INT TERM; read -r _ || echo "$0" >&2', text]
     with subprocess.Popen(listen, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as listener:
@@ -130,7 +132,7 @@ def _last_words(text: str) -> Iterator[None]:
 
 @contextmanager
 def _native_stderr_closed() -> Iterator[None]:
-    """Ray's native code announces its log level on stderr as it starts; its failures are raised as well."""
+    """Close stderr to Ray's native code, which prints its log level as it starts and raises its failures."""
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:

@@ -8,7 +8,7 @@ from rpg.storage.locations import AnyPath, location
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The directories of one run, all below `config.output` but a collection that was there before."""
+    """The directories of one run: all lie below `config.output`, except a collection of the user's."""
 
     root: AnyPath
     collection: AnyPath
@@ -17,14 +17,14 @@ class RunPaths:
     generator: AnyPath
     generated: AnyPath
     images: str
-    """Of the task family, as `rpg.tasks.families.task_family` takes it; empty where none are named."""
+    """Location of the task family's images (`rpg.tasks.families.task_family`); empty if none is given."""
 
     @classmethod
     def of(cls, config: Config) -> "RunPaths":
-        """The paths of `config`: URIs, or absolute, since Ray's workers run elsewhere.
+        """The paths of `config`: URIs, or absolute paths, because Ray's workers run in other directories.
 
         Raises:
-            RPGError: for a URI that cannot be one.
+            RPGError: for an invalid URI.
         """
         root = location(config.output)
         given = config.collect.directory

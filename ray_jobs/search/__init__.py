@@ -1,1 +1,1 @@
-"""What `ray_jobs.tune` searches: the space, its trials, the results."""
+"""The parts of job `tune`: the space, its trials, Ray Tune, the results."""

@@ -1,4 +1,4 @@
-"""What comes out of a search: the ranked table, the figure and the best config."""
+"""The results of a search: the ranked table, the figure and the best config."""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +10,6 @@ from rich.table import Table
 from ray_jobs.search.space import Point
 from ray_jobs.search.trial import Trial
 from rpg.config import Config, save_config
-from rpg.evaluation.figures import to_png, to_svg
-from rpg.evaluation.search_figure import Tried, search_figure
 from rpg.storage.files import replacing_file, write_json
 from rpg.storage.locations import AnyPath
 
@@ -26,16 +24,16 @@ class TrialResult:
 
     trial: Trial
     accuracy: float | None
-    """Of networks generated for the validation tasks, when last asked; None of a trial that failed."""
+    """Of networks generated for the validation tasks, when last validated; None for a trial that failed."""
     share: float
-    """Of the budget that was spent."""
+    """Share of the trial's budget that was spent, 0…1."""
     seconds: float
-    """Of training."""
+    """Seconds of training."""
     failure: str | None
 
 
 def ranked(results: list[TrialResult]) -> list[TrialResult]:
-    """Best first: those that got further, and among them the more accurate; failed ones last."""
+    """Trials in order: those that got further come first, among them the more accurate; failed ones last."""
 
     def key(result: TrialResult) -> tuple[bool, float, float]:
         if result.accuracy is None:
@@ -79,6 +77,10 @@ def results_table(results: list[TrialResult], searched: list[str]) -> Table:
 
 def write_results(directory: AnyPath, results: list[TrialResult], searched: list[str], best: Config) -> None:
     """Write `table.json`, the figure as SVG and PNG, and `best.yaml` into `directory`."""
+    # Ray's workers import this module too, and Matplotlib takes a while to import.
+    from rpg.evaluation.figures import to_png, to_svg
+    from rpg.evaluation.search_figure import Tried, search_figure
+
     tried = [
         Tried(r.trial.name, r.accuracy, r.trial.parameters, r.seconds, math.isclose(r.share, 1))
         for r in results

@@ -30,7 +30,7 @@ class Choice:
     values: list[Any]
 
     def draw(self, source: random.Random) -> Any:
-        """One of them."""
+        """One of the values."""
         return source.choice(self.values)
 
 
@@ -44,7 +44,7 @@ class Range:
     integer: bool
 
     def draw(self, source: random.Random) -> float:
-        """A number of the interval."""
+        """A number from the interval."""
         if self.log:
             value = math.exp(source.uniform(math.log(self.minimum), math.log(self.maximum)))
         else:
@@ -54,11 +54,11 @@ class Range:
 
 
 def search_space(config: Config) -> dict[str, Choice | Range]:
-    """What `tune.space` says.
+    """The dimensions of the search space by their keys, as `tune.space` declares them.
 
     Raises:
-        RPGError: naming the key, if it is unknown, cannot be searched, or what is to be tried is empty, of
-            the wrong type, or never valid.
+        RPGError: naming the key, if it is unknown or cannot be searched, or if its values are missing, of the
+            wrong type, or never valid.
     """
     if not config.tune.space:
         raise RPGError("tune.space: expected keys of the config and what to try, found nothing")
@@ -77,7 +77,7 @@ def draw_points(config: Config, space: dict[str, Choice | Range], number: int) -
     """
     source = random.Random(config.seed)
     points: list[Point] = [{}]
-    # As text: a value may be a list.
+    # Points are compared as text, because a value may be a list, which no set can hold.
     seen = {repr([attrgetter(key)(config) for key in space])}
     for point in _candidates(space, source, number):
         values = repr(list(point.values()))
@@ -151,7 +151,7 @@ def _range(config: Config, key: str, given: dict[str, Any], where: str) -> Range
 
 
 def _check_usable(config: Config, space: dict[str, Choice | Range], key: str, value: Any) -> None:
-    """A value that no combination with the others makes valid is a mistake."""
+    """Refuse a value that is not valid in any combination with values of the other keys."""
     source, reason = random.Random(0), _why_invalid(config, {key: value})
     for _ in range(_DRAWS_PER_POINT):
         if reason is None:

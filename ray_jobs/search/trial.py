@@ -14,7 +14,7 @@ from rpg.training.flops import step_flops
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial trains, and what that takes."""
+    """The config that one trial trains, and its cost."""
 
     name: str
     point: Point
@@ -24,16 +24,16 @@ class Trial:
 
 
 def make_trial(name: str, base: Config, point: Point, shards: ShardedCollection, rounds: int) -> Trial:
-    """The trial that tries `point`, with so many steps that it takes `tune.compute` of the base's arithmetic.
+    """The trial of `point`, with as many steps as take `tune.compute` times the base's arithmetic.
 
-    Where the point does not say otherwise, it sees the same share of every checkpoint in a step as the base,
-    warms up for the same share of its steps, and averages its weights over the same share of them.
+    Where the point does not say otherwise, the trial sees the same share of every checkpoint in a step as the
+    base, warms up for the same share of its steps, and averages its weights over the same share of them.
 
     Args:
         name: of the trial.
-        base: the config that is searched from.
+        base: the config that the search starts from.
         point: values by dotted key.
-        shards: of the base's token size.
+        shards: the training set, at the base's token size.
         rounds: equal parts of the budget, after each of which the trial is validated.
 
     Raises:
@@ -65,7 +65,7 @@ def make_trial(name: str, base: Config, point: Point, shards: ShardedCollection,
 
 
 def best_config(trial: Trial, base: Config) -> Config:
-    """The trial's settings as a config that trains, in a directory of its own, as the trial did."""
+    """A config that trains as the trial did, in an output directory of its own."""
     config = with_values(trial.config, {}, "tune")
     config.name = f"{base.name}-tuned"
     config.output = f"{base.output.rstrip('/')}-tuned"

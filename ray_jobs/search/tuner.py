@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 # The job shows its own progress, and metrics go where training writes them.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# A trial is several processes, most of which wait; Ray would warn of their number.
+# Ray warns of many worker processes. A trial has several, most of which only wait.
 os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
 
 import ray

@@ -125,7 +125,7 @@ class WorkerCheckpoints:
             storage: Any = ray.train.get_context().get_storage()
             if isinstance(self._storage, Path):
                 place = Path(storage.build_checkpoint_path_from_name(name))
-                # On one disk a rename saves the copy. Where there is no such directory, Ray's upload says so.
+                # On one disk a rename is enough. If the directory is missing, Ray's upload raises the error.
                 if place.parent.is_dir() and place.parent.stat().st_dev == self._scratch.stat().st_dev:
                     _sync(Path(checkpoint.path))
                     Path(checkpoint.path).rename(place)

@@ -1,7 +1,8 @@
 """Training metrics beside the terminal: TensorBoard, MLflow, Weights & Biases.
 
-The first worker logs. A run that is resumed goes on in the same place: steps that were logged before it was
-stopped are taken back (TensorBoard) or not logged again (the others), and would be the same.
+The first worker logs. A run that is resumed goes on in the same place. It repeats some steps that were logged
+before it was stopped, with equal values: TensorBoard's earlier entries are hidden, and MLflow and W&B do not
+log these steps again.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ _RUN_TAG = "rpg.run"
 
 
 def refuse_missing_packages(tracking: TrackingConfig, train: TrainConfig) -> None:
-    """Look for the packages that a config needs besides the always installed ones.
+    """Check that the optional packages which a config needs are installed.
 
     Raises:
         RPGError: naming the key, and the command that installs what is missing.
@@ -36,7 +37,7 @@ def refuse_missing_packages(tracking: TrackingConfig, train: TrainConfig) -> Non
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """A row of the history as named scalars, its step left out."""
+    """The named scalars of a row of the history, without its step."""
     by_noise = row["loss_by_noise"]
     named = {f"loss_by_noise/{i + 1}_of_{len(by_noise)}": loss for i, loss in enumerate(by_noise)}
     rest = {key: value for key, value in row.items() if key not in ("step", "steps", "loss_by_noise")}
@@ -44,48 +45,48 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 class Tracker(Protocol):
-    """One place for metrics."""
+    """One destination of metrics."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Take in the values of a step."""
+        """Log the values of a step."""
 
     def save(self) -> None:
-        """Bring what is only held locally to where it belongs."""
+        """Upload what is only on the local disk."""
 
     def close(self) -> None:
-        """The run has ended well."""
+        """Mark the run as finished."""
 
 
 def trackers(
     config: TrackingConfig, label: str, run: str, storage: AnyPath, scratch: Path, step: int
 ) -> list[Tracker]:
-    """The configured places.
+    """The trackers that `config` asks for.
 
     Args:
-        config: which.
-        label: what people call the run.
-        run: the name that finds it again.
+        config: which destinations there are.
+        label: name of the run that people see.
+        run: name by which a resumed run finds its earlier entries.
         storage: directory of training runs.
         scratch: a directory on this node.
-        step: the last one before this start.
+        step: the last step before this start.
 
     Raises:
-        RPGError: if one cannot be reached.
+        RPGError: if a destination cannot be reached.
     """
     chosen: list[Tracker] = []
     if config.tensorboard:
         chosen.append(_TensorBoard(storage / TENSORBOARD_DIRECTORY / run, scratch, step))
     if config.mlflow:
-        with _explained(f"tracking.mlflow: {config.mlflow}"):
+        with _naming_destination(f"tracking.mlflow: {config.mlflow}"):
             chosen.append(_MLflow(config.mlflow, label, run))
     if config.wandb:
-        with _explained(f"tracking.wandb: {config.wandb}"):
+        with _naming_destination(f"tracking.wandb: {config.wandb}"):
             chosen.append(_WeightsAndBiases(config.wandb, label, run, scratch))
     return chosen
 
 
 def log_everywhere(chosen: list[Tracker], row: dict[str, Any]) -> None:
-    """Log a row of the history; a place that fails does not stop training."""
+    """Log a row of the history; a tracker that fails does not stop training."""
     for tracker in chosen:
         try:
             tracker.log(row["step"], scalars(row))
@@ -99,7 +100,7 @@ class _TensorBoard:
 
         self._target = directory
         self._local = directory if isinstance(directory, Path) else scratch / TENSORBOARD_DIRECTORY
-        # What was logged after the checkpoint is hidden: it comes again.
+        # Entries after the checkpoint are hidden, because training repeats these steps.
         self._writer: Any = SummaryWriter(str(self._local), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -155,7 +156,7 @@ class _WeightsAndBiases:
         self._run = wandb.init(project=project, name=label, id=run, resume="allow", dir=scratch)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        # Steps that the run has already are dropped there.
+        # W&B drops steps that the run has already.
         if step >= self._run.step:
             self._run.log(values, step=step)
 
@@ -167,7 +168,7 @@ class _WeightsAndBiases:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Any:
+def _naming_destination(what: str) -> Any:
     try:
         yield
     except Exception as error:

@@ -35,10 +35,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def path_or_uri(text: str) -> Path | UPath:
-    """A location that a user has written; a local path stays as it was written, so that messages say it so.
+    """The location that a user has written; a local path stays relative, so that messages show it as written.
 
     Raises:
-        RPGError: for a URI that cannot be one.
+        RPGError: for an invalid URI.
     """
     from rpg.storage.locations import location
 

@@ -1,4 +1,4 @@
-"""What every command of RPG does about errors: one line on stderr, and the exit status."""
+"""How every command of RPG ends: errors as one line on stderr, and the exit status."""
 
 import atexit
 import gc
@@ -20,26 +20,26 @@ def run_command(main: Callable[[], None], program: str) -> int:
     130 after Ctrl-C; 141 if the reader of its output is gone. Any other exception is a bug and keeps its
     traceback.
     """
-    # At its end Python would look for cycles in all that was imported: with PyTorch and Ray up to a second.
+    # Python would end by searching all that was imported for cycles: up to a second with PyTorch and Ray.
     atexit.register(gc.freeze)
     try:
         main()
-        # Here, so that a full disk behind stdout is reported like any other.
+        # Flushing here reports a full disk behind stdout like any other error.
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, and would complain.
+        # Python flushes stdout once more at exit, and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (RPGError, OSError) as error:
-        print(f"{program}: error: {_told(error)}", file=sys.stderr)
+        print(f"{program}: error: {_message(error)}", file=sys.stderr)
         return BAD_INPUT
     return 0
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return one_line(error)

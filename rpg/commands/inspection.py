@@ -1,4 +1,4 @@
-"""What `rpg inspect` says of a checkpoint, a collection, shards or a generator: layout and totals."""
+"""The facts that `rpg inspect` prints about a checkpoint, a collection, shards or a generator."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +27,7 @@ from rpg.storage.node_cache import local_copy
 from rpg.text_encoder import check_encoder
 
 DEFAULT_TOKEN_SIZE = 8192
-"""The published model's."""
+"""The published model's token size."""
 ENDS = 12
 """Rows shown of each end of a long layout."""
 
@@ -46,19 +46,19 @@ class TensorRow:
     bytes: int
     tokens: int
     padding: int
-    """Values of its tokens that are padding."""
+    """Values of its tokens that are only padding."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts; `to_json` for machines, `to_rich` for people."""
+    """The facts; `to_json` gives them to machines, `to_rich` to people."""
 
     what: str
     path: str
     token_size: int
     tensors: list[TensorRow]
     facts: dict[str, Any] = field(default_factory=dict)
-    """What only this kind of path has, such as the number of checkpoints."""
+    """Facts that only this kind of path has, such as the number of checkpoints."""
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -117,19 +117,19 @@ def inspect(
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Describe what lies at `path`.
+    """Describe the file or directory at `path`.
 
     Args:
         path: checkpoint file, PEFT adapter directory, or directory of a collection, of shards, or of a
-            generator; or a URI of such. Shards behind a URI are brought to this node's cache.
-        token_size: for checkpoints and collections, which have no layout yet; default 8192, or the largest
-            tensor's size if that is smaller. Shards and generators have their own.
+            generator; or a URI of one of these. Shards behind a URI are brought to this node's cache.
+        token_size: of checkpoints and collections, which have no layout yet; default 8192, or the largest
+            tensor's size if that is smaller. Shards and generators have a token size of their own.
         verify: check the files of a collection or of shards against their SHA-256.
         progress: called with the numbers of files verified and of all.
 
     Raises:
         RPGError: if `path` is none of these or cannot be read, if `token_size` is below 1 or given for shards
-            or a generator, or if a file is not what it was.
+            or a generator, or if a verified file has changed.
     """
     if token_size is not None and token_size < 1:
         raise RPGError(f"--token-size: expected at least 1, got {token_size}")

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 console = Console(stderr=True, highlight=False)
-"""What a job says besides its progress."""
+"""Where jobs print messages besides their progress."""
 
 
 class ProgressDisplay:

@@ -167,7 +167,7 @@ def accuracy_per_task(rows: Sequence[TaskRow], names: Mapping[str, str], theme: 
 
 
 def distance_histogram(groups: Mapping[str, Sequence[float]], theme: Theme = LIGHT) -> Figure:
-    """Distances to the nearest training checkpoint: generated networks against the yardsticks.
+    """Distances to the nearest training checkpoint: of generated networks, siblings and held-out originals.
 
     Args:
         groups: relative distances by series: any of "siblings", "heldout", "unseen", "seen".
@@ -214,7 +214,7 @@ def loss_curve(losses: Sequence[tuple[int, float]], theme: Theme = LIGHT) -> Fig
             axes.plot(steps, values, color=theme.originals, linewidth=1.0, alpha=0.45, label="as logged")
             if len(values) >= 8:
                 axes.plot(steps, _smoothed(values), color=theme.generated, linewidth=2.2, label="smoothed")
-            # Over less than a decade a logarithmic axis may find no round number to label.
+            # A logarithmic axis over less than a decade may find no round number to label.
             if values.max() > 10 * values.min():
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
@@ -272,7 +272,7 @@ def style(theme: Theme) -> Iterator[None]:
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        # Task names are text, never formulas: a lone "$" in one must not be an error.
+        # A task's name may hold a single "$", which Matplotlib would take for the start of a formula.
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
@@ -283,7 +283,7 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    # More ticks are made when drawing, after the style is gone; what they look like must be set here.
+    # Matplotlib makes more ticks when it draws, after the block of `style`, so their looks are set here.
     axes.tick_params(colors=matplotlib.rcParams["text.color"], labelsize=10)
     return figure, axes
 

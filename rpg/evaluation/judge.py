@@ -1,4 +1,4 @@
-"""Measuring single networks against the collection that their generator learned from."""
+"""Accuracy and similarity of single networks, measured against the collection of their generator."""
 
 import threading
 from collections import OrderedDict
@@ -13,12 +13,12 @@ from rpg.evaluation.similarity import BoolArray, wrong_iou
 from rpg.tasks.families import family_of, task_family
 
 _REMEMBERED = 1024
-"""Conditions whose originals' answers are kept: a bit an image each."""
+"""Number of conditions for which the originals' answers are kept; an answer takes a byte an image."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a network is worth.
+    """The measurements of one network.
 
     Attributes:
         accuracy: share of right answers on the task family's test images, 0…1.
@@ -37,11 +37,11 @@ class Judge:
     """
 
     def __init__(self, collection: Collection, images: str = "", device: torch.device | None = None) -> None:
-        """Nothing is read of the originals until they are needed.
+        """Prepare to judge; the originals of a condition are read when they are first needed.
 
         Args:
             collection: what the networks' generator learned from.
-            images: see `rpg.tasks.families.task_family`.
+            images: where the task family's images lie (`rpg.tasks.families.task_family`).
             device: where networks run, for families that use GPUs; None: the CPU.
 
         Raises:
@@ -61,11 +61,11 @@ class Judge:
             RPGError: if an original cannot be read.
         """
         wrong = self._wrong([network], condition)
-        originals = self._of_originals(tuple(condition))
+        originals = self._wrong_of_originals(tuple(condition))
         similarity = float(wrong_iou(wrong, originals).max()) if len(originals) else None
         return Judgement(1 - float(wrong.mean()), similarity)
 
-    def _of_originals(self, condition: tuple[float, ...]) -> BoolArray:
+    def _wrong_of_originals(self, condition: tuple[float, ...]) -> BoolArray:
         with self._lock:
             if condition not in self._originals:
                 entries = [e for e in self._collection.entries if tuple(e.condition or ()) == condition]

@@ -1,7 +1,7 @@
 """Measuring generated networks against originals, baselines and the training set.
 
-Takes networks as state dicts and two functions that know the tasks: what networks answer on the held-out
-images, and what they should answer.
+The module takes networks as state dicts, and two functions that know the tasks: one says what networks answer
+on the held-out images, the other what they should answer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,11 @@ from rpg.evaluation.similarity import add_noise
 Condition = tuple[float, ...]
 StateDict = Mapping[str, Tensor]
 Predict = Callable[[list[dict[str, Tensor]]], Tensor]
-"""Networks to their answers on the held-out images, bool [networks, images]."""
+"""Maps networks to their answers on the held-out images, bool [networks, images]."""
 Labels = Callable[[Sequence[Condition]], Tensor]
-"""Conditions to the right answers on the held-out images, bool [conditions, images]."""
+"""Maps conditions to the right answers on the held-out images, bool [conditions, images]."""
 TaskName = Callable[[Condition], str]
-"""A condition to the name of the task that it asks for; no two share one."""
+"""Maps a condition to the name of its task; different tasks have different names."""
 
 RIDGE_ORDERS = (1, 2, 3)
 
@@ -58,12 +58,12 @@ class Measured:
 
 
 def flatten(layout: Layout, state_dict: StateDict) -> Tensor:
-    """All normalised values of a checkpoint in a row, float32 [P], padding left out."""
+    """All normalised values of a checkpoint in a row, float32 [P], without padding."""
     return layout.encode(state_dict).tokens[layout.mask()]
 
 
 def unflatten(layout: Layout, values: Tensor) -> dict[str, Tensor]:
-    """The checkpoint that `values` [P] stand for; constants are the layout's."""
+    """The checkpoint with these values [P], the inverse of `flatten`; constants are the layout's."""
     tokens = torch.zeros(layout.tokens, layout.token_size)
     tokens[layout.mask()] = values
     return layout.decode(Encoded(tokens, layout.constants))
@@ -81,9 +81,9 @@ def measure(
         training: what the generator learned from.
         originals: trained networks of the tasks that were generated for.
         generated: networks from the generator.
-        predict: see `Predict`.
-        labels: see `Labels`.
-        task_name: see `TaskName`.
+        predict: gives the networks' answers on the held-out images.
+        labels: gives the right answers.
+        task_name: names tasks.
         noise_levels: of noised originals.
         ridge_penalty: of the ridge baselines.
         seed: of the noise on noised originals.
@@ -138,7 +138,7 @@ def _baselines(
     layout: Layout, training: TrainingSet, unseen: list[Condition], predict: Predict, labels: Labels,
     ridge_penalty: float,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """By baseline, the accuracy on each unseen task."""
+    """Each baseline's accuracies on the unseen tasks, in the order of `unseen`."""
     right = labels(unseen)
 
     def accuracies(values: Tensor) -> list[float]:

@@ -44,7 +44,7 @@ BASELINES = {
     "centre": "mean checkpoint",
     "majority": "majority class",
 }
-"""Baselines that are known by name, strongest kind first; others are shown under their own key."""
+"""Names of the known baselines, strongest kind first; other baselines are shown under their key."""
 
 STAGES = ("collect", "shard", "train", "generate", "evaluate")
 
@@ -359,7 +359,7 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _summary(report: Mapping[str, Any]) -> list[str]:
-    """The result in words: what was reached, and whether it was copied."""
+    """The result in sentences: the accuracy reached, and whether networks are copies."""
     accuracy = report["accuracy"]
     split = accuracy["ratio_of"].removeprefix("generated_")
     generated, originals = accuracy[accuracy["ratio_of"]], accuracy["originals"]
@@ -405,7 +405,7 @@ def _seconds(value: float | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values alone: NumPy scalars and tuples converted, NaN and infinities null, keys text."""
+    """Plain JSON values: NumPy scalars and tuples converted, NaN and infinities as null, keys as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

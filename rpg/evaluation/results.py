@@ -42,7 +42,7 @@ class Evaluated:
     condition: tuple[float, ...] | None = None
     """The task's condition; None for collections without conditions."""
     distance: float | None = None
-    """To the nearest training checkpoint, relative (`rpg.evaluation.distance`); None where not measured."""
+    """To the nearest training checkpoint, relative (`rpg.evaluation.distance`); None if not measured."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Results:
     """Accuracy by baseline (centre, nearest_task, ridge_1, ridge_2, ridge_3, majority), then by unseen task.
     For a collection without unseen tasks: by any task."""
     sibling_distances: Sequence[float] = ()
-    """Of training checkpoints to the nearest other of the same task, relative."""
+    """Relative distances of training checkpoints to the nearest other one of their task."""
     losses: Sequence[tuple[int, float]] = ()
     """Training curve: (step, loss)."""
 
@@ -114,7 +114,7 @@ def of_split(networks: Sequence[Evaluated], split: TaskSplit) -> list[Evaluated]
 
 
 def predictions(networks: Sequence[Evaluated]) -> Predictions:
-    """Networks as the matrix that similarities are computed from."""
+    """The matrix of wrong predictions that similarities are computed from."""
     if not networks:
         return Predictions(np.zeros((0, 0), dtype=np.bool_), [])
     wrong = np.stack([network.wrong for network in networks]).astype(np.bool_)
@@ -122,7 +122,7 @@ def predictions(networks: Sequence[Evaluated]) -> Predictions:
 
 
 def condition_label(condition: Sequence[float] | None) -> str:
-    """A condition in a few characters: its bits, or its first values. Empty for none."""
+    """A condition in a few characters: its bits, or its first values; empty without a condition."""
     if condition is None:
         return ""
     if all(value in (0, 1) for value in condition) and len(condition) <= 16:

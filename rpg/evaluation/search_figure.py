@@ -12,9 +12,9 @@ from rpg.evaluation.figures import LIGHT, Theme, legend_below, style
 
 _SIZE = (9.6, 4.4)
 _LEAST_SPAN = 0.002
-"""Of accuracies, so that noise does not look like a difference."""
+"""Least span of the axis of accuracies, so that noise does not look like a difference."""
 _EDGE = 0.03
-"""Where trials below the picture are shown, as a share of its height."""
+"""Height, as a share of the picture's, at which trials are drawn that lie below the picture."""
 
 
 class Tried(NamedTuple):
@@ -24,15 +24,15 @@ class Tried(NamedTuple):
     accuracy: float
     """Of networks generated for the validation tasks, at the trial's end."""
     parameters: int
-    """Of the generator."""
+    """Parameters of the generator."""
     seconds: float
-    """Of training."""
+    """Seconds of training."""
     finished: bool
     """Whether it spent its whole budget; the others were stopped early."""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, accuracy) that no other beats in both, by rising cost."""
+    """Indices, by rising cost, of the points (cost, accuracy) that no other point beats in both."""
     front: list[int] = []
     best = float("-inf")
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
@@ -65,7 +65,7 @@ def search_figure(trials: Sequence[Tried], base: str, theme: Theme = LIGHT) -> F
 
 
 def _range(trials: Sequence[Tried]) -> tuple[float, float] | None:
-    """What the accuracies of finished trials need: those that were stopped early may lie far below."""
+    """The range of accuracies to show: that of finished trials, since others may lie far below."""
     finished = [trial.accuracy for trial in trials if trial.finished]
     if not finished:
         return None

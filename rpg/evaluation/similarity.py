@@ -22,7 +22,7 @@ from rpg.errors import RPGError
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
-# The published script's.
+# The constants of the published script.
 _PRE_MEAN = 0.95
 _FLOOR = 0.05
 _CLIP = 0.001

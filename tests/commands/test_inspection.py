@@ -232,7 +232,7 @@ def test_names_are_not_markup(tmp_path: Path) -> None:
     assert "[/nothing]" in text
 
 
-def test_what_is_none_of_these(tmp_path: Path, shards: Path) -> None:
+def test_a_path_that_is_none_of_these_is_refused(tmp_path: Path, shards: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     plain = tmp_path / "plain"

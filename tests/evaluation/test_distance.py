@@ -26,7 +26,7 @@ def test_nearest_equals_float64_brute_force(chunk: int, offset: float) -> None:
     assert (nearest.distance[9:12] == 0).all()
 
 
-def test_near_copies_keep_their_digits() -> None:
+def test_distances_of_near_copies_are_exact() -> None:
     generator = torch.Generator().manual_seed(1)
     train = torch.randn(50, 1000, generator=generator)
     queries = train + 1e-6 * torch.randn(50, 1000, generator=generator)
@@ -36,7 +36,7 @@ def test_near_copies_keep_their_digits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_relative_distances_and_yardsticks(dtype: torch.dtype) -> None:
+def test_distances_are_relative_to_the_spread_of_the_training_set(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     tasks = ["a", "b", "a", "c", "b", "a"]
     train = torch.randn(6, 40, generator=generator).to(dtype)
@@ -56,7 +56,7 @@ def test_relative_distances_and_yardsticks(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(found.siblings.numpy(), np.array(expected) / scale, rtol=1e-12)
 
 
-def test_no_siblings_and_no_heldout() -> None:
+def test_sets_without_siblings_or_heldout_originals() -> None:
     found = weight_distances(torch.zeros(1, 4), torch.eye(3, 4), ["a", "b", "c"])
     assert found.siblings.numel() == 0
     assert found.heldout.numel() == 0

@@ -52,7 +52,7 @@ def test_accuracy_and_the_nearest_original(
     assert judge.judge(networks[2], SMALL).similarity == 1
 
 
-def test_images_that_a_family_needs(
+def test_missing_images_of_a_family_are_refused(
     tmp_path: Path, make_checkpoints: Callable[..., list[dict[str, Tensor]]]
 ) -> None:
     write_cifar10(tmp_path, train=20, test=30)
@@ -80,7 +80,7 @@ def test_images_that_a_family_needs(
         ({FAMILY: "digits"}, Entry("a", "0" * 64), "no conditions that say what is right"),
     ],
 )
-def test_networks_of_which_nobody_knows_what_is_right(
+def test_collections_that_do_not_say_what_is_right_are_refused(
     tmp_path: Path, architecture: dict[str, str], entry: Entry, reason: str
 ) -> None:
     with pytest.raises(RPGError, match=reason):

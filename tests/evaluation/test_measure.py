@@ -76,7 +76,7 @@ def test_accuracies_and_wrong_answers(measured):
             assert evaluated.task == str(one.condition)
 
 
-def test_ridge_is_scikit_learns(measured):
+def test_ridge_baselines_equal_scikit_learn(measured):
     layout, trained, values, *_, result = measured
     conditions = np.array([c for c, _ in trained])
     predicted = Ridge(alpha=1e-3).fit(conditions, values.numpy()).predict(np.array([UNSEEN]))
@@ -100,7 +100,7 @@ def test_centre_nearest_task_and_majority(measured):
     assert result.baselines["majority"][str(UNSEEN)] == pytest.approx(max(share, 1 - share), abs=1e-6)
 
 
-def test_a_copy_of_a_training_checkpoint_shows(measured):
+def test_a_copy_of_a_training_checkpoint_has_distance_zero(measured):
     *_, result = measured
     distances = {evaluated.name: evaluated.distance for evaluated in result.generated}
     assert distances["copy"] == pytest.approx(0, abs=1e-6)

@@ -63,7 +63,7 @@ def whole(results: Results) -> tuple[str, Page]:
     return page_of(results)
 
 
-def test_report_holds_what_the_issue_asks_for(results: Results) -> None:
+def test_report_holds_accuracies_similarities_distances_and_tasks(results: Results) -> None:
     report = build_report(results)
     for group in ("originals", "generated_unseen", "generated_seen"):
         assert {"mean", "min", "max", "n"} <= set(report["accuracy"][group])
@@ -96,7 +96,7 @@ def test_numbers_come_from_the_results(results: Results) -> None:
     assert report["distance"]["training_siblings"]["median"] == pytest.approx(np.median(siblings))
 
 
-def test_copies_show() -> None:
+def test_copies_of_training_checkpoints_are_counted() -> None:
     from_copies = build_report(copied())
     assert from_copies["similarity"]["unseen"]["generated_original_max"] == 1
     assert from_copies["distance"]["generated_unseen"]["closer_than_siblings"] == 6
@@ -258,7 +258,7 @@ def test_tables_carry_the_same_numbers(results: Results) -> None:
     assert {line.count("|") for line in card.strip().splitlines()} == {6}
 
 
-def test_condition_labels() -> None:
+def test_conditions_are_labelled_by_bits_or_first_values() -> None:
     assert condition_label(None) == ""
     assert condition_label((0.0, 1.0, 1.0)) == "011"
     assert condition_label((0.25, -1.0)) == "0.25, -1"

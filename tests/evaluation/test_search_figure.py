@@ -31,7 +31,7 @@ def test_pareto_front(points: list[tuple[float, float]]) -> None:
         [Tried(str(i), 0.9 + i / 100, 1000 * (i + 1), 0.0, i % 2 == 0) for i in range(12)],
     ],
 )
-def test_draws_whatever_there_is(trials: list[Tried]) -> None:
+def test_the_figure_is_drawn_for_any_mix_of_trials(trials: list[Tried]) -> None:
     drawn = to_svg(search_figure(trials, "0"))
     ElementTree.fromstring(drawn)
     assert b"parameters of the generator" in drawn or b"<path" in drawn

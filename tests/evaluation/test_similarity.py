@@ -85,7 +85,7 @@ def test_copies_have_similarity_one() -> None:
     assert similarity(group, group, {0.01: group}).noised_original_max == {0.01: 1.0}
 
 
-def test_missing_pairs_are_none() -> None:
+def test_similarities_without_a_pair_are_none() -> None:
     one = Predictions(np.ones((1, 3), bool), ["a"])
     nothing = Predictions(np.zeros((0, 0), bool), [])
     measured = similarity(one, nothing, {})

@@ -43,63 +43,63 @@ def no_ray(call_job, monkeypatch):
     return call_job
 
 
-def test_unknown_key(run_job, small_settings):
+def test_an_unknown_key_is_refused(run_job, small_settings):
     assert_one_line(run_job("pipeline", [*small_settings, "train.stepz=3"]), "train.stepz", "train.steps")
 
 
-def test_missing_config(no_ray, tmp_path):
+def test_a_missing_config_is_refused(no_ray, tmp_path):
     assert_one_line(no_ray("pipeline", [tmp_path / "none.yaml"]), "none.yaml")
 
 
-def test_token_size_zero(no_ray, small_settings):
+def test_a_token_size_of_zero_is_refused(no_ray, small_settings):
     assert_one_line(no_ray("shard", [*small_settings, "shard.token_size=0"]), "shard.token_size")
 
 
-def test_training_tasks_are_not_unseen(no_ray, small_settings):
+def test_training_tasks_cannot_be_the_unseen_ones(no_ray, small_settings):
     assert_one_line(no_ray("generate", [*small_settings, "generate.split=train"]), "generate.split")
 
 
-def test_more_validation_tasks_than_there_are(no_ray, small_settings, tmp_path):
+def test_more_validation_tasks_than_there_are_is_refused(no_ray, small_settings, tmp_path):
     settings = [*small_settings, f"output={tmp_path / 'new'}", "collect.validation_tasks=5000"]
     assert_one_line(no_ray("collect", settings), "collect.validation_tasks", "1000")
 
 
-def test_output_that_is_a_file(no_ray, small_settings, tmp_path):
+def test_an_output_that_is_a_file_is_refused_and_kept(no_ray, small_settings, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert_one_line(no_ray("collect", [*small_settings, f"output={tmp_path / 'file'}"]), "output directory")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_two_jobs_on_one_output(no_ray, small_settings, tmp_path):
+def test_a_second_job_on_one_output_is_refused(no_ray, small_settings, tmp_path):
     with locked_output(tmp_path, tmp_path):
         assert_one_line(no_ray("collect", [*small_settings, f"output={tmp_path}"]), "another job")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1"])
-def test_no_cluster_at_the_address(call_job, small_settings, tmp_path, address):
+def test_an_address_without_a_cluster_is_refused(call_job, small_settings, tmp_path, address):
     result = call_job("collect", [*small_settings, f"output={tmp_path}"], ray_address=address)
     assert_one_line(result, address)
 
 
-def test_training_that_diverges(join_job, small_run, tmp_path):
+def test_training_that_diverges_says_so(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "diverging")
     settings = [*small_run.arguments, *output, "train.learning_rate=1e30", "train.gradient_clip=1e30"]
     assert_one_line(join_job("train", settings), "loss is nan")
 
 
-def test_stage_before_has_not_run(no_ray, small_settings, tmp_path):
+def test_a_stage_needs_the_stage_before(no_ray, small_settings, tmp_path):
     result = no_ray("train", [*small_settings, f"output={tmp_path / 'new'}"])
     assert_one_line(result, "stage 'train' needs stage 'shard'")
 
 
-def test_token_larger_than_the_network(join_job, small_run):
+def test_a_token_larger_than_the_network_is_refused(join_job, small_run):
     before = snapshot(small_run.root / "shards")
     result = join_job("shard", [*small_run.arguments, "shard.token_size=100000"])
     assert_one_line(result, "shard.token_size", "2917")
     assert snapshot(small_run.root / "shards") == before
 
 
-def test_corrupt_checkpoint(join_job, small_run, tmp_path):
+def test_a_corrupt_checkpoint_is_named_and_the_shards_are_kept(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "corrupt")
     victim = tmp_path / "corrupt" / "collection" / "task0003_copy0.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
@@ -110,7 +110,7 @@ def test_corrupt_checkpoint(join_job, small_run, tmp_path):
     assert snapshot(tmp_path / "corrupt" / "shards") == before
 
 
-def test_shard_cut_short(join_job, small_run, tmp_path):
+def test_a_shard_that_was_cut_short_is_named(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "cut")
     victim = sorted((tmp_path / "cut" / "shards").glob("shard-*.arrow"))[1]
     os.truncate(victim, victim.stat().st_size // 2)
@@ -120,7 +120,7 @@ def test_shard_cut_short(join_job, small_run, tmp_path):
     assert snapshot(tmp_path / "cut" / "generator") == before
 
 
-def test_generator_without_its_layout(join_job, small_run, tmp_path):
+def test_a_generator_without_its_layout_is_refused(join_job, small_run, tmp_path):
     output = copied(small_run.root, tmp_path, "layoutless")
     (tmp_path / "layoutless" / "generator" / "layout.json").unlink()
     before = snapshot(tmp_path / "layoutless" / "generated")
@@ -129,7 +129,7 @@ def test_generator_without_its_layout(join_job, small_run, tmp_path):
     assert snapshot(tmp_path / "layoutless" / "generated") == before
 
 
-def test_collection_of_one(no_ray, small_run, small_settings, tmp_path):
+def test_a_folder_that_is_no_collection_is_refused(no_ray, small_run, small_settings, tmp_path):
     source = small_run.root / "collection" / "task0003_copy0.safetensors"
     shutil.copy(source, tmp_path / source.name)
     result = no_ray("shard", [*small_settings, f"collect.directory={tmp_path}", f"output={tmp_path / 'run'}"])
@@ -148,7 +148,7 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
 
-def test_full_disk(join_job, small_run, tiny_disk):
+def test_a_full_disk_leaves_no_incomplete_output(join_job, small_run, tiny_disk):
     collection = small_run.root / "collection"
     (tiny_disk / "report.json").write_text("earlier")
     result = join_job(

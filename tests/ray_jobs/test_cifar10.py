@@ -88,7 +88,7 @@ def test_from_images_to_report(run_job, tmp_path):
 
 
 @pytest.mark.parametrize(("module", "images"), [("collect", ""), ("pipeline", "collect.images=nowhere")])
-def test_images_that_are_not_there(run_job, tmp_path, module, images):
+def test_missing_images_are_refused_before_any_work(run_job, tmp_path, module, images):
     settings = [PRESET, *SMALL, f"output={tmp_path / 'run'}", *([images] if images else [])]
     result = run_job(module, settings)
     errors = [line for line in result.stderr.splitlines() if "error:" in line]
@@ -111,7 +111,7 @@ def test_images_that_only_evaluation_needs_are_missed_before_training(call_job, 
     assert not (tmp_path / "run" / "shards").exists()
 
 
-def test_a_gpu_that_is_not_there(run_job, tmp_path):
+def test_a_missing_gpu_is_refused(run_job, tmp_path):
     write_cifar10(tmp_path, train=12, test=20)
     settings = [
         PRESET,

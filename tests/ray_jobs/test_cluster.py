@@ -1,4 +1,4 @@
-"""A job's Ray: started again where it gives up, and never lost without a word."""
+"""A job's Ray: started again where it gives up, and a message if it ends the process."""
 
 import os
 import subprocess
@@ -58,8 +58,8 @@ def test_a_ray_that_never_starts_is_told_in_a_line(failing: Any) -> None:
     ("ending", "status", "said"),
     [("os._exit(1)", 1, True), ("os.kill(os.getpid(), 9)", -9, True), ("raise SystemExit(3)", 3, False)],
 )
-def test_last_words(cluster: Any, ending: str, status: int, said: bool) -> None:
-    """Ray's native code ends a process as `os._exit` does."""
+def test_a_process_that_ray_ends_leaves_a_message(cluster: Any, ending: str, status: int, said: bool) -> None:
+    """`os._exit` ends the process as Ray's native code does."""
     code = (
         "import os; from ray_jobs.cluster import ray_cluster; from rpg.config import RayConfig\n"
         f"with ray_cluster(RayConfig()): {ending}"

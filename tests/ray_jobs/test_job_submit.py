@@ -30,7 +30,7 @@ def submit(head, *entrypoint: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_pipeline(head, small_run, tmp_path):
+def test_a_submitted_pipeline_runs_to_the_report(head, small_run, tmp_path):
     output = tmp_path / "run"
     for kept in ("collection", "shards", "stages"):
         shutil.copytree(small_run.root / kept, output / kept)
@@ -49,7 +49,7 @@ def test_pipeline(head, small_run, tmp_path):
     assert json.loads((output / "report.json").read_text())["accuracy"]["generated_unseen"]["n"] == 40
 
 
-def test_bad_config_and_what_is_uploaded(head):
+def test_a_bad_config_fails_the_job_and_ignored_files_are_not_uploaded(head):
     job = submit(
         head, "sh", "-c", "find . -type f; exec python -m ray_jobs.pipeline configs/digits.yaml train.stepz=3"
     )
@@ -67,7 +67,7 @@ def test_bad_config_and_what_is_uploaded(head):
     assert not [name for name in files if "__pycache__" in name]
 
 
-def test_token_is_asked_for(head, run_job, small_settings, tmp_path):
+def test_a_driver_without_the_token_is_told_how_to_send_it(head, run_job, small_settings, tmp_path):
     """A driver outside, without the mode that makes Ray send the token: one line that names it."""
     environment = {**head.environment, "RAY_AUTH_MODE": "disabled"}
     arguments = [*small_settings, f"output={tmp_path}"]

@@ -120,8 +120,8 @@ def run_pipeline(head, settings: list[str], output: Path, beside: Callable[[], o
 def test_a_node_lost_in_every_stage_changes_nothing(
     ray_head, small_run, small_settings, tmp_path, monkeypatch
 ):
-    # A lost node, whose port answers no more, is noticed in two seconds instead of half a minute; a busy one
-    # may take its time.
+    # A lost node's port no longer answers, which Ray then notices in two seconds instead of half a minute. A
+    # busy node may still take its time to answer.
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
     monkeypatch.setenv("RAY_health_check_timeout_ms", "20000")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")

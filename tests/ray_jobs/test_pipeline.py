@@ -32,7 +32,7 @@ def test_report_holds_what_is_promised(small_run):
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_page_and_table(small_run):
+def test_the_page_has_its_figures_and_the_terminal_its_table(small_run):
     page = (small_run.root / "report.html").read_text()
     assert page.count('src="data:image/svg+xml') >= 4
     assert "<table" in page
@@ -91,7 +91,7 @@ def test_model_card_has_the_accuracies(small_run):
     assert "generated, unseen tasks" in card
 
 
-def test_run_again_reuses_what_has_not_changed(small_run, join_job, tmp_path):
+def test_a_second_run_reuses_stages_whose_inputs_have_not_changed(small_run, join_job, tmp_path):
     report = (small_run.root / "report.json").read_bytes()
     again = join_job("pipeline", small_run.arguments)
     assert again.returncode == 0, again.stderr

@@ -1,4 +1,4 @@
-"""What a job asks of the cluster: refused in one line at its start, or waited for while a cluster grows."""
+"""A job without room for its workers is refused in one line, or waits while the cluster grows."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def error_of(result: subprocess.CompletedProcess[str]) -> str:
     return error
 
 
-def test_cpus_per_worker() -> None:
+def test_workers_share_the_cpus_of_their_nodes() -> None:
     small, large, head = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 0.0}
     assert cpus_per_worker([small], 1, False) == 2
     assert cpus_per_worker([small], 2, False) == 1
@@ -35,7 +35,7 @@ def test_cpus_per_worker() -> None:
     assert cpus_per_worker([], 1, False) == 1
 
 
-def test_gpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
+def test_missing_gpus_are_refused_before_any_work(join_job, small_settings, tmp_path):
     began = time.monotonic()
     settings = [*small_settings, f"output={tmp_path}", "ray.use_gpu=true", "ray.train_workers=2"]
     error = error_of(join_job("pipeline", settings))
@@ -46,7 +46,7 @@ def test_gpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
     assert not (tmp_path / "collection").exists()
 
 
-def test_cpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
+def test_missing_cpus_are_refused(join_job, small_settings, tmp_path):
     settings = [*small_settings, f"output={tmp_path}", "ray.train_workers=3"]
     assert "training asks for 3 CPUs (ray.train_workers=3), the cluster has 2 CPUs on 1 node" in error_of(
         join_job("pipeline", settings)
@@ -54,7 +54,7 @@ def test_cpus_that_the_cluster_lacks(join_job, small_settings, tmp_path):
 
 
 def test_finished_stages_ask_for_nothing(join_job, small_run):
-    """The report alone needs no workers: none are asked for."""
+    """Nothing is left to do, so that no workers are asked for."""
     again = join_job("pipeline", [*small_run.arguments, "ray.train_workers=3"])
     assert again.returncode == 0, again.stderr
 
@@ -69,7 +69,7 @@ print("GPUs:", sum(node["Resources"].get("GPU", 0) for node in ray.nodes()))
 """
 
 
-def test_waits_for_a_cluster_that_grows(ray_head, free_ports, tmp_path, monkeypatch):
+def test_a_job_waits_for_a_cluster_that_grows(ray_head, free_ports, tmp_path, monkeypatch):
     """Ray's own autoscaler, whose nodes of one GPU each are processes on this machine."""
     [port] = free_ports(1)
     config = tmp_path / "autoscaling.json"

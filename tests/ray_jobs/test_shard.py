@@ -1,4 +1,4 @@
-"""Stage `shard`: limits, resuming, appending, repairing; what comes out depends on the collection alone."""
+"""Stage `shard`: limits, resuming, appending, repairing; its output depends on the collection alone."""
 
 import os
 import signal
@@ -72,7 +72,7 @@ def decoded(opened: ShardedCollection, index: int) -> StateDict:
 
 
 def check_holds(shards: Path, collection: Path) -> ShardedCollection:
-    """The shards give back every checkpoint of the collection, but for integers, which are not stored."""
+    """Check that the shards give back every checkpoint, except its integers, which are not stored."""
     opened = ShardedCollection.open(shards)
     opened.verify()
     entries = Collection.load(collection).entries
@@ -88,12 +88,12 @@ def check_holds(shards: Path, collection: Path) -> ShardedCollection:
 
 
 def marks(shards: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a shard is written again."""
+    """Values that differ once a shard is written again."""
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards.glob("shard-*.arrow")}
 
 
 def stored(shards: Path) -> dict[str, bytes]:
-    """All that is in a directory of shards, but for the local record of what was verified."""
+    """The files of a directory of shards, except the local record of what was verified."""
     return {path.name: path.read_bytes() for path in shards.iterdir() if not path.name.startswith(".")}
 
 
@@ -195,7 +195,9 @@ def test_checkpoints_that_do_not_fit_are_not_appended(
     ShardedCollection.open(shards).verify()
 
 
-def test_values_that_vary_since_are_kept_by_refit(local_ray: None, collection: Path, tmp_path: Path) -> None:
+def test_refit_keeps_values_that_vary_only_in_new_checkpoints(
+    local_ray: None, collection: Path, tmp_path: Path
+) -> None:
     config = configured(collection, tmp_path / "run")
     shard.run(config)
     add(collection, 10, 2, lambda s: (s["frozen"].add_(1), s["norm.running_var"].fill_(0.5)))
@@ -204,7 +206,7 @@ def test_values_that_vary_since_are_kept_by_refit(local_ray: None, collection: P
 
 
 @pytest.mark.parametrize("change", ["removed", "replaced", "config"])
-def test_other_changes_make_all_shards_anew(
+def test_shards_are_made_anew_after_any_other_change(
     local_ray: None, collection: Path, tmp_path: Path, change: str
 ) -> None:
     shards = tmp_path / "run" / "shards"

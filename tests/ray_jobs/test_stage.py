@@ -1,4 +1,4 @@
-"""When a stage counts as done: after its inputs have changed, and after it was stopped half way."""
+"""Whether a stage counts as done after its inputs have changed, or after it was stopped half way."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_a_stopped_stage_is_done_only_if_it_changed_nothing(place, written, tmp_
 
     def stopped(config: Config) -> None:
         for name in ("model.safetensors", "job.json")[:written]:
-            # Of another length: the memory's times are no finer than its clock.
+            # The text has another length, because two writes may have the same time.
             (directory / name).write_text("another")
         raise KeyboardInterrupt
 
@@ -83,5 +83,5 @@ def test_a_stopped_stage_is_done_only_if_it_changed_nothing(place, written, tmp_
     assert is_done(made, config)
     with pytest.raises(KeyboardInterrupt):
         run_stage(replace(made, run=stopped), config)
-    # Local directories are replaced as a whole by every real stage, so that there its last file tells.
+    # Every real stage replaces a local directory as a whole, so there the identity of one file is enough.
     assert is_done(made, config) == (written == 0 or place == "local")

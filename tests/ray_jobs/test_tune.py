@@ -1,4 +1,4 @@
-"""A search as a user runs it: what it leaves, what it reuses, and what happens when it is killed."""
+"""A search as a user runs it: its outputs, what it reuses, and how it goes on after it was killed."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def searched(small_run, run_job, tmp_path_factory):
     return output, arguments, result.stdout + result.stderr
 
 
-def test_what_a_search_leaves(searched, join_job):
+def test_a_search_leaves_a_table_a_figure_and_a_best_config_that_trains(searched, join_job):
     output, _, printed = searched
     rows = table(output)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4]

@@ -38,7 +38,7 @@ def assert_one_line(result, *parts):
         assert part in errors[0], errors[0]
 
 
-def test_shards_of_a_collection_in_a_bucket(small_run, small_settings, run_job, bucket, tmp_path):
+def test_a_collection_in_a_bucket_is_sharded(small_run, small_settings, run_job, bucket, tmp_path):
     source = small_run.root / "collection"
     content = json.loads((source / "collection.json").read_text())
     content["entries"] = [entry for entry in content["entries"] if entry["split"] == "train"][:30]
@@ -59,7 +59,7 @@ def test_shards_of_a_collection_in_a_bucket(small_run, small_settings, run_job, 
             torch.testing.assert_close(found[key], tensor)
 
 
-def test_run_in_a_bucket_that_turns_read_only(small_run, run_job, bucket, s3, proxy, tmp_path):
+def test_a_bucket_that_turns_read_only_can_be_finished(small_run, run_job, bucket, s3, proxy, tmp_path):
     """Stopped half way through generating, finished when it may write again, equal to the local run."""
     for part in ("collection", "shards", "stages/collect.json", "stages/shard.json"):
         S3FileSystem().put(str(small_run.root / part), f"{bucket}/run/{part}", recursive=True)
@@ -112,7 +112,7 @@ def test_run_in_a_bucket_that_turns_read_only(small_run, run_job, bucket, s3, pr
     ],
     ids=["missing bucket", "nobody there"],
 )
-def test_output_that_cannot_be_written(
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     output, environment, parts, call_job, small_settings, bucket, tmp_path, monkeypatch
 ):
     for key, value in environment.items():

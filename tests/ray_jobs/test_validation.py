@@ -1,4 +1,4 @@
-"""Collections without tasks that a generator could be validated on."""
+"""The validation tasks of a collection, and collections without any."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ ODD = [0.0, 1.0] * 5
         ({FAMILY: "digits"}, Entry("a", "0" * 64, ODD, split="train"), "tasks of split 'validation' that no"),
     ],
 )
-def test_what_cannot_be_validated_says_why_and_the_way_out(
+def test_a_collection_without_validation_tasks_is_refused_with_a_hint(
     tmp_path: Path, architecture: dict[str, str], entry: Entry, reason: str
 ) -> None:
     with pytest.raises(RPGError, match=rf"{reason}.*; without validation: train\.validate_every=0"):

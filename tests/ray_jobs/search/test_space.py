@@ -1,4 +1,4 @@
-"""What a search tries: points from `tune.space`, and spaces that make no sense."""
+"""Points that a search draws from `tune.space`, and spaces that are refused."""
 
 import math
 from collections import Counter
@@ -55,7 +55,7 @@ def test_a_logarithmic_range_is_even_on_a_logarithmic_scale() -> None:
     assert abs(below - len(drawn) / 2) < 4 * math.sqrt(len(drawn)) / 2
 
 
-def test_of_a_small_space_every_point_is_taken_once() -> None:
+def test_every_point_of_a_small_space_is_drawn_once() -> None:
     space = {"generator.denoiser.width": [256, 512], "generator.denoiser.depth": [2, 3]}
     drawn = points(space, 100)
     # The config itself is one of them: width 512, depth 3.
@@ -86,7 +86,7 @@ def test_of_a_small_space_every_point_is_taken_once() -> None:
         ({"generator.denoiser.depth": [0]}, "generator.denoiser.depth: 0 is never valid"),
     ],
 )
-def test_spaces_that_make_no_sense(space: Any, message: str) -> None:
+def test_invalid_spaces_are_refused_in_one_line(space: Any, message: str) -> None:
     with pytest.raises(RPGError, match=message) as caught:
         search_space(config(space))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Trials: the same compute for all, and a best config that trains as its trial did."""
+"""All trials take the same compute, and the best config trains as its trial did."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,12 +63,12 @@ def test_every_trial_takes_the_same_compute(base: Config, shards: ShardedCollect
     assert trial.parameters == sum(parameter.numel() for parameter in generator.parameters())
 
 
-def test_what_follows_from_the_length(base: Config, shards: ShardedCollection) -> None:
+def test_warm_up_averaging_and_tokens_scale_with_the_trial(base: Config, shards: ShardedCollection) -> None:
     same = make_trial("0", base, {}, shards, ROUNDS).config.train
     share = same.steps / base.train.steps
     assert share == pytest.approx(0.5, rel=0.01)
     assert same.warmup_steps == round(100 * share)
-    # The average's memory is the same share of the training.
+    # The average reaches back over the same share of the training.
     assert (1 - same.ema_decay) * share == pytest.approx(1 - base.train.ema_decay)
     smaller = make_trial("1", base, {"shard.token_size": 8}, shards, ROUNDS).config.train
     seen = base.train.tokens_per_checkpoint / shards.layout.tokens
@@ -105,7 +105,7 @@ def test_the_best_config_reads_back_and_trains_as_its_trial(
     assert best.tune.space == {}
 
 
-def test_ranking(base: Config, shards: ShardedCollection) -> None:
+def test_trials_are_ranked_by_budget_and_then_accuracy(base: Config, shards: ShardedCollection) -> None:
     trial = make_trial("0", base, {}, shards, ROUNDS)
 
     def result(name: str, accuracy: float | None, share: float) -> TrialResult:

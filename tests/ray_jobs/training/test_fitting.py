@@ -68,7 +68,7 @@ def config(root: Path, *overrides: str) -> Config:
 
 
 def fitted(root: Path, name: str, *overrides: str) -> tuple[Generator, list[dict[str, Any]]]:
-    """Fit, and bring the result of the run."""
+    """Fit, and read the generator and the history of the run."""
     mailbox = TrainingMailbox.remote()
     result = fit_generator(config(root, *overrides), root / "shards", root / "train", name, mailbox)
     assert result.checkpoint is not None
@@ -79,12 +79,12 @@ def fitted(root: Path, name: str, *overrides: str) -> tuple[Generator, list[dict
 
 @pytest.fixture(scope="module")
 def alone(root: Path, local_ray: None) -> tuple[Generator, list[dict[str, Any]]]:
-    """One worker that nothing happens to."""
+    """The result of one worker that is not disturbed."""
     return fitted(root, "alone")
 
 
 def snapshot(root: Path, name: str) -> list[str]:
-    """The checkpoints that Ray holds for complete."""
+    """The checkpoints that Ray lists as complete."""
     path = root / "train" / name / "checkpoint_manager_snapshot.json"
     if not path.is_file():
         return []
@@ -108,7 +108,7 @@ def when(condition: Callable[[], Any], then: Callable[[], None]) -> threading.Th
 def workers_of(session: int) -> list[int]:
     """The processes of Ray's workers and actors in a session.
 
-    Not its agents: of a Ray that was killed they first try for a minute to tell its GCS.
+    Ray's agents are left out: where Ray was killed, they try for a minute to reach it before they end.
     """
     found = []
     for directory in Path("/proc").iterdir():
@@ -141,7 +141,7 @@ def assert_same_curve(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
     assert seconds == sorted(seconds)
 
 
-def test_a_killed_worker_changes_nothing_where_there_are_two(
+def test_two_workers_of_which_one_is_killed_train_the_same_generator(
     root: Path, alone: tuple[Generator, list[dict[str, Any]]]
 ) -> None:
     killing = when(lambda: snapshot(root, "killed"), kill_a_worker)

@@ -1,4 +1,4 @@
-"""Where metrics go, read back from there; a resumed run goes on in the same place."""
+"""Metrics are read back from each tracker; a resumed run goes on in the same place."""
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ def row(step: int) -> dict[str, Any]:
 
 
 def log(config: TrackingConfig, directory: Path, resumed: int, steps: list[int], well: bool) -> None:
-    """Log from a start at step `resumed`; a run that is killed closes nothing."""
+    """Log as a run resumed at step `resumed`; only a run that ends `well` closes its trackers."""
     chosen = trackers(config, "digits", "abc", directory, directory, resumed)
     for step in steps:
         log_everywhere(chosen, row(step))
@@ -33,7 +33,7 @@ def log(config: TrackingConfig, directory: Path, resumed: int, steps: list[int],
             tracker.close()
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_has_every_step_once_after_resuming(tmp_path: Path) -> None:
     config = TrackingConfig(tensorboard=True)
     log(config, tmp_path, 0, [5, 10, 15], well=False)
     log(config, tmp_path, 10, [15, 20], well=True)
@@ -45,7 +45,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == names
 
 
-def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_every_step_once_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     config = TrackingConfig(tensorboard=False, mlflow=str(tmp_path / "mlflow"))
     log(config, tmp_path, 0, [5, 10, 15], well=False)
@@ -71,7 +71,7 @@ def test_an_mlflow_server_that_is_not_there_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_logs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log(TrackingConfig(tensorboard=False, wandb="rpg"), tmp_path, 0, [5, 10], well=True)
