@@ -21,11 +21,11 @@ from rpg.tasks.fine_tuning import binary_loss, with_fresh_heads
 from rpg.tasks.shared_batches import train_on_shared_batches
 
 FLOPS_AN_IMAGE = 17.5e6
-"""Of the convolutions of one network, forward and backward; the first needs no gradient by its input."""
+"""Operations of a network's convolutions, forward and backward; the first has no gradient by its input."""
 
 
 def seconds_of(models: int, batch_size: int, steps: int, device: torch.device) -> float:
-    """Of `steps` steps of so many models."""
+    """Measurements of `steps` steps of so many models."""
     torch.manual_seed(0)
     count = batch_size * steps
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, device=device)

@@ -48,8 +48,8 @@ from rpg.tasks.cifar10_resnet18 import cifar10_resnet18, predicted_classes
 
 ROOT = Path(__file__).parents[1]
 PRESET = ROOT / "configs" / "cifar10-resnet18.yaml"
-YARDSTICK = 5
-"""Every fifth original is noised, and its distance to the others is a yardstick."""
+COMPARED_EVERY = 5
+"""One original of so many is noised, and compared with the others."""
 TINY_RECIPE = Recipe(epochs=2, batch_size=8, checkpoints=5, peak_learning_rate=0.02)
 TINY_IMAGES = {"train": 80, "test": 50}
 TINY = (
@@ -63,43 +63,43 @@ TINY = (
 
 @dataclass(frozen=True)
 class Session:
-    """What the call was asked for."""
+    """The settings of one call of this script."""
 
     images: str
     runs: Path
     ends: float
-    """When nothing is begun any more, in seconds of `time.monotonic`."""
+    """The time of `time.monotonic`, in seconds, from which on nothing more is begun."""
     tiny: bool
 
     @property
     def recipe(self) -> Recipe:
-        """How the network is trained."""
+        """The settings that the network is trained with."""
         return TINY_RECIPE if self.tiny else Recipe()
 
     @property
     def collection(self) -> Path:
-        """Where its checkpoints lie."""
+        """The directory of the network's checkpoints."""
         return self.runs / "collection"
 
     @property
     def run(self) -> Path:
-        """The preset's output."""
+        """The output directory of the preset."""
         return self.runs / "run"
 
     @property
     def overrides(self) -> list[str]:
-        """Changes to the preset."""
+        """The overrides of the preset."""
         changes = TINY if self.tiny else ()
         return [*changes, f"collect.directory={self.collection}", f"output={self.run}"]
 
     @property
     def config(self) -> Config:
-        """The preset with the changes."""
+        """The preset with the overrides."""
         return load_config(PRESET, self.overrides)
 
     @property
     def device(self) -> torch.device:
-        """Where networks and generators run."""
+        """The device of networks and generators."""
         return torch.device("cpu" if self.tiny else "cuda")
 
     def split(self, name: str) -> Images:
@@ -112,7 +112,7 @@ class Session:
         """A freshly initialised network on the device, the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(self.config.seed, "resnet18", 0))
-            # Convolutions in bfloat16 are fastest with the channels last, and the images come so.
+            # Convolutions in bfloat16 are fastest with the channels last, as the images have them.
             return cifar10_resnet18().to(self.device, memory_format=torch.channels_last)
 
 
@@ -140,7 +140,7 @@ def collect(session: Session) -> dict[str, Any]:
 def fit(session: Session) -> dict[str, Any]:
     """Shard, train and generate as the preset says; finished stages are kept."""
     command = [sys.executable, "-m", "ray_jobs.pipeline", str(PRESET), *session.overrides]
-    # What this process has kept of the GPU's memory is wanted there.
+    # The other process needs the GPU memory that this one keeps.
     torch.cuda.empty_cache()
     if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("cifar10-resnet18: the pipeline failed; call again to go on with it")
@@ -192,7 +192,7 @@ def evaluate(session: Session) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(config.seed)
     of_originals, of_generated, of_centre = wrong(originals), wrong(generated), wrong([centre])
     of_noised = {
-        level: wrong(add_noise(original, level, noise) for original in originals[::YARDSTICK])
+        level: wrong(add_noise(original, level, noise) for original in originals[::COMPARED_EVERY])
         for level in config.evaluate.noise_levels
     }
     found = similarity(
@@ -226,7 +226,7 @@ def evaluate(session: Session) -> dict[str, Any]:
 def _distances(
     shards: ShardedCollection, networks: list[dict[str, Tensor]]
 ) -> dict[str, dict[str, list[float]]]:
-    """To the nearest original and to the centre, over all normalised values, in units of the spread.
+    """Distances to the nearest original and to the centre over all normalised values, in units of the spread.
 
     The spread is the root-mean-square distance of the originals to the centre.
     """
@@ -236,7 +236,7 @@ def _distances(
     generated = torch.stack([flatten(layout, network) for network in networks])
     centre = flatten(layout, layout.centre)[None]
     unit = spread(originals)
-    chosen = torch.arange(len(originals)) % YARDSTICK == 0
+    chosen = torch.arange(len(originals)) % COMPARED_EVERY == 0
     to_nearest = {
         "originals": nearest_checkpoint(originals[chosen], originals[~chosen]),
         "generated": nearest_checkpoint(generated, originals),
@@ -325,13 +325,13 @@ def main() -> None:
     given = parser.parse_args()
     if not given.tiny and not torch.cuda.is_available():
         parser.error("needs a GPU; --tiny runs on a CPU")
-    # Sizes never change: the fastest kernels are worth a search.
+    # Sizes never change, so a search for the fastest kernels pays.
     torch.backends.cudnn.benchmark = True
     session = Session(
         str(Path(given.images).absolute()), given.runs.absolute(), began + given.seconds, given.tiny
     )
     check_files(session.images)
-    # The collection outlives changes to the preset.
+    # The collection can be used again after changes to the preset.
     source = {"recipe": asdict(session.recipe), "seed": session.config.seed, "images": session.images}
     results: dict[str, Any] = {
         "machine": "CPU" if given.tiny else torch.cuda.get_device_name(),

@@ -46,10 +46,10 @@ from rpg.training.progress import TrainingProgress
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"fast": "cifar10-binary", "paper": "cifar10-binary-paper"}
-"""Denoiser and its preset."""
+"""Presets by their denoiser."""
 SAMPLING_STEPS = (50, 20, 8, 4, 2, 1)
 TRAINING_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Of the preset's training steps; the whole is the preset's own run."""
+"""Shares of the preset's training steps; the whole is the preset's own run."""
 TINY = (
     "ray.use_gpu=false", "ray.num_cpus=2", "collect.checkpoints_per_task=1", "collect.backbone_epochs=1",
     "collect.epochs=2", "collect.batch_size=8", "collect.models_per_batch=64", "shard.token_size=768",
@@ -63,17 +63,17 @@ TINY = (
 
 @dataclass(frozen=True)
 class Session:
-    """What the call was asked for."""
+    """The settings of one call of this script."""
 
     images: str
     runs: Path
     output: Path
     ends: float
-    """When nothing is begun any more, in seconds of `time.monotonic`."""
+    """The time of `time.monotonic`, in seconds, from which on nothing more is begun."""
     tiny: bool
 
     def overrides(self, kind: str) -> list[str]:
-        """Changes to the preset of `kind`."""
+        """The overrides of the preset of `kind`."""
         changes = [
             *(TINY if self.tiny else ()),
             f"collect.images={self.images}",
@@ -88,25 +88,25 @@ class Session:
         return ROOT / "configs" / f"{KINDS[kind]}.yaml"
 
     def config(self, kind: str) -> Config:
-        """The preset with the changes."""
+        """The preset with the overrides."""
         return load_config(self.preset(kind), self.overrides(kind))
 
     def device(self) -> torch.device:
-        """Where generators train and sample."""
+        """The device that generators train and sample on."""
         return torch.device("cpu" if self.tiny else "cuda")
 
     def pieces(self) -> Pieces:
-        """The results, apart for other settings."""
+        """The results so far; other settings have others."""
         settings = [to_plain(load_config(self.preset(kind), self.overrides(kind))) for kind in KINDS]
         return Pieces.of(self.runs, settings, self.ends)
 
     def piece(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """See `Pieces.piece`."""
+        """Measure a piece unless an earlier call has (`Pieces.piece`)."""
         return self.pieces().piece(name, measure)
 
 
 def run_preset(session: Session, kind: str) -> dict[str, Any]:
-    """The whole pipeline, whose finished stages are kept; its report in a few numbers."""
+    """Run the whole pipeline, whose finished stages are kept; returns a few numbers of its report."""
     command = [sys.executable, "-m", "ray_jobs.pipeline", str(session.preset(kind)), *session.overrides(kind)]
     failed = subprocess.run(command, cwd=ROOT).returncode
     generator = session.runs / kind / "generator"
@@ -131,7 +131,7 @@ def run_preset(session: Session, kind: str) -> dict[str, Any]:
 
 
 def _makes_no_networks(session: Session, kind: str) -> bool:
-    """Whether what the preset's generator makes is refused."""
+    """Whether the networks of the preset's generator are refused."""
     generator = Generator.from_pretrained(session.runs / kind / "generator").to(session.device())
     return accuracy_of(session, kind, generator)["accuracy"] is None
 

@@ -18,16 +18,16 @@ class Pieces:
 
     directory: Path
     ends: float
-    """When no piece is begun any more, in seconds of `time.monotonic`."""
+    """The time of `time.monotonic`, in seconds, from which on no piece is begun."""
 
     @classmethod
     def of(cls, runs: Path, settings: Any, ends: float) -> "Pieces":
-        """Below `runs`, apart for other `settings` (plain values)."""
+        """The pieces of a measurement with `settings` (plain values), in their own directory in `runs`."""
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return cls(runs / f"pieces-{digest[:12]}", ends)
 
     def piece(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `measure` found, in this call or an earlier one.
+        """The result of `measure`, from this call or an earlier one.
 
         The process ends here with status 3 if the time is over.
         """

@@ -62,7 +62,7 @@ def vit_giant() -> dict[str, Tensor]:
 
 
 def layout_of(template: dict[str, Tensor], token_size: int) -> Layout:
-    """A layout around `template`, as a collection of networks that differ by 0.01 a weight would have it."""
+    """The layout that a collection of networks would have whose weights differ from `template` by 0.01."""
     specs, first = [], 0
     for name, value in template.items():
         changes = value.is_floating_point()
@@ -177,7 +177,7 @@ def whole_models(
 def _whole_model(
     generator: Generator, sampling: SamplingConfig, peak: float, device: torch.device, tiny: bool
 ) -> str:
-    """The columns of one precision."""
+    """The table's columns for one precision."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()

@@ -53,7 +53,7 @@ def make_collection(directory: Path, total_bytes: int) -> int:
 
 
 def run_shard(directory: Path) -> None:
-    """The stage, in a Ray of its own."""
+    """Run the stage in a Ray of its own."""
     config = Config(
         output=str(directory / "run"),
         collect=CollectConfig(directory=str(directory / "collection")),
@@ -93,7 +93,7 @@ def sample(session: int, peaks: dict[str, float]) -> None:
 
 
 def measure(directory: Path, checkpoints: int) -> list[tuple[str, str]]:
-    """Run the stage in a process of its own; the rows of the table."""
+    """Run the stage in a process of its own; returns the rows of the table."""
     command = [sys.executable, __file__, "--directory", str(directory), "--only-shard"]
     began = time.perf_counter()
     process = subprocess.Popen(command, start_new_session=True)

@@ -19,7 +19,7 @@ def timed_generation(
     sampling: SamplingConfig,
 ) -> tuple[list[AnyPath], float]:
     """The files of `number` networks a condition in `directory`, and the seconds until all were written."""
-    # The first networks of a process wait for kernels to be loaded.
+    # One generation comes first, because the first networks of a process wait for kernels to be loaded.
     first = None if conditions is None else conditions[:1]
     generate_models(generator, first, 1, seed, directory, sampling)
     remove_directory(directory)

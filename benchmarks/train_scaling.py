@@ -49,7 +49,7 @@ WARM_UP = 30
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and for how long."""
+    """The generator and collection that are trained, and the number of steps."""
 
     checkpoints: int
     token_size: int
@@ -117,7 +117,7 @@ def write_collection(directory: Path, size: Size) -> None:
 
 
 def train(rank: int, workers: int, rows: int, tiny: bool, shards: Path, port: int, output: Path) -> None:
-    """One of `workers`, with `rows` checkpoints a step in all; the first writes its rates to `output`."""
+    """Run one of `workers`, which share `rows` checkpoints a step; the first writes its rates to `output`."""
     size = TINY if tiny else FULL
     torch.set_num_threads(1 if tiny else 8)
     device = torch.device("cpu" if tiny else f"cuda:{rank}")

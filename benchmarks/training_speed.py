@@ -58,7 +58,7 @@ TINY_PAPER = replace(
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and how."""
+    """One row of the table: the generator that is trained, and how."""
 
     denoiser: str
     checkpoints: int

@@ -19,11 +19,11 @@ KILL_SECONDS = 20.0
 FRONT_KILLS = 2
 
 Digests = dict[int, list[str]]
-"""By job, the SHA-256 of each of its models as they were downloaded."""
+"""SHA-256 of each downloaded model, by job."""
 
 
 def measure(setup: Setup, directory: Path, minutes: float, models: int) -> list[Row]:
-    """`models` a job; the jobs are spread over `minutes`, and so is what is killed."""
+    """Submit jobs of `models` models over `minutes`, and kill processes over the same time."""
     began = time.monotonic()
     with running(setup, directory / "calm") as service:
         calm, _, errors = _all_jobs(service, setup, models, lambda job: None)

@@ -9,7 +9,7 @@ from benchmarks.service.table import Row
 
 
 def measure(setup: Setup, directory: Path) -> list[Row]:
-    """`rpg serve` is to end with one line that counts them."""
+    """Check that `rpg serve` ends with one line that counts the GPUs."""
     config = config_of(setup, directory)
     first = replace(config.generators[0], num_gpus=1, replicas=1)
     config.generators = [first, replace(first, name="second")]

@@ -15,7 +15,7 @@ WARM_UP_SECONDS = 15.0
 
 
 def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
-    """Calls in turn, so many a second, beside a job that lasts longer than they do."""
+    """Call in turn, so many times a second, while a job runs that lasts longer than the calls."""
     with running(setup, directory) as service, service.client() as client:
         jobs = [client.submit(GENERATOR, [setup.condition(i)], 100_000, seed=i).id for i in range(4)]
         while client.job(jobs[0]).finished < 100:

@@ -13,11 +13,11 @@ from benchmarks.service.table import Row
 ALONE_SECONDS = 20.0
 CLIENTS = 20
 _PATIENCE = 60.0
-"""Seconds for figures to come after the load."""
+"""Seconds after the load in which Ray exports its last metrics."""
 
 
 def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
-    """The packed load lasts `minutes`: jobs of other conditions and seeds by as many clients."""
+    """Measure single requests, and for `minutes` packed jobs of clients with other conditions and seeds."""
     with running(setup, directory) as service:
         condition = setup.condition(0)
         with httpx.Client(base_url=service.url, timeout=60) as http:
@@ -49,7 +49,7 @@ def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
 
 
 def _packed(service: Service, setup: Setup, seconds: float) -> tuple[float, tuple[float, float] | None]:
-    """Models a second; and, of the time and of the batches' rows, the share that is used."""
+    """Models a second, and the used shares of the time and of the batches' rows."""
     with service.client() as client:
         jobs = [client.submit(GENERATOR, [setup.condition(i)], 20_000, seed=i).id for i in range(CLIENTS)]
         while client.job(jobs[0]).finished < 100:
@@ -72,7 +72,7 @@ def _packed(service: Service, setup: Setup, seconds: float) -> tuple[float, tupl
 
 
 def _readings(service: Service, end: float) -> list[tuple[float, float, float, float]]:
-    """Ray exports its figures every ten seconds or so: what counts is when they change."""
+    """The metrics at each time when they changed, because Ray exports them only every ten seconds or so."""
     readings: list[tuple[float, float, float, float]] = []
     seen: tuple[float, ...] | None = None
     with httpx.Client(base_url=service.url, timeout=60) as http:
@@ -87,6 +87,6 @@ def _readings(service: Service, end: float) -> list[tuple[float, float, float, f
 
 
 def _sum(metrics: str, name: str) -> float:
-    """Of all replicas."""
+    """Sum of a metric over all replicas."""
     values = re.findall(rf"^ray_rpg_{name}(?:_total)?{{.*}} (\S+)$", metrics, re.MULTILINE)
     return sum(float(value) for value in values)

@@ -1,4 +1,4 @@
-"""A service to measure: `rpg serve` in a process group of its own, its processes by name, their memory."""
+"""A service to measure: `rpg serve` in a process group of its own, with its processes by name."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ PATIENCE = Patience(total=600.0)
 
 @dataclass(frozen=True)
 class Setup:
-    """What is served: a saved generator, on so many replicas of so many GPUs each."""
+    """The generator that is served, and its replicas."""
 
     generator: Path
     condition_size: int
@@ -32,14 +32,14 @@ class Setup:
     num_cpus: int
 
     def condition(self, i: int) -> list[float]:
-        """Some condition of the class-subset tasks, another one for every `i` up to 1,021."""
+        """A condition of the class-subset tasks; every `i` up to 1,021 has another one."""
         number = 1 + i * 389 % (2**self.condition_size - 2)
         return [float(bit) for bit in format(number, f"0{self.condition_size}b")]
 
 
 @dataclass
 class Service:
-    """One that runs."""
+    """A service that is running."""
 
     url: str
     process: subprocess.Popen[str]
@@ -47,11 +47,11 @@ class Service:
     log: Path
 
     def client(self) -> Client:
-        """A client of its own for every thread: connections are not shared."""
+        """A new client; each thread takes its own, because connections are not shared."""
         return Client(self.url, patience=PATIENCE)
 
     def processes(self) -> dict[int, str]:
-        """All of them with their titles, the command itself included."""
+        """The titles of all processes by their ids, the command itself included."""
         parents: dict[int, int] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -77,7 +77,7 @@ class Service:
         raise AssertionError(f"no process {title} for {seconds} s")
 
     def stop(self) -> None:
-        """End it as a user would; what is left after two minutes is killed."""
+        """End the service as a user would; processes that are left after two minutes are killed."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(120)
@@ -89,7 +89,7 @@ class Service:
 
 
 def config_of(setup: Setup, directory: Path) -> ServeConfig:
-    """The service's configuration; the limits are out of the way."""
+    """The service's configuration, with limits that no measurement reaches."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     entry = GeneratorEntry(GENERATOR, str(setup.generator), replicas=setup.replicas, num_gpus=setup.num_gpus)
@@ -106,7 +106,7 @@ def config_of(setup: Setup, directory: Path) -> ServeConfig:
 
 
 def command(config: ServeConfig, directory: Path) -> tuple[list[str], dict[str, str]]:
-    """`rpg serve` with this configuration, and its environment."""
+    """The command line and the environment of `rpg serve` with this configuration."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "serve.yaml"
     save_config(config, path)
@@ -116,7 +116,7 @@ def command(config: ServeConfig, directory: Path) -> tuple[list[str], dict[str, 
 
 @contextmanager
 def running(setup: Setup, directory: Path) -> Iterator[Service]:
-    """A service, once it answers; it is stopped at the end of the block."""
+    """Yield a service once it answers; it is stopped at the end of the block."""
     config = config_of(setup, directory)
     line, environment = command(config, directory)
     log = directory / "log"

@@ -14,7 +14,7 @@ CLIENTS = 4
 MODELS = 200
 SAMPLE_SECONDS = 5.0
 MOST_GROWTH = 1.05
-"""Of the median of the last quarter over that of the second one: the first is for warming up."""
+"""Most growth of the median from the second quarter to the last; the first quarter is for warming up."""
 _NAMES = {
     "ray::ServeReplica:rpg:front": "front",
     "ray::ServeReplica:rpg:jobs": "dispatcher",
@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
-    """Clients submit, wait and download, over and over."""
+    """Have clients submit, wait and download over and over, and watch the memory."""
     stop = threading.Event()
     made = [0] * CLIENTS
     errors: list[str] = []
@@ -83,7 +83,7 @@ def _client(
 
 
 def _memory(service: Service) -> dict[str, float]:
-    """Megabytes of physical memory by process; Ray's others in one sum."""
+    """Megabytes of physical memory by process; Ray's other processes are one sum."""
     found = {"all others of Ray, together": 0.0}
     for pid, title in service.processes().items():
         name = next((each for start, each in _NAMES.items() if title.startswith(start)), None)

@@ -13,7 +13,7 @@ ROUNDS = 3
 
 
 def measure(setup: Setup, directory: Path) -> list[Row]:
-    """Every figure is the median of three."""
+    """Measure each time as the median of three."""
     ready, cold, warm, again = [], [], [], []
     for i in range(ROUNDS):
         start = time.monotonic()

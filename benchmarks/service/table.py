@@ -1,4 +1,4 @@
-"""What a measurement comes to, as Markdown."""
+"""The results of a measurement as Markdown."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from benchmarks.service.running import Setup
 
 
 class Row(NamedTuple):
-    """One line: what was measured, what came out, what was to be reached and whether it was."""
+    """One line of the table: the measurement, its result, the target, and whether it was reached."""
 
     what: str
     measured: str

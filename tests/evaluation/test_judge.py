@@ -52,7 +52,7 @@ def test_accuracy_and_the_nearest_original(
     assert judge.judge(networks[2], SMALL).similarity == 1
 
 
-def test_missing_images_of_a_family_are_refused(
+def test_a_family_that_needs_images_is_given_them(
     tmp_path: Path, make_checkpoints: Callable[..., list[dict[str, Tensor]]]
 ) -> None:
     write_cifar10(tmp_path, train=20, test=30)
