@@ -96,7 +96,7 @@ class OrderedWriters:
     def _thread_of(self, segment: Segment) -> ThreadPoolExecutor:
         if segment.request.plan.values < self._large_values:
             return self._writing[0]
-        # Neighbouring models have different threads, and a model has the same one in every request of its job.
+        # Neighbouring models have different threads; a model has the same one in all requests of its job.
         return self._writing[(hash(segment.request.job) + segment.model) % _WRITING_THREADS]
 
     def _write_segment(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
