@@ -14,9 +14,6 @@ from rpg.sampling.request import Request
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, is_remote
 
-_BATCHES_AHEAD = 4
-"""A GPU samples on while earlier batches are copied and written."""
-
 
 def generate_models(
     generator: Generator,
@@ -80,7 +77,7 @@ def run_job(
         count()
 
     report(finished, len(indices))
-    with Engine(generator, batches_ahead=_BATCHES_AHEAD) as engine:
+    with Engine(generator) as engine:
         engine.submit(Request(plan, indices, out, finish, failures.append, is_there))
         while engine.step():
             pass

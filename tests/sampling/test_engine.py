@@ -176,12 +176,12 @@ def test_models_that_are_there_are_not_sampled(generator: Generator, tmp_path: P
 
 
 def test_a_model_is_the_same_whatever_it_is_packed_with(generator: Generator, tmp_path: Path) -> None:
-    """Alone, stepped with batches ahead, or among other jobs in a thread."""
-    alone, ahead, among = (tmp_path / name for name in ("alone", "ahead", "among"))
+    """Alone, stepped and written by several threads, or among other jobs in a thread."""
+    alone, stepped, among = (tmp_path / name for name in ("alone", "stepped", "among"))
     for index in range(5):
         run_job(generator, request_for(generator, alone, Events(), range(1)).plan.job, [index], alone)
-    with Engine(generator, batches_ahead=3, large_values=0) as engine:
-        engine.submit(request_for(generator, ahead, Events(), range(5)))
+    with Engine(generator, large_values=0) as engine:
+        engine.submit(request_for(generator, stepped, Events(), range(5)))
         while engine.step():
             pass
     with running(Engine(generator)) as engine:
@@ -192,7 +192,7 @@ def test_a_model_is_the_same_whatever_it_is_packed_with(generator: Generator, tm
         for events in everyone:
             events.wait(5)
     for path in alone.iterdir():
-        assert path.read_bytes() == (ahead / path.name).read_bytes() == (among / path.name).read_bytes()
+        assert path.read_bytes() == (stepped / path.name).read_bytes() == (among / path.name).read_bytes()
     assert len(list(alone.iterdir())) == 5
 
 
