@@ -202,8 +202,8 @@ class Engine:
     def _sample(self, sampler: BatchSampler, segments: list[Segment]) -> None:
         start = time.monotonic()
         sampled = sampler.sample(Rows.joined([segment.rows for segment in segments]))
-        # Giving a GPU more batches before this one has arrived gains nothing: files of ResNet-18's size came at
-        # 66 a second so on an H100, and at 51 to 56 with one to four batches ahead.
+        # Giving a GPU more batches before this one has arrived gains nothing: files of ResNet-18's size came
+        # at 66 a second so on an H100, and at 51 to 56 with one to four batches ahead.
         sampled.wait()
         seconds = time.monotonic() - start
         self._writers.write(segments, sampled)
