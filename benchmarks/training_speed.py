@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.train_scaling import FULL, TINY, write_collection
-from ray_jobs.training.fitting import allocator_settings
 from rpg.collection.shards import ShardedCollection
 from rpg.config import (
     ConditionConfig,
@@ -115,7 +114,8 @@ def main() -> None:
     tiny = parser.parse_args().tiny
     if not tiny and not torch.cuda.is_available():
         parser.error("needs a GPU; --tiny runs on a CPU")
-    os.environ.update(allocator_settings())
+    # Jobs set this for their training workers (ray_jobs/training/fitting.py).
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.set_num_threads(1 if tiny else 8)
     with tempfile.TemporaryDirectory() as directory:
         write_collection(Path(directory), TINY if tiny else replace(FULL, checkpoints=16))
