@@ -25,6 +25,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from ray.util import get_node_ip_address
 
 from ray_jobs.cluster import ray_cluster
@@ -113,11 +114,19 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Made once for all of pytest's workers; each has a copy, whose lock and stages are its own."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made, printed = shared / "small_run", shared / "small_run.log"
+    with FileLock(shared / "small_run.lock"):
+        if not printed.exists():
+            result = _run_job("pipeline", [str(DIGITS), *SMALL, f"output={made}"])
+            assert result.returncode == 0, result.stderr
+            printed.write_text(result.stdout + result.stderr)
     root = tmp_path_factory.mktemp("run") / "small"
-    arguments = [str(DIGITS), *SMALL, f"output={root}"]
-    result = _run_job("pipeline", arguments)
-    assert result.returncode == 0, result.stderr
-    return FinishedRun(root, arguments, result.stdout + result.stderr)
+    shutil.copytree(made, root)
+    return FinishedRun(root, [str(DIGITS), *SMALL, f"output={root}"], printed.read_text())
 
 
 @pytest.fixture(scope="session")

@@ -236,7 +236,7 @@ def test_an_interrupt_while_writing_leaves_whole_files_only(
         put(file, position, data)
 
     monkeypatch.setattr(ModelWriter, "_put", slow)
-    here = threading.get_ident()
+    here, before = threading.get_ident(), set(threading.enumerate())
 
     def interrupt() -> None:
         began.wait(20)
@@ -248,9 +248,8 @@ def test_an_interrupt_while_writing_leaves_whole_files_only(
         generate_models(large_generator, CONDITIONS, 30, 5, tmp_path, SAMPLING)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert len(list(tmp_path.iterdir())) < 60
-    assert not [
-        each for each in threading.enumerate() if each.name.startswith(("write", "finish")) and _works(each)
-    ]
+    begun = set(threading.enumerate()) - before
+    assert not [each for each in begun if each.name.startswith(("write", "finish")) and _works(each)]
 
 
 def _works(thread: threading.Thread) -> bool:
