@@ -18,7 +18,8 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m ray_jobs.pipeline configs/digits.yaml
 
-# Two at a time: much of it waits for processes of Ray. File by file, since a file's tests share what is costly.
+# Two processes run tests, because many tests wait for processes of Ray. Each takes whole files, because the tests of a
+# file share what is costly.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Ray head on this machine: cluster/local.sh start [GPUS] | stop | status
 #
-# GPUS: 0 for none; left out, all that Ray finds. RPG_PORT and RPG_DASHBOARD_PORT move it to other ports.
+# GPUS is a number, 0 for none; without it the head takes all that Ray finds. RPG_PORT and RPG_DASHBOARD_PORT set ports.
 set -euo pipefail
 
 port=${RPG_PORT:-6379}
@@ -14,7 +14,7 @@ export RAY_AUTH_MODE=token
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -x $here/.venv/bin/ray ]]; then
-    # The jobs' `python` is the one beside `ray`.
+    # Jobs run the `python` that is found first, which has to be the one beside `ray`.
     PATH=$here/.venv/bin:$PATH
 fi
 
@@ -26,7 +26,7 @@ fail() {
 head_pid() {
     local pid
     pid=$(cat "$pid_file" 2>/dev/null) || return 1
-    # A number that another program has been given since is not ours.
+    # The system may have given the number to another program since, so the command line is compared.
     tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q -- "start --head --block --port=$port " || return 1
     echo "$pid"
 }
@@ -47,7 +47,7 @@ start() {
     ! head_pid >/dev/null || fail "a head is running already: cluster/local.sh status"
     mkdir -p "$state"
     [[ -s $HOME/.ray/auth_token ]] || ray get-auth-token --generate >/dev/null 2>&1
-    # A session of its own, so that `stop` ends this head's processes and no other's.
+    # The head gets a session of its own, so that `stop` ends only this head's processes.
     setsid ray start --head --block --port="$port" --dashboard-port="$dashboard" \
         --dashboard-agent-listen-port=0 --disable-usage-stats ${gpus:+--num-gpus="$gpus"} \
         </dev/null >"$log" 2>&1 &
@@ -83,7 +83,7 @@ stop() {
 status() {
     local text
     head_pid >/dev/null || { echo "no head is running"; return 1; }
-    # A head knows its own resources some seconds after it answers.
+    # A head knows its own resources only some seconds after it answers.
     for _ in {1..10}; do
         text=$(ray status --address="127.0.0.1:$port") || return
         [[ $text == "No cluster status"* ]] || break
