@@ -1,10 +1,10 @@
 """A node's cache of remote files and directories: downloaded once, then used by every process of the node.
 
     CACHE/KEY/content/NAME   the copy; KEY is a digest of the URI and of every file's size and version
-    CACHE/KEY/source.json    the URI and the files' versions; its modification time is the time of the last
-    use CACHE/KEY.partial/       an unfinished download; its file `reserved` has the number of bytes that it
-    will take CACHE/KEY.lock           held shared by processes that use KEY, exclusively by one that
-    downloads or evicts it CACHE/room.lock          held by the process that makes room for a download
+    CACHE/KEY/source.json    the URI and the files' versions; its modification time is that of the last use
+    CACHE/KEY.partial/       an unfinished download; its file `reserved` has the number of bytes it will take
+    CACHE/KEY.lock           held shared by processes that use KEY, exclusively by one that fetches or evicts
+    CACHE/room.lock          held by the process that makes room for a download
 
 Locks are `flock`s, which the system releases when a process ends, even if it is killed.
 """
