@@ -158,9 +158,9 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, Ray {ray.__version__}"
     text = (
         "# Memory of stage `shard`\n\n"
-        f"`python benchmarks/shard_memory.py --gigabytes {arguments.gigabytes:g} --directory DIRECTORY` ran on "
-        f"an {processor} with 2 CPUs; Ray was given 2 GiB of object store and 2 GiB of memory. {versions}, "
-        f"Arrow {pa.__version__}.\n\n"
+        f"`python benchmarks/shard_memory.py --gigabytes {arguments.gigabytes:g} --directory DIRECTORY` ran "
+        f"on an {processor} with 2 CPUs; Ray was given 2 GiB of object store and 2 GiB of memory. "
+        f"{versions}, Arrow {pa.__version__}.\n\n"
         f"{table}\n\n"
         "Shared pages are counted in equal shares (PSS). Mapped files are page cache, which the system\n"
         "takes back when it needs room; all processes include Ray's own and its idle workers.\n"

@@ -103,7 +103,7 @@ class Engine:
         return len(self._requests)
 
     def step(self) -> bool:
-        """Sample one batch and have it written; False if there was nothing to sample."""
+        """Sample one batch and have it written; False if no request wants rows."""
         self._wake.clear()
         self._admit()
         self._remove_done()
@@ -118,7 +118,8 @@ class Engine:
         """Step, and wait for requests, until another thread calls `stop`."""
         try:
             while not self._is_closing:
-                if not self.step():
+                # `stop` may have come while `step` cleared the event that it sets.
+                if not self.step() and not self._is_closing:
                     self._wake.wait()
         except BaseException as error:
             self.broken = error

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpg.config import ConditionConfig, ConditionKind, Count, Finite, SamplingConfig, Seed, TokenDtype
+from rpg.config import (
+    ConditionConfig,
+    ConditionKind,
+    Count,
+    Finite,
+    SamplingConfig,
+    Seed,
+    TokenDtype,
+    validate_sampling,
+)
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.model_writer import ModelWriter
@@ -68,8 +77,9 @@ class JobPlan:
         `digest` is the generator's, where it is known already.
 
         Raises:
-            RPGError: for a condition that does not fit the generator.
+            RPGError: for a condition or a sampling setting that does not fit the generator.
         """
+        validate_sampling(job.sampling, generator.config)
         config = generator.config.condition
         if config.kind == ConditionKind.vector and job.conditions is None:
             raise RPGError(f"condition: this generator needs one of {config.size} values")

@@ -91,8 +91,12 @@ class ModelWriter:
             RPGError: naming the file, if it cannot be written; nothing is left of it then.
         """
         self._target = AtomicFile(self.path)
-        with self._storage_errors():
-            self._file: IO[bytes] = self._target.temporary.open("wb")
+        try:
+            with self._storage_errors():
+                self._file: IO[bytes] = self._target.temporary.open("wb")
+        except BaseException:
+            self._target.discard()
+            raise
         try:
             with self._storage_errors():
                 self._file.write(self._header)

@@ -24,8 +24,8 @@ class Request:
         plan: how the job's models are made.
         indices: the models, ascending.
         out: directory or URI where their files go.
-        finish: called by a writing thread with a model's index and its file, all of whose tokens are written;
-            puts the file in place (`ModelWriter.commit`).
+        finish: called by a finishing thread with a model's index and its file, all of whose tokens are
+            written; puts the file in place (`ModelWriter.commit`). If it raises, the file is discarded.
         fail: called once, from any thread, with what went wrong; nothing more is made then.
         is_there: whether a model need not be made; asked when its turn comes.
         job: requests of one job take turns as one.

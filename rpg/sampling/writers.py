@@ -6,11 +6,13 @@ samples them. Small ones share one thread, because what they take is Python's ti
 written are finished by other threads, which mostly wait for the disk or the network.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import BoundedSemaphore
 
+from rpg.errors import RPGError
 from rpg.sampling.batch_sampler import Sampled
 from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.request import Request, Segment
@@ -23,6 +25,8 @@ _WRITING_THREADS = 4
 _FINISHING_THREADS = 4
 _FINISHING_FILES = 64
 """Files that may be open with all their tokens written."""
+
+_log = logging.getLogger("rpg.sampling")
 
 
 class OrderedWriters:
@@ -46,13 +50,19 @@ class OrderedWriters:
 
         Waits where the disk lags behind.
         """
-        futures, row = [], 0
+        futures: list[Future[None]] = []
+        # Listed before it is filled, so that `close` waits for all of it even after an interrupt in the loop.
+        self._batches.append(futures)
+        row = 0
         for segment in segments:
             rows = slice(row, row + len(segment.rows.tokens))
             row = rows.stop
             segment.request.begin_action()
-            futures.append(self._thread_of(segment).submit(self._write_segment, segment, sampled, rows))
-        self._batches.append(futures)
+            try:
+                futures.append(self._thread_of(segment).submit(self._write_segment, segment, sampled, rows))
+            except BaseException:
+                segment.request.end_action()
+                raise
         while self._batches and (
             len(self._batches) > _WAITING_BATCHES or all(future.done() for future in self._batches[0])
         ):
@@ -61,9 +71,18 @@ class OrderedWriters:
 
     def finish(self, request: Request, model: int, file: ModelWriter) -> None:
         """Have a thread finish a file whose tokens are all written; waits where too many are unfinished."""
-        self._room_for_files.acquire()
-        request.begin_action()
-        future = self._finishing.submit(self._finish, request, model, file)
+        try:
+            self._room_for_files.acquire()
+            request.begin_action()
+            try:
+                future = self._finishing.submit(self._finish, request, model, file)
+            except BaseException:
+                self._room_for_files.release()
+                request.end_action()
+                raise
+        except BaseException:
+            file.discard()
+            raise
         self._files.add(future)
         future.add_done_callback(self._finished)
 
@@ -103,7 +122,10 @@ class OrderedWriters:
         request, model, first = segment.request, segment.model, segment.first_token
 
         def write() -> None:
-            if request.dropped or self._is_cancelled:
+            if self._is_cancelled:
+                # More of its models will not be written, so its unfinished files are removed.
+                request.drop()
+            if request.dropped:
                 return
             file = request.file_for(model, first)
             try:
@@ -137,6 +159,8 @@ def _acting(request: Request, action: Callable[[], None]) -> None:
     try:
         action()
     except BaseException as error:
+        if not isinstance(error, RPGError | OSError):
+            _log.error("while writing models", exc_info=error)
         request.fail_with(error)
     finally:
         request.end_action()

@@ -38,7 +38,7 @@ from rpg.sampling.generate import generate_models, run_job
 from rpg.sampling.job import GenerationJob
 from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.noise import permutation_state
-from rpg.sampling.writers import LARGE_VALUES
+from rpg.sampling.writers import LARGE_VALUES, OrderedWriters
 from tests.sampling.packing import Asked, sampled_tokens
 
 MakeGenerator = Callable[..., Generator]
@@ -250,6 +250,29 @@ def test_an_interrupt_while_writing_leaves_whole_files_only(
     assert len(list(tmp_path.iterdir())) < 60
     begun = set(threading.enumerate()) - before
     assert not [each for each in begun if each.name.startswith(("write", "finish")) and _works(each)]
+
+
+def test_an_interrupt_while_the_last_tokens_are_written_leaves_no_half_file(
+    tmp_path: Path, large_generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is sampled by then, and the main thread only waits for the writing threads."""
+    close = OrderedWriters.close
+    put = ModelWriter._put
+    here = threading.get_ident()
+
+    def slow(file: ModelWriter, position: int, data: memoryview) -> None:
+        time.sleep(0.05)
+        put(file, position, data)
+
+    def interrupted(writers: OrderedWriters) -> None:
+        threading.Timer(0.2, signal.pthread_kill, [here, signal.SIGINT]).start()
+        close(writers)
+
+    monkeypatch.setattr(ModelWriter, "_put", slow)
+    monkeypatch.setattr(OrderedWriters, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_models(large_generator, CONDITIONS[:1], 4, 5, tmp_path, SAMPLING)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def _works(thread: threading.Thread) -> bool:
