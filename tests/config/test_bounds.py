@@ -1,6 +1,7 @@
 """Bounds and combinations: what a config may hold, and with which words it is refused."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,21 +26,6 @@ from rpg.config import (
     validate_sampling,
 )
 from rpg.errors import RPGError
-
-
-@pytest.fixture
-def preset(tmp_path: Path) -> Path:
-    path = tmp_path / "preset.yaml"
-    path.write_text("name: test\ntrain:\n  steps: 7\ngenerator:\n  recurrent: {kind: lstm}\n")
-    return path
-
-
-def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(RPGError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -83,12 +69,12 @@ def refusal(path: Path, *overrides: str) -> str:
         "generator.sampling.guidance=2",
     ],
 )
-def test_out_of_range(preset: Path, override: str) -> None:
+def test_out_of_range(preset: Path, override: str, refusal: Callable[..., str]) -> None:
     key = override.partition("=")[0]
     assert key in refusal(preset, override).replace("beta_start, beta_end", "beta_start, " + key)
 
 
-def test_head_size_divides_what_it_splits(preset: Path) -> None:
+def test_head_size_divides_what_it_splits(preset: Path, refusal: Callable[..., str]) -> None:
     for kind, width in (("mamba2", "expand * width = 256"), ("transformer", "width = 256")):
         message = refusal(preset, f"generator.recurrent.kind={kind}", "generator.recurrent.head_size=48")
         assert width in message

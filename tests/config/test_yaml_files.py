@@ -1,6 +1,7 @@
 """Presets and overrides end in a valid Config, or in one line that names the key."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,21 +19,6 @@ from rpg.config import (
 from rpg.errors import RPGError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-@pytest.fixture
-def preset(tmp_path: Path) -> Path:
-    path = tmp_path / "preset.yaml"
-    path.write_text("name: test\ntrain:\n  steps: 7\ngenerator:\n  recurrent: {kind: lstm}\n")
-    return path
-
-
-def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(RPGError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 class TestLoading:
@@ -100,7 +86,7 @@ class TestUnknownKeys:
             ("train.steps", "override 'train.steps': expected key=value"),
         ],
     )
-    def test_of_overrides(self, preset: Path, override: str, words: str) -> None:
+    def test_of_overrides(self, preset: Path, override: str, words: str, refusal: Callable[..., str]) -> None:
         assert words in refusal(preset, override)
 
     @pytest.mark.parametrize(
@@ -116,7 +102,7 @@ class TestUnknownKeys:
             ("just text", "unknown key 'just text'"),
         ],
     )
-    def test_of_files(self, tmp_path: Path, content: str, words: str) -> None:
+    def test_of_files(self, tmp_path: Path, content: str, words: str, refusal: Callable[..., str]) -> None:
         path = tmp_path / "bad.yaml"
         path.write_text(content)
         message = refusal(path)
@@ -129,20 +115,20 @@ class TestBadFiles:
         "content",
         [b"a: [", b"\tx", b": :", b"name: a\nname: b\n", b"\xff\xfe\x00", b"a: &a [*a]", b"name: ${nope}"],
     )
-    def test_not_yaml(self, tmp_path: Path, content: bytes) -> None:
+    def test_not_yaml(self, tmp_path: Path, content: bytes, refusal: Callable[..., str]) -> None:
         path = tmp_path / "bad.yaml"
         path.write_bytes(content)
         assert refusal(path).startswith(f"{path}: ")
         with pytest.raises(RPGError, match=r"bad\.yaml: "):
             generator_config_from_yaml(path)
 
-    def test_yaml_tags_are_not_executed(self, tmp_path: Path) -> None:
+    def test_yaml_tags_are_not_executed(self, tmp_path: Path, refusal: Callable[..., str]) -> None:
         path, harm = tmp_path / "bad.yaml", tmp_path / "harm"
         path.write_text(f"name: !!python/object/apply:os.mkdir ['{harm}']")
         assert "not valid YAML" in refusal(path)
         assert not harm.exists()
 
-    def test_missing_or_a_directory(self, tmp_path: Path) -> None:
+    def test_missing_or_a_directory(self, tmp_path: Path, refusal: Callable[..., str]) -> None:
         assert "not found; expected a YAML config" in refusal(tmp_path / "none.yaml")
         assert str(tmp_path) in refusal(tmp_path)
         with pytest.raises(RPGError, match="not found; expected a generator's configuration"):
@@ -173,5 +159,5 @@ class TestValues:
             "output=${nope}",
         ],
     )
-    def test_of_the_wrong_type(self, preset: Path, override: str) -> None:
+    def test_of_the_wrong_type(self, preset: Path, override: str, refusal: Callable[..., str]) -> None:
         assert override.partition("=")[0] in refusal(preset, override)
