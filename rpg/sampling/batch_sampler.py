@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rpg.config import SamplingConfig, SamplingPrecision, validate_sampling
 from rpg.generator.generator import Generator
+from rpg.sampling.gpu.results import SampledWeights, TokenDecoder
 from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.noise import seed_word
 from rpg.sampling.plain_loop import PlainLoop
@@ -36,14 +37,10 @@ _ROW_MULTIPLE = 32
 
 
 class Sampled(Protocol):
-    """A sampled batch, perhaps still being copied from a GPU."""
+    """A sampled batch, on the host."""
 
     def __len__(self) -> int:
         """Rows of the batch."""
-        ...
-
-    def wait(self) -> None:
-        """Return when the batch has arrived on the host; from any thread."""
         ...
 
     def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
@@ -63,9 +60,6 @@ class SampledValues:
 
     def __len__(self) -> int:
         return len(self.values)
-
-    def wait(self) -> None:
-        """Return at once."""
 
     def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
         """Decode and write `rows`, as `Sampled` describes."""
@@ -94,14 +88,8 @@ class BatchSampler:
         self._device = generator.positions.device
         self._prototypes = Prototypes(generator, sampling)
         self._loop: PlainLoop | GPULoop | None = None
-        self._decodes_on_gpu = False
-        if self._device.type == "cuda":
-            from rpg.sampling.gpu.results import HostCopies, TokenDecoder
-
-            self._decodes_on_gpu = TokenDecoder.serves(generator.layout)
-            if self._decodes_on_gpu:
-                self._decoder = TokenDecoder(generator.layout, self._device)
-                self._copies = HostCopies(self._device)
+        decodes_on_gpu = self._device.type == "cuda" and TokenDecoder.serves(generator.layout)
+        self._decoder = TokenDecoder(generator.layout, self._device) if decodes_on_gpu else None
 
     def rows(self, model: int, condition: Tensor, seed: int) -> Iterator[Rows]:
         """The rows of one model, piece by piece, in order of its tokens.
@@ -126,13 +114,13 @@ class BatchSampler:
             return self._loop(rows.padded(self.size))[: len(rows.models)]
 
     def sample(self, rows: Rows) -> Sampled:
-        """Sample at most `size` rows to be written; does not wait for a GPU."""
+        """Sample at most `size` rows to be written."""
         values = self.denoise(rows)
-        if not self._decodes_on_gpu:
+        if self._decoder is None:
             return SampledValues(values.cpu())
         with torch.inference_mode():
             tokens = rows.tokens.to(self._device, non_blocking=True)
-            return self._copies.start(self._decoder.decode(tokens, values))
+            return SampledWeights.from_gpu(self._decoder.decode(tokens, values))
 
     def _build_loop(self) -> "PlainLoop | GPULoop":
         sampling, generator = self._sampling, self.generator

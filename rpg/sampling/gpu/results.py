@@ -1,4 +1,4 @@
-"""What becomes of a batch that a GPU has sampled: it is decoded there, and copied to the host meanwhile."""
+"""What becomes of a batch that a GPU has sampled: it is decoded there, and copied to the host."""
 
 from dataclasses import dataclass
 
@@ -63,46 +63,23 @@ class TokenDecoder:
 
 
 @dataclass
-class ArrivingBatch:
-    """Weights of sampled tokens, float32 [N, token_size], being copied from a GPU to the host."""
+class SampledWeights:
+    """Weights of sampled tokens, float32 [N, token_size], on the host."""
 
     weights: Tensor
     finite: Tensor
     """Bool [N]: rows without NaN or infinite values."""
-    copied: torch.cuda.Event
+
+    @staticmethod
+    def from_gpu(weights: Tensor) -> "SampledWeights":
+        """Copy weights [N, token_size] from a GPU; returns when they have arrived."""
+        # Copies into pinned memory are the fastest.
+        host = torch.empty(weights.shape, dtype=weights.dtype, pin_memory=True)
+        return SampledWeights(host.copy_(weights), weights.isfinite().all(1).cpu())
 
     def __len__(self) -> int:
         return len(self.weights)
 
-    def wait(self) -> None:
-        """Return when all has arrived; from any thread."""
-        self.copied.synchronize()
-
     def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
-        """Write `rows`, consecutive tokens of one model from `first_token` on, into its file.
-
-        Raises:
-            RPGError: as `ModelWriter.write_weights`.
-        """
-        self.wait()
+        """Write `rows`, as `Sampled` describes."""
         file.write_weights(first_token, self.weights[rows], self.finite[rows])
-
-
-class HostCopies:
-    """Copies from a GPU to pinned memory of the host, in a stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    def start(self, weights: Tensor) -> ArrivingBatch:
-        """Begin to copy weights [N, token_size]; returns at once."""
-        self._stream.wait_stream(torch.cuda.current_stream(weights.device))
-        host = torch.empty(weights.shape, dtype=weights.dtype, pin_memory=True)
-        finite = torch.empty(len(weights), dtype=torch.bool, pin_memory=True)
-        with torch.cuda.stream(self._stream):
-            host.copy_(weights, non_blocking=True)
-            finite.copy_(weights.isfinite().all(1), non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        weights.record_stream(self._stream)
-        return ArrivingBatch(host, finite, copied)
