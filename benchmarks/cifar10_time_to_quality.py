@@ -40,7 +40,7 @@ from rpg.generator.generator import Generator
 from rpg.sampling.model_writer import NotFiniteError
 from rpg.storage.files import read_json, write_json
 from rpg.tasks.class_subsets import HELD_OUT_TASKS, class_bits
-from rpg.tasks.families import task_family
+from rpg.tasks.families import load_family
 from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import TrainingProgress
 
@@ -117,7 +117,7 @@ def run_preset(session: Session, kind: str) -> dict[str, Any]:
     if failed:
         return trained
     report = read_json(session.runs / kind / "report.json", "a report")
-    accuracy = report["accuracy"]
+    accuracy = report["score"]
     return {
         "originals": accuracy["originals"]["mean"],
         "generated": accuracy["generated_unseen"]["mean"],
@@ -149,9 +149,10 @@ def accuracy_of(session: Session, kind: str, generator: Generator) -> dict[str, 
         except NotFiniteError as error:
             return {"accuracy": None, "networks": 0, "generation_seconds": 0.0, "reason": str(error)}
         models = [read_checkpoint(file) for file in files]
-        family = task_family(config.collect.family, config.collect.images, session.device())
+        family = load_family(config.tasks, config.collect.images, session.device())
         asked = [condition for condition in conditions for _ in range(number)]
-        accuracy = (family.predict(models, "test") == family.labels(asked, "test")).float().mean()
+        right = torch.stack([family.labels(condition, "test") for condition in asked]).cpu()
+        accuracy = (family.predict_many(models, "test") == right).float().mean()
     return {"accuracy": float(accuracy), "networks": len(models), "generation_seconds": seconds}
 
 

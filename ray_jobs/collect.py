@@ -3,14 +3,18 @@
 python -m ray_jobs.collect CONFIG [key=value …]
 """
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 from torch import Tensor
 
+from ray_jobs.judging import JudgeSettings, family_inputs, family_name, loaded_family
 from ray_jobs.loading import load_collection
 from ray_jobs.resources import ResourceRequest
 from ray_jobs.run_paths import RunPaths
@@ -18,14 +22,14 @@ from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
 from rpg.commands.progress import stage_progress
-from rpg.config import CollectConfig, Config
+from rpg.config import Config
 from rpg.errors import RPGError
+from rpg.evaluation.judge import Candidate, FamilyJudge
 from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, exists
-from rpg.tasks.class_subsets import class_bits, task_splits
-from rpg.tasks.families import TaskFamily, family_of, task_family
+from rpg.tasks.families import Task, calling, can_collect, check_family, uses_gpu
 
 _WRITERS = 4
 
@@ -36,51 +40,75 @@ def run(config: Config) -> None:
     if config.collect.directory:
         load_collection(paths.collection)
         return
-    splits = task_splits(config.collect.validation_tasks, config.seed)
+    tasks = _tasks(config)
     copies = range(config.collect.checkpoints_per_task)
-    models = [(task, copy) for task in splits for copy in copies]
+    models = [(task.name, copy) for task in tasks for copy in copies]
     batches = [
-        [(task, copy) for task in tasks]
+        [(task, copy) for task in some]
         for copy in copies
-        for tasks in _evenly(list(splits), config.collect.models_per_batch)
+        for some in _evenly(tasks, config.collect.models_per_batch)
     ]
+    judge = JudgeSettings.of(config, None)
     resources = {"num_cpus": 1, "num_gpus": int(_uses_gpu(config))}
-    shared = (replace(config.collect, images=paths.images), config.seed, _uses_gpu(config))
+    shared = (config, judge)
     with stage_progress("collect") as display, replacing_directory(paths.collection) as directory:
         display.update(0, len(models), "backbone")
         backbone = _train_backbone.options(**resources).remote(*shared)
         fine_tune = _fine_tune.options(**resources)
         waiting = [fine_tune.remote(*shared, backbone, batch, directory) for batch in batches]
         batch_of = dict(zip(waiting, batches, strict=True))
-        entries: dict[tuple[int, int], Entry] = {}
+        entries: dict[tuple[str, int], Entry] = {}
         while waiting:
             [finished], waiting = ray.wait(waiting, num_returns=1)
-            for model, entry in zip(batch_of[finished], ray.get(finished), strict=True):
-                entry["split"] = splits[model[0]]
-                entries[model] = Entry(**entry)
-            display.update(len(entries), len(models), _mean_accuracy(list(entries.values())))
-        architecture = {FAMILY: config.collect.family}
+            for (task, copy), entry in zip(batch_of[finished], _result(finished), strict=True):
+                entries[task.name, copy] = Entry(**entry)
+            display.update(len(entries), len(models), _mean_metric(list(entries.values())))
+        architecture = {FAMILY: config.tasks}
         Collection(directory, architecture, [entries[model] for model in models]).save()
 
 
 def check(config: Config) -> None:
     """Refuse a family, images, splits or an output that networks cannot be trained for."""
     if not config.collect.directory:
-        paths = RunPaths.of(config)
-        task_family(config.collect.family, paths.images).check_images()
-        task_splits(config.collect.validation_tasks, config.seed)
-        _refuse_foreign_files(paths.collection)
+        check_family(loaded_family(config), family_name(config))
+        _tasks(config)
+        _refuse_foreign_files(RunPaths.of(config).collection)
 
 
-def family_name(config: Config) -> str:
-    """The task family that the networks of a run's collection belong to.
+def _tasks(config: Config) -> list[Task]:
+    """The tasks of the family, in order.
 
     Raises:
-        RPGError: if the collection is the user's and does not say.
+        RPGError: if the family trains no networks, or its tasks are not as `Task` says.
     """
-    if not config.collect.directory:
-        return config.collect.family
-    return family_of(load_collection(RunPaths.of(config).collection))
+    family, name = loaded_family(config), family_name(config)
+    if not can_collect(family):
+        raise RPGError(
+            f"tasks: '{name}' trains no networks (it lacks a method tasks, backbone or fine_tune); name a "
+            "collection that is there with collect.directory"
+        )
+    with calling(name, "tasks"):
+        tasks = list(family.tasks(config.collect.validation_tasks, config.seed))
+    if not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise RPGError(f"{name}: tasks: expected a list of Task, got {tasks!r:.80}")
+    names = [task.name for task in tasks]
+    for task in tasks:
+        if not re.fullmatch(r"[\w.-]{1,100}", task.name) or names.count(task.name) > 1:
+            raise RPGError(
+                f"{name}: tasks: expected different names of letters, digits, '_', '-' and '.', "
+                f"got {task.name!r:.80}"
+            )
+    return tasks
+
+
+def _result(finished: Any) -> list[dict[str, Any]]:
+    try:
+        entries: list[dict[str, Any]] = ray.get(finished)
+        return entries
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RPGError):
+            raise error.cause from error
+        raise
 
 
 def _refuse_foreign_files(directory: AnyPath) -> None:
@@ -99,57 +127,70 @@ def _refuse_foreign_files(directory: AnyPath) -> None:
 # The tasks are declared without GPUs and get them by `options`: then Ray keeps a GPU's worker from one task
 # to the next. Starting a worker and reading the images takes longer than many of the tasks.
 @ray.remote
-def _train_backbone(config: CollectConfig, seed: int, use_gpu: bool) -> dict[str, Tensor]:
-    return _family(config, use_gpu).train_backbone(config, seed)
+def _train_backbone(config: Config, judge: JudgeSettings) -> dict[str, Tensor]:
+    family = _judge(judge).family
+    with calling(judge.tasks, "backbone"):
+        backbone: dict[str, Tensor] = family.backbone(config.collect, config.seed)
+    return backbone
 
 
 @ray.remote
 def _fine_tune(
-    config: CollectConfig,
-    seed: int,
-    use_gpu: bool,
+    config: Config,
+    settings: JudgeSettings,
     backbone: dict[str, Tensor],
-    models: list[tuple[int, int]],
+    models: list[tuple[Task, int]],
     directory: AnyPath,
 ) -> list[dict[str, object]]:
-    family = _family(config, use_gpu)
-    state_dicts = family.fine_tune(backbone, models, config, seed)
-    conditions = [class_bits(task) for task, _ in models]
-    right = family.predict(state_dicts, "validation") == family.labels(conditions, "validation")
-    accuracies = right.float().mean(1).tolist()
+    judge = _judge(settings)
+    with calling(settings.tasks, "fine_tune"):
+        state_dicts = judge.family.fine_tune(backbone, models, config.collect, config.seed)
+    if len(state_dicts) != len(models):
+        raise RPGError(
+            f"{settings.tasks}: fine_tune: expected {len(models)} networks, got {len(state_dicts)}"
+        )
+    names = [f"task{task.name:0>4}_copy{copy}.safetensors" for task, copy in models]
+    measured = judge.measure(
+        [Candidate(*row) for row in zip(names, state_dicts, [t.condition for t, _ in models], strict=True)],
+        "validation",
+    )
+    for each in measured:
+        if each.failure is not None:
+            raise RPGError(each.failure)
 
     def write(index: int) -> dict[str, object]:
         task, copy = models[index]
-        path = directory / f"task{task:04d}_copy{copy}.safetensors"
+        path = directory / names[index]
         with replacing_file(path) as temporary:
             write_checkpoint(temporary, state_dicts[index], {"format": "pt"})
             digest = sha256(temporary)
-        metrics = {"validation_accuracy": accuracies[index]}
-        state = copy if family.copies_share_order else None
-        return asdict(Entry(path.name, digest, conditions[index], metrics, state=state))
+        metrics = {f"validation_{name}": value for name, value in measured[index].metrics.items()}
+        state = copy if getattr(judge.family, "copies_share_order", False) else None
+        return asdict(Entry(path.name, digest, task.condition, metrics, task.split, state=state))
 
     # Writing mostly waits for the disk, which threads can do at the same time.
     with ThreadPoolExecutor(_WRITERS) as pool:
         entries = list(pool.map(write, range(len(models))))
-    if use_gpu:
+    if settings.use_gpu:
         # The process stays for a while, and the next stage needs the GPU's memory.
         torch.cuda.empty_cache()
     return entries
 
 
-def _family(config: CollectConfig, use_gpu: bool) -> TaskFamily:
+def _judge(settings: JudgeSettings) -> FamilyJudge:
     torch.set_num_threads(1)
-    return task_family(config.family, config.images, torch.device("cuda" if use_gpu else "cpu"))
+    device = torch.device("cuda" if settings.use_gpu else "cpu")
+    return FamilyJudge(settings.tasks, settings.images, device, settings.time_limit)
 
 
-def _evenly(tasks: list[int], most: int) -> list[list[int]]:
+def _evenly(tasks: list[Task], most: int) -> list[list[Task]]:
     """Cut `tasks` into as few parts of at most `most` as possible; the sizes differ by at most one."""
     parts = -(-len(tasks) // most)
     return [tasks[len(tasks) * i // parts : len(tasks) * (i + 1) // parts] for i in range(parts)]
 
 
 def _uses_gpu(config: Config) -> bool:
-    return config.ray.use_gpu and task_family(config.collect.family).uses_gpu
+    return config.ray.use_gpu and uses_gpu(family_name(config))
 
 
 def _resources(config: Config) -> ResourceRequest | None:
@@ -158,15 +199,17 @@ def _resources(config: Config) -> ResourceRequest | None:
     return ResourceRequest("collecting", 1, "ray.use_gpu=true", use_gpu=True)
 
 
-def _mean_accuracy(entries: list[Entry]) -> str:
-    mean = sum(entry.metrics["validation_accuracy"] for entry in entries) / len(entries)
-    return f"validation accuracy {mean:.3f}"
+def _mean_metric(entries: list[Entry]) -> str:
+    name = next(iter(entries[0].metrics))
+    mean = sum(entry.metrics[name] for entry in entries) / len(entries)
+    return f"{name.replace('_', ' ')} {mean:.3f}"
 
 
 COLLECT = Stage(
     name="collect",
     run=run,
     sections=("seed", "collect"),
+    further=lambda config: {} if config.collect.directory else family_inputs(config),
     after=None,
     resources=_resources,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],

@@ -1,8 +1,9 @@
-"""Stage `evaluate`: accuracy on held-out images, baselines, similarity, and the report.
+"""Stage `evaluate`: what networks are worth on held-out data, baselines, similarity, and the report.
 
 python -m ray_jobs.evaluate CONFIG [key=value …]
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -11,30 +12,42 @@ import ray
 import torch
 from rich.console import Console
 
-from ray_jobs.collect import family_name
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
+from ray_jobs.judging import JudgeSettings, judge_inputs
 from ray_jobs.loading import load_collection, load_generator, open_shards
 from ray_jobs.resources import ResourceRequest, cpus_per_worker, node_resources
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main, stage_seconds, with_stages_before
 from ray_jobs.training.checkpoints import HISTORY_FILE
 from rpg.collection.checkpoint import read_checkpoint
-from rpg.collection.collection import Collection
+from rpg.collection.collection import Collection, Entry
 from rpg.collection.shards import ShardedCollection
-from rpg.commands.progress import stage_progress
-from rpg.config import ConditionKind, Config, Split, to_plain
+from rpg.commands.progress import console, stage_progress
+from rpg.config import Config, Split, to_plain
 from rpg.errors import RPGError
-from rpg.evaluation.measure import Measured, Network, TrainingSet, measure
+from rpg.evaluation.judge import FamilyJudge, Judge
+from rpg.evaluation.measure import (
+    Condition,
+    Measured,
+    Network,
+    TaskName,
+    TrainingSet,
+    condition_name,
+    measure,
+)
 from rpg.evaluation.results import Results, TaskSplit, versions
 from rpg.generator.saving import CARD_FILE
 from rpg.storage.files import read_json, write_text
-from rpg.tasks.class_subsets import task_name
-from rpg.tasks.families import family_of, task_family
+from rpg.tasks.families import calling
 
 _SLEEPING_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "passive"}}
 """Threads of a task sleep while they wait for each other. Otherwise they keep their CPUs busy while waiting.
 Where these CPUs have other work as well (two such tasks of 64 threads on one machine), 20 seconds of
 evaluation then become five minutes."""
+_MOST_ORIGINALS = 100
+"""Originals that are measured where no condition tells them apart. Each is measured with noise added, too."""
+_LINES_LEFT_OUT = 5
+"""Reasons that are printed; all of them are in the report."""
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 
@@ -53,11 +66,10 @@ def run(config: Config) -> None:
 
     began = time.perf_counter()
     paths = RunPaths.of(config)
-    if (reason := why_not_evaluated(config)) is not None:
-        raise RPGError(f"{paths.generated}: {reason}")
     with stage_progress("evaluate") as display:
-        display.update(0, 2, f"networks on {_image_split(config)} images")
-        measured = _measure_on_gpu(config) if _uses_gpu(config) else _measure(config, torch.device("cpu"))
+        display.update(0, 2, f"networks on {_data_split(config)} data")
+        on_gpu = _resources(config) is not None
+        measured = _measure_on_gpu(config) if on_gpu else _measure(config, torch.device("cpu"))
         display.update(1, 2, "report")
         history = read_json(paths.generator / HISTORY_FILE, "a training history")
         seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE)}
@@ -72,6 +84,10 @@ def run(config: Config) -> None:
             noised=measured.noised,
             baselines=measured.baselines,
             sibling_distances=measured.sibling_distances,
+            generated_distances=measured.generated_distances,
+            metric=measured.metric,
+            other_metrics=measured.other_metrics,
+            left_out=measured.left_out,
             losses=[(int(row["step"]), float(row["loss"])) for row in history],
         )
         report = build_report(results)
@@ -79,27 +95,31 @@ def run(config: Config) -> None:
         generator = load_generator(paths.generator, config.ray)
         write_text(paths.generator / CARD_FILE, generator.card(model_card_table(report)))
         display.update(2, 2)
+    for line in measured.left_out[:_LINES_LEFT_OUT]:
+        console.print(f"evaluate: left out: {line}", soft_wrap=True, markup=False)
+    if (more := len(measured.left_out) - _LINES_LEFT_OUT) > 0:
+        console.print(f"evaluate: left out: {more} more, see {REPORT_FILE}", soft_wrap=True)
     Console().print(terminal_table(report))
 
 
 def check(config: Config) -> None:
-    """Refuse images that are not there, unless there is nothing to evaluate anyway."""
-    if why_not_evaluated(config) is None:
-        task_family(family_name(config), RunPaths.of(config).images).check_images()
+    """Refuse a task family or a test command that cannot measure networks. A run that names none is not
+    refused: its report then holds what needs no test."""
+    settings = _judge_settings(config)
+    if isinstance(settings, JudgeSettings):
+        settings.open().check()
 
 
-def why_not_evaluated(config: Config) -> str | None:
-    """The reason why this run's networks cannot be evaluated; None if they can."""
-    if config.generator.condition.kind != ConditionKind.vector:
-        return "networks generated without a condition have no task to be evaluated on"
-    if not config.collect.directory:
-        return None
-    collection = load_collection(RunPaths.of(config).collection)
+def _judge_settings(config: Config) -> JudgeSettings | str:
+    """What measures the networks, or the reason why nothing does."""
+    paths, named = RunPaths.of(config), config.tasks or config.evaluate.command
+    collection = load_collection(paths.collection) if config.collect.directory and not named else None
     try:
-        family_of(collection)
+        return JudgeSettings.of(config, collection)
     except RPGError as error:
+        if named or not config.collect.directory:
+            raise
         return str(error)
-    return None
 
 
 def _measure_on_gpu(config: Config) -> Measured:
@@ -118,66 +138,102 @@ def _measure_on_gpu(config: Config) -> Measured:
 def _measure(config: Config, device: torch.device) -> Measured:
     """Measure the run's networks for the report."""
     paths = RunPaths.of(config)
-    family = task_family(family_name(config), paths.images, device)
-    images = _image_split(config)
-    originals, generated = _networks(config, load_collection(paths.collection), paths)
+    collection, settings = load_collection(paths.collection), _judge_settings(config)
+    judge = settings.open(device, on_ray=True) if isinstance(settings, JudgeSettings) else None
+    originals, generated, left_out = _networks(config, collection, paths)
+    if judge is None:
+        left_out.append(f"scores: {settings}")
     shards = open_shards(paths.shards, config.ray)
-    return measure(
+    measured = measure(
         shards.layout, _training_set(shards), originals, generated,
-        predict=lambda models: family.predict(models, images),
-        labels=lambda conditions: family.labels(conditions, images),
-        task_name=task_name,
+        judge=judge,
+        data_split=_data_split(config),
+        task_name=_task_names(judge, collection),
         noise_levels=config.evaluate.noise_levels,
         ridge_penalty=config.evaluate.ridge_penalty,
         seed=config.seed,
     )  # fmt: skip
+    return dataclasses.replace(measured, left_out=[*left_out, *measured.left_out])
 
 
-def _image_split(config: Config) -> str:
-    """The images that the networks are evaluated on.
+def _data_split(config: Config) -> str:
+    """The data that networks are evaluated on.
 
-    Networks for held-out tasks take the test images, by which nothing was chosen. Settings are chosen by
-    networks for validation tasks, on the validation images.
+    Networks for held-out tasks take the test data, by which nothing was chosen. Settings are chosen by
+    networks for validation tasks, on the validation data.
     """
     return "test" if config.generate.split == Split.heldout else "validation"
 
 
-def _uses_gpu(config: Config) -> bool:
-    return config.ray.use_gpu and task_family(family_name(config)).uses_gpu
+def _task_names(judge: Judge | None, collection: Collection) -> TaskName:
+    """How the report names tasks: as the family does, or by the description, or by the condition."""
+    texts = collection.descriptions
+    named = getattr(judge.family, "task_name", None) if isinstance(judge, FamilyJudge) else None
+
+    def name(condition: Condition | None) -> str:
+        if condition in texts:
+            return texts[condition]
+        if condition is None or named is None or judge is None:
+            return condition_name(condition)
+        with calling(judge.name, "task_name"):
+            return str(named(list(condition)))
+
+    return name
 
 
 def _resources(config: Config) -> ResourceRequest | None:
-    if not _uses_gpu(config):
+    settings = _judge_settings(config)
+    # A command has a GPU in a Ray task of its own.
+    if not isinstance(settings, JudgeSettings) or settings.command or not settings.use_gpu:
         return None
     return ResourceRequest("evaluation", 1, "ray.use_gpu=true", use_gpu=True)
 
 
-def _networks(config: Config, collection: Collection, paths: RunPaths) -> tuple[list[Network], list[Network]]:
+def _networks(
+    config: Config, collection: Collection, paths: RunPaths
+) -> tuple[list[Network], list[Network], list[str]]:
+    """Originals, generated networks, and a line for what is left out."""
     unseen, seen = chosen_conditions(collection, config)
-    splits = {tuple(condition): TaskSplit.seen for condition in seen}
+    splits: dict[Condition | None, TaskSplit] = {tuple(condition): TaskSplit.seen for condition in seen}
     splits |= {tuple(condition): TaskSplit.unseen for condition in unseen}
-    originals = []
-    for entry in collection.entries:
-        condition = tuple(entry.condition or ())
-        if condition in splits:
-            state_dict = collection.read_checked(entry)
-            originals.append(Network(entry.file, condition, splits[condition], state_dict))
+    texts, entries, left_out = collection.descriptions, [], []
+    if splits:
+        for entry in collection.entries:
+            condition = None if entry.condition is None else tuple(entry.condition)
+            if condition in splits:
+                entries.append((entry, condition, splits[condition]))
+    else:
+        # Without conditions there is one task, and all checkpoints are originals of it.
+        of_split = {"train": TaskSplit.seen, config.generate.split: TaskSplit.unseen}
+        known = [entry for entry in collection.entries if entry.split in of_split]
+        entries = [(entry, None, of_split[entry.split]) for entry in _evenly_spaced(known)]
+        if len(entries) < len(known):
+            left_out.append(f"originals: {len(entries)} of {len(known)} were measured, evenly spaced")
+    originals = [
+        Network(entry.file, condition, split, collection.read_checked(entry), entry.description)
+        for entry, condition, split in entries
+    ]
     job = read_json(paths.generated / JOB_FILE, "a generation job")
-    generated = [
-        Network(
-            model["file"], tuple(model["condition"]), TaskSplit(model["split"]),
-            read_checkpoint(paths.generated / model["file"]),
-        )
-        for model in job["models"]
-    ]  # fmt: skip
-    return originals, generated
+    generated = []
+    for model in job["models"]:
+        condition = None if model["condition"] is None else tuple(model["condition"])
+        split = TaskSplit.seen if condition is None else TaskSplit(model["split"])
+        state_dict = read_checkpoint(paths.generated / model["file"])
+        generated.append(Network(model["file"], condition, split, state_dict, texts.get(condition or ())))
+    return originals, generated, left_out
+
+
+def _evenly_spaced(entries: list[Entry]) -> list[Entry]:
+    count = min(len(entries), _MOST_ORIGINALS)
+    return [entries[len(entries) * i // count] for i in range(count)]
 
 
 def _training_set(shards: ShardedCollection) -> TrainingSet:
     everything = range(shards.layout.tokens)
     mask = shards.layout.mask()
     values = torch.stack([shards.read(i, everything)[mask] for i in range(len(shards))])
-    assert shards.conditions is not None
+    if shards.conditions is None:
+        return TrainingSet(values, None)
     conditions: Sequence[Sequence[float]] = shards.conditions.tolist()
     return TrainingSet(values, [tuple(condition) for condition in conditions])
 
@@ -186,6 +242,8 @@ EVALUATE = Stage(
     name="evaluate",
     run=run,
     sections=("evaluate",),
+    ignored=("evaluate.time_limit",),
+    further=judge_inputs,
     after=GENERATE,
     resources=_resources,
     check=check,

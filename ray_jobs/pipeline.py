@@ -6,8 +6,7 @@ python -m ray_jobs.pipeline CONFIG [key=value …]
 import sys
 import time
 
-from ray_jobs.evaluate import EVALUATE, why_not_evaluated
-from ray_jobs.generate import GENERATE
+from ray_jobs.evaluate import EVALUATE
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import is_done, job_main, require_resources_of, run_stage, with_stages_before
 from rpg.commands.progress import console
@@ -18,9 +17,6 @@ def run(config: Config) -> None:
     """Run every stage of the flow that is not done yet."""
     began = time.perf_counter()
     stages = with_stages_before(EVALUATE)
-    if (reason := why_not_evaluated(config)) is not None:
-        console.print(f"evaluate: left out: {reason}", soft_wrap=True)
-        stages = with_stages_before(GENERATE)
     require_resources_of([stage for stage in stages if not is_done(stage, config)], config)
     for stage in stages:
         if is_done(stage, config):

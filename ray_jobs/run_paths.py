@@ -1,6 +1,7 @@
 """Where the stages of a run keep their outputs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rpg.config import Config
 from rpg.storage.locations import AnyPath, location
@@ -17,7 +18,9 @@ class RunPaths:
     generator: AnyPath
     generated: AnyPath
     images: str
-    """Location of the task family's images (`rpg.tasks.families.task_family`); empty if none is given."""
+    """Location of the task family's images (`rpg.tasks.families.load_family`); empty if none is given."""
+    tasks: str
+    """The setting `tasks`, its file as an absolute path."""
 
     @classmethod
     def of(cls, config: Config) -> "RunPaths":
@@ -30,6 +33,15 @@ class RunPaths:
         given = config.collect.directory
         collection = location(given) if given else root / "collection"
         images = str(location(config.collect.images)) if config.collect.images else ""
+        file, separator, name = config.tasks.rpartition(":")
+        tasks = f"{Path(file).absolute()}:{name}" if separator and file.endswith(".py") else config.tasks
         return cls(
-            root, collection, root / "shards", root / "train", root / "generator", root / "generated", images
+            root=root,
+            collection=collection,
+            shards=root / "shards",
+            train=root / "train",
+            generator=root / "generator",
+            generated=root / "generated",
+            images=images,
+            tasks=tasks,
         )

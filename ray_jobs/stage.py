@@ -48,6 +48,8 @@ class Stage:
     outputs."""
     ignored: tuple[str, ...] = ()
     """Keys of those sections that do not change the output."""
+    further: Callable[[Config], dict[str, str]] = lambda config: {}
+    """What else its output depends on, by name, such as digests of code that the config names."""
     given: Callable[[Config], AnyPath | None] = lambda config: None
     """The file that describes an output which the user has given, if the config names one. The stage then
     only checks that output, when a later stage needs it."""
@@ -67,7 +69,8 @@ def fingerprint(stage: Stage, config: Config) -> str:
     before = fingerprint(stage.after, config) + _content_digest(stage.after, config) if stage.after else ""
     given = stage.given(config)
     content = sha256(given) if given and exists(given) else ""
-    text = json.dumps([__version__, stage.name, inputs, before, content], sort_keys=True)
+    further = stage.further(config)
+    text = json.dumps([__version__, stage.name, inputs, before, content, further], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

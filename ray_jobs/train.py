@@ -14,6 +14,7 @@ import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_jobs.judging import judge_inputs
 from ray_jobs.resources import training_request
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
@@ -91,8 +92,10 @@ def _wait(fitting: Any, mailbox: Any) -> ray.train.Checkpoint:
 def _show(display: ProgressDisplay, progress: TrainingProgress | None) -> None:
     if progress:
         note = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
-        if progress.validation_accuracy is not None:
-            note += f"  validation accuracy {progress.validation_accuracy:.3f}"
+        if progress.validation_score is not None:
+            note += f"  validation {progress.validation_note} {progress.validation_score:.3f}"
+        elif progress.validation_note:
+            note += f"  validation failed: {progress.validation_note:.200}"
         display.update(progress.step, progress.steps, note)
 
 
@@ -118,6 +121,8 @@ TRAIN = Stage(
         "train.sharding",
         "generator.condition.encoder",
     ),
+    # Validation chooses the generator.
+    further=lambda config: judge_inputs(config) if config.train.validate_every else {},
     resources=training_request,
     check=check_fit,
     outputs=lambda paths: [paths.generator / WEIGHTS_FILE],

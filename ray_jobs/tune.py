@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
+from ray_jobs.judging import judge_inputs
 from ray_jobs.loading import load_collection, open_shards
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.search.results import (
@@ -45,7 +46,7 @@ def run(config: Config) -> None:
     """Search, and write the ranked table, the figure and the best config."""
     paths, space = RunPaths.of(config), search_space(config)
     # Every trial validates, so a collection without validation tasks is refused here.
-    ValidationTasks.of(config, load_collection(paths.collection))
+    tasks = ValidationTasks.of(config, load_collection(paths.collection))
     # Trials that share the machine take a thread each unless told otherwise.
     threads = config.ray.train_threads or 1
     # Trials run in other directories, where relative paths would lead elsewhere.
@@ -53,6 +54,7 @@ def run(config: Config) -> None:
         "output": str(paths.root),
         "collect.directory": str(paths.collection),
         "collect.images": paths.images,
+        "tasks": paths.tasks,
     }
     searched = with_values(config, {"ray.train_threads": threads, **places}, "ray")
     rounds = config.tune.reduction**_THINNINGS
@@ -65,12 +67,12 @@ def run(config: Config) -> None:
         trials = [make_trial(str(i), searched, point, shards, rounds) for i, point in enumerate(points)]
         mailbox = SearchMailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         task = search_task.options(scheduling_strategy=here)
-        searching = task.remote(searched, trials, name, rounds, mailbox)
-        results = ranked(_wait(searching, mailbox, display, trials))
-    if results[0].accuracy is None:
+        searching = task.remote(searched, trials, name, rounds, mailbox, tasks.higher_is_better)
+        results = ranked(_wait(searching, mailbox, display, trials), tasks.higher_is_better)
+    if results[0].score is None:
         raise RPGError(f"tune: all trials failed, one of them with: {results[0].failure}")
     best = best_config(results[0].trial, config)
-    write_results(paths.root / "tune", results, list(space), best)
+    write_results(paths.root / "tune", results, list(space), best, tasks.higher_is_better)
     Console(width=_TABLE_WIDTH).print(results_table(results, list(space)))
     remove_directory(run_directory(config, name) / "train")
     console.print(f"best config: {paths.root / 'tune' / BEST_FILE}", soft_wrap=True)
@@ -86,8 +88,8 @@ def _wait(searching: Any, mailbox: Any, display: ProgressDisplay, trials: list[T
         status = ray.get(mailbox.status.remote())
         note = f"{status.running} running"
         if status.best is not None:
-            index, accuracy = status.best
-            note += f", best so far {accuracy:.3f}: {describe(trials[index].point)}"
+            index, score = status.best
+            note += f", best so far {score:.3f}: {describe(trials[index].point)}"
         display.update(status.ended, len(trials), note)
     results: list[TrialResult] = ray.get(searching)
     return results
@@ -99,6 +101,7 @@ TUNE = Stage(
     sections=("seed", "generator", "train", "tune"),
     after=SHARD,
     ignored=("tune.concurrent",),
+    further=judge_inputs,
     outputs=lambda paths: [paths.root / "tune" / TABLE_FILE, paths.root / "tune" / BEST_FILE],
 )
 

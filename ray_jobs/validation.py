@@ -1,26 +1,30 @@
-"""Accuracy of networks generated for the validation tasks, by which generators and settings are chosen."""
+"""Scores of networks generated for the validation tasks, by which generators and settings are chosen."""
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_jobs.run_paths import RunPaths
+from ray_jobs.judging import JudgeSettings
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
+from rpg.evaluation.judge import Candidate, metric_that_counts
 from rpg.generator.generator import Generator
 from rpg.sampling.generate import generate_models
-from rpg.tasks.families import family_of, task_family
+from rpg.training.progress import Validation
 
 
 @dataclass(frozen=True)
 class ValidationTasks:
-    """Tasks that no generator is trained on and no report is about."""
+    """Tasks that no generator is trained on and no report is about; for a generator without conditions, the
+    one task that there is."""
 
-    family: str
-    images: str
-    conditions: list[list[float]]
+    judge: JudgeSettings
+    higher_is_better: bool
+    conditions: list[list[float]] | None
+    descriptions: list[str] | None
+    """The texts that the conditions stand for, if they stand for some."""
     models_per_task: int
     seed: int
 
@@ -29,32 +33,48 @@ class ValidationTasks:
         """The validation tasks of a collection.
 
         Raises:
-            RPGError: if it has none, or they cannot be evaluated.
+            RPGError: if it has none, or nothing can measure networks.
         """
-        conditions = collection.tasks("validation")
-        is_vector = config.generator.condition.kind == ConditionKind.vector
+        conditions = None
         try:
-            family = family_of(collection)
-            if not conditions or not is_vector:
-                raise RPGError(
-                    f"{collection.root}: expected a generator of condition vectors, and tasks of split "
-                    "'validation' that no generator learns from"
-                )
+            judge = JudgeSettings.of(config, collection)
+            judge.open().check()
+            if config.generator.condition.kind == ConditionKind.vector:
+                conditions = collection.tasks("validation")
+                if not conditions:
+                    raise RPGError(
+                        f"{collection.root}: expected tasks of split 'validation' that no generator "
+                        "learns from"
+                    )
         except RPGError as error:
             raise RPGError(f"{error}; without validation: train.validate_every=0") from error
-        images = RunPaths.of(config).images
-        task_family(family, images).check_images()
-        return cls(family, images, conditions, config.train.validation_models, config.seed)
+        texts = collection.descriptions
+        descriptions = [texts[tuple(condition)] for condition in conditions] if conditions and texts else None
+        return cls(
+            judge,
+            judge.higher_is_better,
+            conditions,
+            descriptions,
+            config.train.validation_models,
+            config.seed,
+        )
 
-    def accuracy(self, generator: Generator) -> float:
-        """Mean accuracy, on the validation images, of networks that `generator` makes for the tasks."""
-        family = task_family(self.family, self.images, generator.positions.device)
+    def validate(self, generator: Generator) -> Validation:
+        """Mean score, on validation data, of networks that `generator` makes for the tasks."""
+        judge = self.judge.open(generator.positions.device)
+        asked = [*(self.descriptions or self.conditions or [None])]
         with tempfile.TemporaryDirectory() as directory:
             sampling = generator.config.sampling
             files = generate_models(
                 generator, self.conditions, self.models_per_task, self.seed, Path(directory), sampling
             )
-            models = [read_checkpoint(file) for file in files]
-        asked = [condition for condition in self.conditions for _ in range(self.models_per_task)]
-        right = family.predict(models, "validation") == family.labels(asked, "validation")
-        return float(right.float().mean())
+            networks = [
+                Candidate(file.name, read_checkpoint(file), asked[index // self.models_per_task])
+                for index, file in enumerate(files)
+            ]
+        measured = judge.measure(networks, "validation")
+        # A generator that is barely trained makes networks that cannot be measured. A better one comes later.
+        metric = metric_that_counts(judge, measured).name
+        if failures := [each.failure for each in measured if each.failure is not None]:
+            return Validation(metric, None, failures[0])
+        return Validation(metric, sum(each.metrics[metric] for each in measured) / len(measured))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Interval
 
-from rpg.config import Expected, Finite, check_bounds, read_config
+from rpg.config import Expected, Finite, JudgeConfig, check_bounds, read_config
 from rpg.errors import RPGError
 from rpg.storage.locations import AnyPath, location
 
@@ -37,6 +37,11 @@ class GeneratorEntry:
     images: str = ""
     """Directory or URI of the images that networks are evaluated on, below one of `roots`, for task families
     that need some (`collect.images`)."""
+    tasks: str = ""
+    """Task family that measures networks: the name of an installed one, FILE.py:CLASS or MODULE:CLASS. Empty:
+    the one that the collection names."""
+    evaluate: JudgeConfig = field(default_factory=JudgeConfig)
+    """A command that measures networks in place of a family."""
     num_gpus: float = 1.0
     """GPUs of a replica: 1, or 0 to run on a CPU."""
 
@@ -155,6 +160,9 @@ def load_serve_config(path: Path, directory: Path | None = None) -> ServeConfig:
         entry.path = _absolute(entry.path, directory)
         entry.collection = _absolute(entry.collection, directory)
         entry.images = _absolute(entry.images, directory)
+        file, _, name = entry.tasks.rpartition(":")
+        if file.endswith(".py"):
+            entry.tasks = f"{_absolute(file, directory)}:{name}"
     try:
         validate_serve_config(config)
     except RPGError as error:

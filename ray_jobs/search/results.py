@@ -23,7 +23,7 @@ class TrialResult:
     """How a trial ended."""
 
     trial: Trial
-    accuracy: float | None
+    score: float | None
     """Of networks generated for the validation tasks, when last validated; None for a trial that failed."""
     share: float
     """Share of the trial's budget that was spent, 0…1."""
@@ -32,13 +32,13 @@ class TrialResult:
     failure: str | None
 
 
-def ranked(results: list[TrialResult]) -> list[TrialResult]:
-    """Trials in order: those that got further come first, among them the more accurate; failed ones last."""
+def ranked(results: list[TrialResult], higher_is_better: bool = True) -> list[TrialResult]:
+    """Trials in order: those that got further come first, among them the better ones; failed ones last."""
 
     def key(result: TrialResult) -> tuple[bool, float, float]:
-        if result.accuracy is None:
+        if result.score is None:
             return (True, 0.0, 0.0)
-        return (False, -result.share, -result.accuracy)
+        return (False, -result.share, -result.score if higher_is_better else result.score)
 
     return sorted(results, key=key)
 
@@ -52,20 +52,18 @@ def describe(point: Point) -> str:
 
 def results_table(results: list[TrialResult], searched: list[str]) -> Table:
     """The ranked trials for the terminal."""
-    table = Table(
-        title="Accuracy of generated networks on validation tasks, at equal compute", title_justify="left"
-    )
+    table = Table(title="Generated networks on validation tasks, at equal compute", title_justify="left")
     table.add_column("trial", no_wrap=True)
-    for name in ("accuracy", "budget", "seconds", "parameters", "steps"):
+    for name in ("score", "budget", "seconds", "parameters", "steps"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in searched:
         table.add_column(_label(key), justify="right")
     for result in results:
         trial = result.trial
-        accuracy = "failed" if result.accuracy is None else f"{result.accuracy:.4f}"
+        score = "failed" if result.score is None else f"{result.score:.4f}"
         table.add_row(
             trial.name if trial.point else f"{trial.name} (config)",
-            accuracy,
+            score,
             f"{result.share:.0%}",
             f"{result.seconds:.0f}",
             f"{trial.parameters / 1e6:.2f} M",
@@ -75,19 +73,25 @@ def results_table(results: list[TrialResult], searched: list[str]) -> Table:
     return table
 
 
-def write_results(directory: AnyPath, results: list[TrialResult], searched: list[str], best: Config) -> None:
+def write_results(
+    directory: AnyPath,
+    results: list[TrialResult],
+    searched: list[str],
+    best: Config,
+    higher_is_better: bool,
+) -> None:
     """Write `table.json`, the figure as SVG and PNG, and `best.yaml` into `directory`."""
     # Ray's workers import this module too, and Matplotlib takes a while to import.
     from rpg.evaluation.figures import to_png, to_svg
     from rpg.evaluation.search_figure import Tried, search_figure
 
     tried = [
-        Tried(r.trial.name, r.accuracy, r.trial.parameters, r.seconds, math.isclose(r.share, 1))
+        Tried(r.trial.name, r.score, r.trial.parameters, r.seconds, math.isclose(r.share, 1))
         for r in results
-        if r.accuracy is not None
+        if r.score is not None
     ]
     base = next(result.trial.name for result in results if not result.trial.point)
-    figure = search_figure(tried, base)
+    figure = search_figure(tried, base, higher_is_better)
     for suffix, content in ((".svg", to_svg(figure)), (".png", to_png(figure))):
         with replacing_file(directory / f"{FIGURE_NAME}{suffix}") as temporary:
             temporary.write_bytes(content)
@@ -101,7 +105,7 @@ def _row(rank: int, result: TrialResult, searched: list[str]) -> dict[str, Any]:
     return {
         "rank": rank,
         "trial": trial.name,
-        "accuracy": result.accuracy,
+        "score": result.score,
         "share_of_budget": result.share,
         "seconds": result.seconds,
         "parameters": trial.parameters,

@@ -27,7 +27,7 @@ from rpg.storage.directories import remove_directory
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath, exists
 
-_TRIAL, _ROUND, _ACCURACY = "trial", "round", "accuracy"
+_TRIAL, _ROUND, _SCORE = "trial", "round", "score"
 _EXPERIMENT = "search"
 
 
@@ -39,7 +39,7 @@ class SearchStatus(NamedTuple):
     running: int = 0
     """Trials that are running."""
     best: tuple[int, float] | None = None
-    """Index and accuracy of the trial that is best so far."""
+    """Index and score of the trial that is best so far."""
 
 
 @ray.remote(num_cpus=0)
@@ -65,7 +65,7 @@ def run_directory(config: Config, name: str) -> AnyPath:
 
 @ray.remote(num_cpus=0)
 def search_task(
-    config: Config, trials: list[Trial], name: str, rounds: int, mailbox: Any
+    config: Config, trials: list[Trial], name: str, rounds: int, mailbox: Any, higher_is_better: bool
 ) -> list[TrialResult]:
     """Run Ray Tune; trials that a stopped search of this name has begun go on where they were.
 
@@ -77,6 +77,7 @@ def search_task(
         name: of this search; it stands for all that determines its result.
         rounds: equal parts of a trial's budget, after each of which it is validated.
         mailbox: handle of a `SearchMailbox`.
+        higher_is_better: whether the best trial has the highest score.
     """
     directory = run_directory(config, name)
     filesystem, root = storage_filesystem(directory)
@@ -89,8 +90,8 @@ def search_task(
         trainable,
         param_space={_TRIAL: ray.tune.grid_search(list(range(len(trials))))},
         tune_config=ray.tune.TuneConfig(
-            metric=_ACCURACY,
-            mode="max",
+            metric=_SCORE,
+            mode="max" if higher_is_better else "min",
             scheduler=_GracefulASHA(
                 time_attr=_ROUND,
                 max_t=rounds,
@@ -105,7 +106,7 @@ def search_task(
             storage_path=root,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[_StatusCallback(mailbox)],
+            callbacks=[_StatusCallback(mailbox, higher_is_better)],
         ),
     )
     grid = tuner.fit()
@@ -126,10 +127,10 @@ def _trainable(
             ray.tune.report(each)
 
         def on_report(metrics: dict[str, Any]) -> None:
-            accuracy, step = metrics.get("validation_accuracy"), metrics["step"]
+            score, step = metrics.get("validation_score"), metrics["step"]
             # Training that is resumed may repeat rounds that have been reported.
-            if accuracy is not None and step == every * (len(done) + 1):
-                done.append({_ROUND: len(done) + 1, _ACCURACY: accuracy, "seconds": metrics["seconds"]})
+            if score is not None and step == every * (len(done) + 1):
+                done.append({_ROUND: len(done) + 1, _SCORE: score, "seconds": metrics["seconds"]})
                 write_json(record, done)
                 forward.after_report(None, [done[-1]], None)  # type: ignore[arg-type]
 
@@ -144,11 +145,13 @@ def _trainable(
 def _result(trials: list[Trial], result: ray.tune.Result, rounds: int) -> TrialResult:
     assert result.config is not None
     trial, metrics = trials[int(result.config[_TRIAL])], result.metrics or {}
-    accuracy, failure = metrics.get(_ACCURACY), None
+    score, failure = metrics.get(_SCORE), None
+    if score is None:
+        failure = "the networks that it generated could not be measured"
     if result.error:
-        accuracy, failure = None, str(result.error).strip().splitlines()[-1]
+        score, failure = None, str(result.error).strip().splitlines()[-1]
     share = int(metrics.get(_ROUND, 0)) / rounds
-    return TrialResult(trial, accuracy, share, float(metrics.get("seconds", 0.0)), failure)
+    return TrialResult(trial, score, share, float(metrics.get("seconds", 0.0)), failure)
 
 
 def _concurrent_trials(config: Config) -> int:
@@ -183,16 +186,17 @@ def _mailbox_name(trial: int) -> str:
 class _StatusCallback(ray.tune.Callback):
     """Reports the search's status to its mailbox."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, mailbox: Any, higher_is_better: bool) -> None:
         self._mailbox = mailbox
+        self._best = max if higher_is_better else min
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         ended = sum(trial.status in (trial.TERMINATED, trial.ERROR) for trial in trials)
         running = sum(trial.status == trial.RUNNING for trial in trials)
-        accuracies = [
-            (trial.last_result[_ACCURACY], trial.config[_TRIAL])
+        scores = [
+            (trial.last_result[_SCORE], trial.config[_TRIAL])
             for trial in trials
-            if _ACCURACY in (trial.last_result or {})
+            if _SCORE in (trial.last_result or {})
         ]
-        best = max(accuracies, default=None)
+        best = self._best(scores, default=None)
         self._mailbox.report.remote(SearchStatus(ended, running, best and (best[1], best[0])))

@@ -42,7 +42,14 @@ class WorkerCheckpoints:
         history: rows of what was logged since step 0; the caller appends to it (`history_row`).
     """
 
-    def __init__(self, trainer: "Trainer", storage: AnyPath, save_every: int, mailbox: Any) -> None:
+    def __init__(
+        self,
+        trainer: "Trainer",
+        storage: AnyPath,
+        save_every: int,
+        mailbox: Any,
+        higher_is_better: bool = True,
+    ) -> None:
         """Bring `trainer` to the run's last complete checkpoint, if there is one.
 
         Args:
@@ -50,13 +57,15 @@ class WorkerCheckpoints:
             storage: directory of training runs.
             save_every: steps from one checkpoint to the next.
             mailbox: handle of the run's `TrainingMailbox`.
+            higher_is_better: whether the best generator is the one with the highest validation score.
         """
         self._trainer = trainer
         self._storage = storage
         self._save_every = save_every
         self._mailbox = mailbox
         self._is_first = trainer.workers.rank == 0
-        self._best_accuracy: float | None = None
+        self._higher_is_better = higher_is_better
+        self._best_score: float | None = None
         self._uploading: Path | None = None
         self.history: list[dict[str, Any]] = []
         # Ray gives the run a working directory on this node. What a killed worker left there is of no use.
@@ -71,15 +80,15 @@ class WorkerCheckpoints:
 
     def save(self, progress: TrainingProgress) -> None:
         """Report a step, with a checkpoint if it is time for one or the generator is the best so far."""
-        accuracy = progress.validation_accuracy
-        is_best = accuracy is not None and (self._best_accuracy is None or accuracy > self._best_accuracy)
+        score = progress.validation_score
+        is_best = score is not None and self._is_better(score)
         if is_best:
-            self._best_accuracy = accuracy
+            self._best_score = score
         is_last = progress.step == progress.steps
         if not (is_best or is_last or progress.step % self._save_every == 0):
             ray.train.report(history_row(progress) if self._is_first else {})
             return
-        has_own_generator = is_best or self._best_accuracy is None
+        has_own_generator = is_best or self._best_score is None
         generator = self._trainer.whole_average() if has_own_generator else None
         if not self._is_first:
             self._trainer.save(self._scratch)
@@ -100,11 +109,16 @@ class WorkerCheckpoints:
             checkpoint_upload_fn=self._upload,
         )
 
+    def _is_better(self, score: float) -> bool:
+        if self._best_score is None:
+            return True
+        return score > self._best_score if self._higher_is_better else score < self._best_score
+
     def _resume(self, directory: Path) -> None:
         self._trainer.load(directory)
         self.history = read_json(directory / HISTORY_FILE, "a training history")
-        accuracies = [row["validation_accuracy"] for row in self.history if "validation_accuracy" in row]
-        self._best_accuracy = max(accuracies, default=None)
+        scores = [row["validation_score"] for row in self.history if "validation_score" in row]
+        self._best_score = (max if self._higher_is_better else min)(scores, default=None)
         if self._is_first:
             _link_tree(directory / GENERATOR_DIRECTORY, self._scratch / GENERATOR_DIRECTORY)
 
@@ -140,8 +154,10 @@ class WorkerCheckpoints:
 
 
 def history_row(progress: TrainingProgress) -> dict[str, Any]:
-    """A row of the history: the fields of `progress` that are not None."""
-    return {key: value for key, value in dataclasses.asdict(progress).items() if value is not None}
+    """A row of the history: the numbers of `progress` that are not None."""
+    values = dataclasses.asdict(progress)
+    del values["validation_note"]
+    return {key: value for key, value in values.items() if value is not None}
 
 
 @contextmanager

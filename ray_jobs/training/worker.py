@@ -74,7 +74,13 @@ def _train(worker: WorkerConfig) -> None:
         torch.cuda.set_device(device)
     shards = _open(worker)
     trainer = new_trainer(shards, config.generator, config.train, config.seed, device)
-    checkpoints = WorkerCheckpoints(trainer, worker.storage, config.train.save_every, worker.mailbox)
+    checkpoints = WorkerCheckpoints(
+        trainer,
+        worker.storage,
+        config.train.save_every,
+        worker.mailbox,
+        worker.tasks.higher_is_better if worker.tasks else True,
+    )
     history, is_first = checkpoints.history, trainer.workers.rank == 0
     places = (config.tracking, config.name, worker.name, worker.storage, Path.cwd(), trainer.step)
     tracking = trackers(*places) if is_first else []
@@ -95,7 +101,7 @@ def _train(worker: WorkerConfig) -> None:
         for tracker in tracking:
             tracker.save()
 
-    validate = worker.tasks.accuracy if worker.tasks else None
+    validate = worker.tasks.validate if worker.tasks else None
     seconds = history[-1]["seconds"] if history else 0.0
     fit(trainer, shards, config.seed, on_log, on_save, validate, seconds)
     for tracker in tracking:

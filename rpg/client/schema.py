@@ -184,9 +184,13 @@ class ModelFile(_View):
     sha256: str
     bytes: int
     accuracy: float | None
-    """Share of right answers on test images, where measured."""
+    """Share of right answers on test data, where measured."""
     similarity: float | None
     """Largest overlap of its wrong answers with those of a training network of its condition."""
+    metrics: dict[str, float] | None = None
+    """All that was measured, by name, the metric that counts first."""
+    failure: str | None = None
+    """Why it could not be measured."""
     description: str | None
     """That it was asked for by, if it was."""
 

@@ -140,6 +140,15 @@ class Collection:
         """The entries of each split, in order; a split without entries has an empty list."""
         return {split: [e for e in self.entries if e.split == split] for split in SPLITS}
 
+    @property
+    def descriptions(self) -> dict[tuple[float, ...], str]:
+        """The texts that conditions stand for, by condition; empty for a collection without descriptions."""
+        return {
+            tuple(entry.condition): entry.description
+            for entry in reversed(self.entries)
+            if entry.condition is not None and entry.description is not None
+        }
+
     def tasks(self, split: str) -> list[list[float]]:
         """The conditions of a split's entries, each once, in order.
 

@@ -63,10 +63,8 @@ class CollectConfig:
     directory: str = ""
     """A collection that is there already (see `rpg register`), a directory or URI, used as it is instead of
     training one."""
-    family: str = "digits"
-    """Task family to train networks for (see `rpg/tasks`): digits or cifar10."""
     images: str = ""
-    """Directory or URI of the images, for a family that does not bring its own (cifar10: `train.parquet` and
+    """Directory or URI of the images, for a task family that takes some (cifar10: `train.parquet` and
     `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
     checkpoints_per_task: Count = 3
     backbone_epochs: Count = 40
@@ -113,10 +111,11 @@ class TrainConfig:
     keep: Count = 2
     """Newest training checkpoints that are kept, besides the best one."""
     validate_every: Annotated[int, Ge(0)] = 0
-    """Steps between generating networks for the validation tasks, whose accuracy chooses the generator;
+    """Steps between generating networks for the validation tasks, whose score chooses the generator;
     0: never, and the last step's generator is taken."""
     validation_models: Count = 1
-    """Networks generated for each validation task."""
+    """Networks generated for each validation task; where the generator takes no conditions, networks in
+    all."""
     log_every: Count = 50
 
 
@@ -135,7 +134,22 @@ class GenerateConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class JudgeConfig:
+    """A command that measures networks in place of a task family."""
+
+    command: str = ""
+    """Such as `python test.py {checkpoint}`. Its last line is a number, or a JSON object of numbers by name;
+    it may take {condition} and {split} as well. Empty: the task family measures."""
+    metric: str = ""
+    """The metric of the command that counts; empty: the first one that it prints."""
+    higher_is_better: bool = True
+    """Whether this metric is to be as high as possible."""
+    time_limit: Annotated[Finite, Gt(0)] = 600.0
+    """Seconds that measuring one network may take, by a task family as well."""
+
+
+@dataclass
+class EvaluateConfig(JudgeConfig):
     """What the report measures (stage `evaluate`)."""
 
     noise_levels: Annotated[list[Annotated[Finite, Gt(0)]], Expected("positive values")] = field(
@@ -180,8 +194,8 @@ class RayConfig:
     num_cpus: Count | None = None
     """CPUs of a Ray that the job itself starts; None: all of the machine's."""
     use_gpu: bool = False
-    """One GPU for each training worker, for each generating worker, and for a task that trains or evaluates
-    networks of a family that uses one (cifar10)."""
+    """One GPU for each training worker, for each generating worker, for a task that trains or evaluates
+    networks of a family that uses one (cifar10), and for each run of `evaluate.command`."""
     train_workers: Count = 1
     min_train_workers: Annotated[int, Ge(0)] = 0
     """Training starts with so few and grows up to `train_workers` when there is room; 0: it starts
@@ -205,6 +219,9 @@ class Config:
     output: str = "runs/${name}"
     """Directory or URI that holds every stage's output."""
     seed: Seed = 0
+    tasks: str = ""
+    """Task family, which trains and measures networks (`docs/families.md`): digits, cifar10, or a class of
+    your own as FILE.py:CLASS or MODULE:CLASS. Empty: the one that the collection names."""
     collect: CollectConfig = field(default_factory=CollectConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

@@ -17,6 +17,9 @@ from rpg.storage.locations import AnyPath
 
 T = TypeVar("T")
 
+_RENAMED = {"collect.family": "tasks"}
+"""Keys that earlier versions had."""
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML preset, apply `key=value` overrides (dotted keys) and validate.
@@ -167,6 +170,8 @@ def _item_type(kind: Any) -> Any:
 
 
 def _nearest(key: str, valid: list[str], prefix: str) -> str:
+    if (now := _RENAMED.get(f"{prefix}{key}")) is not None:
+        return f"; it is called '{now}' now"
     found = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if found:
         return f"; did you mean '{prefix}{found[0]}'?"

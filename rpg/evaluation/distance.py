@@ -43,15 +43,26 @@ class WeightDistances:
     """float64 [held-out originals]: trained networks for tasks outside the training set; may be empty."""
     siblings: Tensor
     """float64 [training checkpoints with a sibling]: to the nearest other checkpoint of the same task."""
+    generated_siblings: Tensor
+    """float64 [generated networks with a sibling]: to the nearest other generated one of the same task."""
+    generated_to_centre: Tensor
+    """float64 [generated]: to the mean training checkpoint."""
+    heldout_to_centre: Tensor
+    """float64 [held-out originals]: to the mean training checkpoint."""
 
 
 def weight_distances(
-    generated: Tensor, train: Tensor, train_tasks: Sequence[str], heldout: Tensor | None = None
+    generated: Tensor,
+    generated_tasks: Sequence[str],
+    train: Tensor,
+    train_tasks: Sequence[str],
+    heldout: Tensor | None = None,
 ) -> WeightDistances:
     """How far generated networks are from the training set, beside held-out originals and siblings.
 
     Args:
         generated: [n, P] flattened weights, in any one space (weight space, or normalised tokens).
+        generated_tasks: [n] the task of each; siblings share one.
         train: [m, P] of the training checkpoints, in the same space.
         train_tasks: [m] the task of each; siblings share one.
         heldout: [h, P] of originals for tasks outside the training set.
@@ -59,21 +70,28 @@ def weight_distances(
     Raises:
         RPGError: if shapes disagree, or all training checkpoints are equal.
     """
-    if len(train_tasks) != len(train):
-        raise RPGError(
-            f"train_tasks: expected {len(train)}, one a training checkpoint, got {len(train_tasks)}"
-        )
+    for name, tasks, rows in (
+        ("train_tasks", train_tasks, train),
+        ("generated_tasks", generated_tasks, generated),
+    ):
+        if len(tasks) != len(rows):
+            raise RPGError(f"{name}: expected {len(rows)}, one a checkpoint, got {len(tasks)}")
     scale = spread(train)
     if scale == 0:
         raise RPGError("training checkpoints: all are equal, so distances to them have no unit")
     near = nearest_checkpoint(generated, train)
-    far = torch.empty(0).double() if heldout is None else nearest_checkpoint(heldout, train).distance
+    heldout = train[:0] if heldout is None else heldout
+    far = nearest_checkpoint(heldout, train).distance
+    centre = train.mean(dim=0, dtype=torch.float64)[None]
     return WeightDistances(
         scale=scale,
         generated=near.distance / scale,
         nearest=near.index,
         heldout=far / scale,
         siblings=sibling_distances(train, train_tasks) / scale,
+        generated_siblings=sibling_distances(generated, generated_tasks) / scale,
+        generated_to_centre=nearest_checkpoint(generated, centre).distance / scale,
+        heldout_to_centre=nearest_checkpoint(heldout, centre).distance / scale,
     )
 
 
@@ -133,12 +151,20 @@ def sibling_distances(train: Tensor, tasks: Sequence[str]) -> Tensor:
     members: dict[str, list[int]] = {}
     for row, task in enumerate(tasks):
         members.setdefault(task, []).append(row)
-    pairs = [(row, other) for row, task in enumerate(tasks) for other in members[task] if other != row]
+    pairs: list[tuple[int, int]] = []
+    for rows in members.values():
+        if len(rows) > _CANDIDATES:
+            # The pairs of a large task are too many to compare directly.
+            squared = _squared_distances(train[rows], train[rows], CHUNK_ELEMENTS)
+            near = squared.fill_diagonal_(torch.inf).topk(_CANDIDATES, dim=1, largest=False).indices
+            pairs += [(row, rows[j]) for row, other in zip(rows, near.tolist(), strict=True) for j in other]
+        else:
+            pairs += [(row, other) for row in rows for other in rows if other != row]
     if not pairs:
         return torch.empty(0, dtype=torch.float64)
-    rows, others = torch.tensor(pairs).unbind(1)
+    first, second = torch.tensor(pairs).unbind(1)
     nearest = torch.full((len(train),), torch.inf, dtype=torch.float64)
-    nearest.scatter_reduce_(0, rows, _pair_distances(train, train, rows, others), "amin")
+    nearest.scatter_reduce_(0, first, _pair_distances(train, train, first, second), "amin")
     return nearest[nearest.isfinite()]
 
 

@@ -18,10 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from rpg.tasks.families import Metric
+
 FloatArray = npt.NDArray[np.float64]
 
 MOST_TASKS = 40
-"""Most tasks that `accuracy_per_task` draws."""
+"""Most tasks that `score_per_task` draws."""
 
 _WIDTH = 7.2
 _LABEL_CHARACTERS = 26
@@ -34,16 +36,16 @@ class Points(NamedTuple):
 
     similarity: FloatArray
     """[models]: largest similarity to an original; NaN is left out."""
-    accuracy: FloatArray
-    """[models]."""
+    score: FloatArray
+    """[models]; NaN is left out."""
 
 
 class TaskRow(NamedTuple):
-    """One task in `accuracy_per_task`."""
+    """One task in `score_per_task`."""
 
     label: str
     originals: Sequence[float]
-    """Accuracies of the trained networks."""
+    """Scores of the trained networks."""
     generated: Sequence[float]
     baselines: Mapping[str, float]
 
@@ -86,9 +88,9 @@ DARK = Theme(
 
 
 def similarity_scatter(
-    originals: Points, generated: Points, noised: Mapping[float, Points], theme: Theme = LIGHT
+    originals: Points, generated: Points, noised: Mapping[float, Points], metric: str, theme: Theme = LIGHT
 ) -> Figure:
-    """The published scatter: largest similarity to the originals against accuracy.
+    """The published scatter: largest similarity to the originals against the score.
 
     Copies sit at the right, at similarity 1; new networks as good as the originals sit at their height and
     to the left of lightly noised originals.
@@ -102,25 +104,30 @@ def similarity_scatter(
             label = f"noised, {level:g}"
             _scatter(axes, noised[level], s=20, marker="s", alpha=0.55, color=colour, label=label, zorder=0.9)
         axes.set_xlabel("largest similarity to an original (IoU of wrong predictions)")
-        axes.set_ylabel("accuracy")
+        axes.set_ylabel(metric)
         axes.margins(0.04)
         legend_below(figure, *axes.get_legend_handles_labels(), columns=4)
         return figure
 
 
-def accuracy_per_task(rows: Sequence[TaskRow], names: Mapping[str, str], theme: Theme = LIGHT) -> Figure:
-    """Accuracy per unseen task: originals, generated with their spread, baselines.
+def score_per_task(
+    rows: Sequence[TaskRow], names: Mapping[str, str], metric: Metric, theme: Theme = LIGHT
+) -> Figure:
+    """Score per unseen task: originals, generated with their spread, baselines.
 
-    The axis is stretched towards 1, where good networks differ, and still has room for a weak baseline.
+    The axis of accuracies is stretched towards 1, where good networks differ, and still has room for a weak
+    baseline.
 
     Args:
-        rows: one a task, in the order drawn; of more than `MOST_TASKS`, those with the lowest generated
-            accuracy are drawn.
+        rows: one a task, in the order drawn; of more than `MOST_TASKS`, those with the worst generated
+            networks are drawn.
         names: label of each baseline, in the order of the legend.
+        metric: that scores are of.
         theme: colours.
     """
-    lowest = sorted(rows, key=lambda row: np.mean(row.generated) if row.generated else 0.0)[:MOST_TASKS]
-    chosen = rows if len(rows) <= MOST_TASKS else lowest
+    sign = 1.0 if metric.higher_is_better else -1.0
+    worst = sorted(rows, key=lambda row: sign * float(np.mean(row.generated)) if row.generated else -np.inf)
+    chosen = rows if len(rows) <= MOST_TASKS else worst[:MOST_TASKS]
     placed = [(row, float(len(chosen) - 1 - position)) for position, row in enumerate(chosen)]
     trained = [(float(np.mean(row.originals)), at) for row, at in placed if row.originals]
     means = [(float(np.mean(row.generated)), at) for row, at in placed if row.generated]
@@ -154,14 +161,21 @@ def accuracy_per_task(rows: Sequence[TaskRow], names: Mapping[str, str], theme: 
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.6, max(len(chosen) - 0.4, 0.6))
         axes.grid(visible=False, axis="y")
-        axes.set_xscale("function", functions=(_stretched, _unstretched))
-        low, high = axes.get_xlim()
-        axes.set_xlim(max(low, 0.0), min(high, 1.0))
-        axes.set_xticks([tick for tick in _ACCURACY_TICKS if low <= tick <= high])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("accuracy (axis stretched towards 1)")
+        if metric.name == "accuracy":
+            axes.set_xscale("function", functions=(_stretched, _unstretched))
+            low, high = axes.get_xlim()
+            axes.set_xlim(max(low, 0.0), min(high, 1.0))
+            axes.set_xticks([tick for tick in _ACCURACY_TICKS if low <= tick <= high])
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_xlabel("accuracy (axis stretched towards 1)")
+        else:
+            unit = f" [{metric.unit}]" if metric.unit else ""
+            axes.set_xlabel(
+                f"{metric.name}{unit}" + ("" if metric.higher_is_better else " (lower is better)")
+            )
         if len(chosen) < len(rows):
-            axes.set_title(f"the {len(chosen)} lowest of {len(rows)} tasks", loc="left")
+            axes.set_title(f"the {len(chosen)} worst of {len(rows)} tasks", loc="left")
         legend_below(figure, *axes.get_legend_handles_labels(), columns=3)
         return figure
 
@@ -305,8 +319,8 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], 
 
 
 def _scatter(axes: Axes, points: Points, **style: Any) -> None:
-    keep = ~np.isnan(points.similarity)
-    axes.scatter(points.similarity[keep], points.accuracy[keep], linewidths=0, **style)
+    keep = ~(np.isnan(points.similarity) | np.isnan(points.score))
+    axes.scatter(points.similarity[keep], points.score[keep], linewidths=0, **style)
 
 
 def _stretched(accuracy: FloatArray) -> FloatArray:

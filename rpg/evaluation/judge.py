@@ -1,86 +1,255 @@
-"""Accuracy and similarity of single networks, measured against the collection of their generator."""
+"""What a network is worth: measured by a task family, or by a command of the user's (`command_judge`)."""
 
+import math
+import queue
 import threading
-from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rpg.collection.collection import Collection
-from rpg.evaluation.similarity import BoolArray, wrong_iou
-from rpg.tasks.families import family_of, task_family
+from rpg.errors import RPGError
+from rpg.evaluation.baselines import majority_accuracy
+from rpg.evaluation.similarity import BoolArray
+from rpg.tasks.families import (
+    Asked,
+    Metric,
+    calling,
+    can_evaluate,
+    can_predict,
+    check_family,
+    load_family,
+    takes_split,
+)
+from rpg.tasks.predictions import load_network, predict_all
 
-_REMEMBERED = 1024
-"""Number of conditions for which the originals' answers are kept; an answer takes a byte an image."""
+T = TypeVar("T")
+
+ACCURACY = Metric("accuracy")
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The measurements of one network.
+class Candidate:
+    """A network that is to be measured."""
 
-    Attributes:
-        accuracy: share of right answers on the task family's test images, 0…1.
-        similarity: largest intersection over union of its wrong answers with those of an original of its
-            condition, 0…1 (`rpg.evaluation.similarity`); None where the collection has no such original.
-    """
-
-    accuracy: float
-    similarity: float | None
+    name: str
+    """Of its file, for messages."""
+    state_dict: dict[str, Tensor]
+    asked: Asked
+    """What it was made for."""
 
 
-class Judge:
-    """Judges networks of a collection's architecture by the task family that the collection names.
+@dataclass(frozen=True)
+class Measurement:
+    """What a network is worth."""
 
-    Threads may share one.
-    """
+    metrics: Mapping[str, float]
+    """Finite values by name, the one that counts first; empty where the network could not be measured."""
+    wrong: BoolArray | None = None
+    """[inputs]: True where its answer is wrong; None if the judge looks at no answers."""
+    failure: str | None = None
+    """Why it could not be measured, in one line that names it."""
 
-    def __init__(self, collection: Collection, images: str = "", device: torch.device | None = None) -> None:
-        """Prepare to judge; the originals of a condition are read when they are first needed.
+
+class Judge(Protocol):
+    """Measures networks."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        """What is known beforehand about the metrics, the one that counts first; empty if nothing is."""
+
+    def check(self) -> None:
+        """Raise an `RPGError` for what can be seen to be wrong before any network is there."""
+
+    def measure(self, networks: Sequence[Candidate], split: str) -> list[Measurement]:
+        """Measure networks on the data of `split`: `validation` or `test`."""
+
+    def majority(self, asked: Asked, split: str) -> float | None:
+        """Accuracy of always giving the most frequent right answer; None if the judge knows no right
+        answers."""
+
+
+def metric_that_counts(judge: Judge, measurements: Sequence[Measurement]) -> Metric:
+    """The judge's first metric, or the first one of what it measured, of which higher is better."""
+    if judge.metrics and judge.metrics[0].name:
+        return judge.metrics[0]
+    names = [next(iter(each.metrics)) for each in measurements if each.metrics]
+    higher = judge.metrics[0].higher_is_better if judge.metrics else True
+    return Metric(names[0] if names else "score", higher)
+
+
+class FamilyJudge:
+    """Measures networks by a task family."""
+
+    def __init__(
+        self, name: str, images: str = "", device: torch.device | None = None, time_limit: float = 600.0
+    ) -> None:
+        """Load the family.
 
         Args:
-            collection: what the networks' generator learned from.
-            images: where the task family's images lie (`rpg.tasks.families.task_family`).
-            device: where networks run, for families that use GPUs; None: the CPU.
+            name: of the family, as `tasks` names it (`rpg.tasks.families.load_family`).
+            images: where the family's images lie, if it takes some.
+            device: where networks run, for families that take one; None: the CPU.
+            time_limit: seconds that measuring one network may take.
 
         Raises:
-            RPGError: if the collection names no task family, its conditions are not such a family's, or the
-                images are not there.
+            RPGError: if there is no such family.
         """
-        self._family = task_family(family_of(collection), images, device)
-        self._family.check_images()
-        self._collection = collection
+        self.name = name
+        self.family = load_family(name, images, device)
+        self.metrics = self._declared_metrics()
+        self._time_limit = time_limit
+        self._network: nn.Module | None = None
+        # Threads may share a judge, but not the network that it puts checkpoints into.
         self._lock = threading.Lock()
-        self._originals: OrderedDict[tuple[float, ...], BoolArray] = OrderedDict()
 
-    def judge(self, network: dict[str, Tensor], condition: list[float]) -> Judgement:
-        """Judge a network that was made for `condition`.
+    def check(self) -> None:
+        """Have the family check that its data are there."""
+        check_family(self.family, self.name)
 
-        Raises:
-            RPGError: if an original cannot be read.
-        """
-        wrong = self._wrong([network], condition)
-        originals = self._wrong_of_originals(tuple(condition))
-        similarity = float(wrong_iou(wrong, originals).max()) if len(originals) else None
-        return Judgement(1 - float(wrong.mean()), similarity)
+    def measure(self, networks: Sequence[Candidate], split: str) -> list[Measurement]:
+        """Measure networks. What is wrong with one of them is told in its measurement."""
+        if not networks:
+            return []
+        wrong: Sequence[BoolArray | str | None] = [None] * len(networks)
+        if can_predict(self.family):
+            wrong = self._wrong_answers(networks, split)
+        return [self._measurement(network, row, split) for network, row in zip(networks, wrong, strict=True)]
 
-    def _wrong_of_originals(self, condition: tuple[float, ...]) -> BoolArray:
-        with self._lock:
-            if condition not in self._originals:
-                entries = [e for e in self._collection.entries if tuple(e.condition or ()) == condition]
-                networks = [self._collection.read_checked(entry) for entry in entries]
-                self._originals[condition] = self._wrong(networks, list(condition))
-                if len(self._originals) > _REMEMBERED:
-                    self._originals.popitem(last=False)
-            self._originals.move_to_end(condition)
-            return self._originals[condition]
+    def majority(self, asked: Asked, split: str) -> float | None:
+        """Accuracy of always giving the most frequent right answer."""
+        return majority_accuracy(self._labels(asked, split)) if can_predict(self.family) else None
 
-    def _wrong(self, networks: list[dict[str, Tensor]], condition: list[float]) -> BoolArray:
-        right = self._family.labels([condition], "test")
-        plain = [
-            {name: value.float() if value.is_floating_point() else value for name, value in each.items()}
-            for each in networks
-        ]
-        wrong: BoolArray = np.asarray((self._family.predict(plain, "test") != right).numpy(), dtype=np.bool_)
-        return wrong
+    def _declared_metrics(self) -> Sequence[Metric]:
+        declared = getattr(self.family, "metrics", None)
+        if declared is None:
+            return () if can_evaluate(self.family) else (ACCURACY,)
+        if not isinstance(declared, Sequence) or not all(isinstance(each, Metric) for each in declared):
+            raise RPGError(f"tasks: '{self.name}': metrics: expected a list of Metric, got {declared!r:.80}")
+        return tuple(declared)
+
+    def _measurement(self, network: Candidate, wrong: BoolArray | str | None, split: str) -> Measurement:
+        if isinstance(wrong, str):
+            return Measurement({}, None, wrong)
+        try:
+            if can_evaluate(self.family):
+                with self._lock:
+                    return Measurement(self._evaluate(network, split), wrong)
+            assert wrong is not None
+            return Measurement({ACCURACY.name: 1 - float(wrong.mean())}, wrong)
+        except RPGError as error:
+            return Measurement({}, wrong, f"{network.name}: {error}")
+
+    def _evaluate(self, network: Candidate, split: str) -> dict[str, float]:
+        if self._network is None:
+            with calling(self.name, "build_network"):
+                self._network = self.family.build_network()
+        module = self._network
+        load_network(self.family, self.name, module, network.state_dict)
+
+        def evaluate() -> Any:
+            with calling(self.name, "evaluate"):
+                arguments = (split,) if takes_split(self.family.evaluate) else ()
+                return self.family.evaluate(module, network.asked, *arguments)
+
+        found = within(self._time_limit, evaluate, f"{self.name}: evaluate")
+        metrics = finite_metrics(found, f"{self.name}: evaluate")
+        missing = [metric.name for metric in self.metrics if metric.name not in metrics]
+        if missing:
+            raise RPGError(f"{self.name}: evaluate: metric '{missing[0]}' is missing")
+        # The metric that counts comes first, wherever the family's code put it.
+        first = [metric.name for metric in self.metrics[:1]]
+        return {name: metrics[name] for name in dict.fromkeys([*first, *metrics])}
+
+    def _wrong_answers(self, networks: Sequence[Candidate], split: str) -> list[BoolArray | str]:
+        """[inputs] for each network, or the reason why it has no answers."""
+        limit = self._time_limit * len(networks)
+        states = [network.state_dict for network in networks]
+        try:
+            answers = within(
+                limit, lambda: predict_all(self.family, self.name, states, split), f"{self.name}: predict"
+            )
+        except RPGError as error:
+            if len(networks) == 1:
+                return [f"{networks[0].name}: {error}"]
+            # One network may be to blame for all.
+            return [row for network in networks for row in self._wrong_answers([network], split)]
+        right: dict[str, Tensor] = {}
+        rows: list[BoolArray | str] = []
+        for network, answer in zip(networks, answers, strict=True):
+            key = repr(network.asked)
+            try:
+                if key not in right:
+                    right[key] = self._labels(network.asked, split)
+                if answer.shape != right[key].shape:
+                    raise RPGError(
+                        f"{self.name}: expected as many answers as labels, "
+                        f"got {len(answer)} and {len(right[key])}"
+                    )
+                rows.append(np.asarray((answer != right[key]).numpy(), dtype=np.bool_))
+            except RPGError as error:
+                rows.append(f"{network.name}: {error}")
+        return rows
+
+    def _labels(self, asked: Asked, split: str) -> Tensor:
+        with calling(self.name, "labels"):
+            labels = self.family.labels(asked, split)
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or not labels.numel():
+            got = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise RPGError(f"{self.name}: labels: expected a tensor [inputs], got {got}")
+        return labels.cpu()
+
+
+def finite_metrics(found: Any, what: str) -> dict[str, float]:
+    """Metrics by name as finite numbers.
+
+    Raises:
+        RPGError: naming what is none, after `what`.
+    """
+    if not isinstance(found, Mapping) or not found:
+        raise RPGError(f"{what}: expected metrics by name, got {found!r:.80}")
+    metrics: dict[str, float] = {}
+    for key, value in found.items():
+        try:
+            number = math.nan if isinstance(value, str | bool | None) else float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+        if not isinstance(key, str) or not math.isfinite(number):
+            raise RPGError(f"{what}: metric '{key}': expected a finite number, got {value!r:.80}")
+        metrics[key] = number
+    return metrics
+
+
+def within(seconds: float, call: Callable[[], T], what: str) -> T:
+    """The result of `call`, which may take so many seconds.
+
+    The call runs in a thread, since Python cannot end a call of another's code. A thread that hangs is left
+    behind, and does not keep the process from ending.
+
+    Raises:
+        RPGError: if it takes longer.
+    """
+    done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise RPGError(f"{what}: took longer than evaluate.time_limit = {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

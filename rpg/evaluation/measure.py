@@ -1,31 +1,32 @@
 """Measuring generated networks against originals, baselines and the training set.
 
-The module takes networks as state dicts, and two functions that know the tasks: one says what networks answer
-on the held-out images, the other what they should answer.
-"""
+Distances in weight space need the weights alone. What networks are worth is measured by a judge, where there
+is one."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rpg.collection.layout import Encoded, Layout
-from rpg.evaluation.baselines import centre, majority_accuracy, nearest_tasks, ridge
+from rpg.errors import RPGError
+from rpg.evaluation.baselines import centre, nearest_tasks, ridge
 from rpg.evaluation.distance import weight_distances
+from rpg.evaluation.judge import Candidate, Judge, Measurement, metric_that_counts
 from rpg.evaluation.results import Evaluated, TaskSplit
 from rpg.evaluation.similarity import add_noise
+from rpg.tasks.families import Asked, Metric
 
 Condition = tuple[float, ...]
 StateDict = Mapping[str, Tensor]
-Predict = Callable[[list[dict[str, Tensor]]], Tensor]
-"""Maps networks to their answers on the held-out images, bool [networks, images]."""
-Labels = Callable[[Sequence[Condition]], Tensor]
-"""Maps conditions to the right answers on the held-out images, bool [conditions, images]."""
-TaskName = Callable[[Condition], str]
+TaskName = Callable[[Condition | None], str]
 """Maps a condition to the name of its task; different tasks have different names."""
 
 RIDGE_ORDERS = (1, 2, 3)
+_BYTES_AT_ONCE = 2**30
+"""A judge is given networks of about so many bytes at a time, which it may run side by side."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,19 @@ class Network:
     """A trained or generated network of one task."""
 
     name: str
-    condition: Condition
+    condition: Condition | None
+    """None where the collection has no conditions."""
     split: TaskSplit
     state_dict: dict[str, Tensor]
+    description: str | None = None
+    """The text that the condition stands for, if it stands for one."""
+
+    @property
+    def asked(self) -> Asked:
+        """What a judge is told about the network's task."""
+        if self.description is not None:
+            return self.description
+        return None if self.condition is None else list(self.condition)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class TrainingSet:
     """The checkpoints that the generator learned from: `flatten`ed values [m, P] and their conditions."""
 
     values: Tensor
-    conditions: list[Condition]
+    conditions: list[Condition] | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,10 @@ class Measured:
     noised: dict[float, list[Evaluated]]
     baselines: dict[str, dict[str, float]]
     sibling_distances: list[float]
+    generated_distances: list[float]
+    metric: Metric | None
+    other_metrics: list[Metric]
+    left_out: list[str]
 
 
 def flatten(layout: Layout, state_dict: StateDict) -> Tensor:
@@ -69,9 +84,20 @@ def unflatten(layout: Layout, values: Tensor) -> dict[str, Tensor]:
     return layout.decode(Encoded(tokens, layout.constants))
 
 
+def condition_name(condition: Condition | None) -> str:
+    """A name for the task with this condition, where no family has one: its bits, or its values."""
+    if condition is None:
+        return "all"
+    if all(value in (0, 1) for value in condition):
+        return "".join(str(int(value)) for value in condition)
+    shown = ", ".join(f"{value:.3g}" for value in condition[:3])
+    # Many conditions look alike in a few digits of their first values.
+    return f"{shown}… {hashlib.sha256(repr(condition).encode()).hexdigest()[:6]}"
+
+
 def measure(
     layout: Layout, training: TrainingSet, originals: Sequence[Network], generated: Sequence[Network],
-    predict: Predict, labels: Labels, task_name: TaskName,
+    judge: Judge | None, data_split: str, task_name: TaskName,
     noise_levels: Sequence[float], ridge_penalty: float, seed: int,
 ) -> Measured:  # fmt: skip
     """Evaluate all networks, with everything that the report compares generated networks with.
@@ -81,80 +107,160 @@ def measure(
         training: what the generator learned from.
         originals: trained networks of the tasks that were generated for.
         generated: networks from the generator.
-        predict: gives the networks' answers on the held-out images.
-        labels: gives the right answers.
+        judge: measures networks; None: only distances are measured.
+        data_split: whose data networks are measured on, `validation` or `test`.
         task_name: names tasks.
         noise_levels: of noised originals.
         ridge_penalty: of the ridge baselines.
         seed: of the noise on noised originals.
     """
-    unseen = list(dict.fromkeys(n.condition for n in generated if n.split == TaskSplit.unseen))
     heldout = [n for n in originals if n.split == TaskSplit.unseen]
-    distances = weight_distances(
-        torch.stack([flatten(layout, network.state_dict) for network in generated]),
-        training.values,
-        [task_name(condition) for condition in training.conditions],
-        torch.stack([flatten(layout, network.state_dict) for network in heldout]) if heldout else None,
-    )
-    of_heldout = dict(zip([n.name for n in heldout], distances.heldout.tolist(), strict=False))
+    left_out: list[str] = []
+    if training.conditions is None:
+        trained_tasks = [task_name(None)] * len(training.values)
+    else:
+        trained_tasks = [task_name(condition) for condition in training.conditions]
+    try:
+        distances = weight_distances(
+            torch.stack([flatten(layout, network.state_dict) for network in generated]),
+            [task_name(network.condition) for network in generated],
+            training.values,
+            trained_tasks,
+            torch.stack([flatten(layout, network.state_dict) for network in heldout]) if heldout else None,
+        )
+        nearest = dict(zip([n.name for n in heldout], distances.heldout.tolist(), strict=False))
+        to_centre = dict(zip([n.name for n in heldout], distances.heldout_to_centre.tolist(), strict=False))
+        of_generated = list(
+            zip(distances.generated.tolist(), distances.generated_to_centre.tolist(), strict=True)
+        )
+        among = (distances.siblings.tolist(), distances.generated_siblings.tolist())
+    except RPGError as error:
+        left_out.append(f"distances: {error}")
+        nearest, to_centre, of_generated, among = {}, {}, [(None, None)] * len(generated), ([], [])
     noise = torch.Generator().manual_seed(seed)
-    noised_networks = {
-        level: [
-            Network(f"{n.name} + {level:g}", n.condition, n.split, add_noise(n.state_dict, level, noise))
-            for n in originals
-        ]
+    of_originals = _measurements(judge, originals, data_split)
+    of_networks = _measurements(judge, generated, data_split)
+    of_noised = {
+        level: _measurements(
+            judge,
+            (replace(n, state_dict=add_noise(n.state_dict, level, noise)) for n in originals),
+            data_split,
+        )
         for level in noise_levels
     }
+    metric = metric_that_counts(judge, [*of_originals, *of_networks]) if judge else None
 
-    def evaluate(networks: Sequence[Network], distances: Sequence[float | None]) -> list[Evaluated]:
-        if not networks:
-            return []
-        wrong = predict([n.state_dict for n in networks]) != labels([n.condition for n in networks])
+    def evaluated(
+        networks: Sequence[Network],
+        rows: Sequence[Measurement],
+        distances: Sequence[tuple[float | None, float | None]],
+        suffix: str = "",
+    ) -> list[Evaluated]:
         return [
             Evaluated(
-                name=network.name,
+                name=network.name + suffix,
                 task=task_name(network.condition),
                 split=network.split,
-                accuracy=1 - row.float().mean().item(),
-                wrong=row.numpy(),
+                score=row.metrics.get(metric.name) if metric else None,
+                wrong=row.wrong,
                 condition=network.condition,
                 distance=distance,
+                centre_distance=centre_distance,
+                metrics=row.metrics,
+                failure=row.failure,
             )
-            for network, row, distance in zip(networks, wrong, distances, strict=True)
+            for network, row, (distance, centre_distance) in zip(networks, rows, distances, strict=True)
         ]
 
-    baselines = _baselines(layout, training, unseen, predict, labels, ridge_penalty) if unseen else {}
-    tasks = [task_name(condition) for condition in unseen]
+    unseen = {n.condition: n for n in generated if n.split == TaskSplit.unseen} or {
+        n.condition: n for n in generated if n.condition is None
+    }
+    baselines: dict[str, dict[str, float]] = {}
+    if judge and metric:
+        baselines, reasons = _baselines(
+            layout, training, list(unseen.values()), judge, metric, data_split, task_name, ridge_penalty
+        )
+        left_out += reasons
+    left_out += [row.failure for row in (*of_originals, *of_networks) if row.failure is not None]
     return Measured(
-        originals=evaluate(originals, [of_heldout.get(n.name) for n in originals]),
-        generated=evaluate(generated, distances.generated.tolist()),
-        noised={level: evaluate(group, [None] * len(group)) for level, group in noised_networks.items()},
-        baselines={name: dict(zip(tasks, row, strict=True)) for name, row in baselines.items()},
-        sibling_distances=distances.siblings.tolist(),
+        originals=evaluated(
+            originals, of_originals, [(nearest.get(n.name), to_centre.get(n.name)) for n in originals]
+        ),
+        generated=evaluated(generated, of_networks, of_generated),
+        noised={
+            level: evaluated(originals, rows, [(None, None)] * len(rows), f" + {level:g}")
+            for level, rows in of_noised.items()
+        },
+        baselines=baselines,
+        sibling_distances=among[0],
+        generated_distances=among[1],
+        metric=metric,
+        other_metrics=[each for each in judge.metrics if each != metric] if judge else [],
+        left_out=left_out,
     )
+
+
+def _measurements(judge: Judge | None, networks: Iterable[Network], data_split: str) -> list[Measurement]:
+    """What networks are worth. Of networks that are made while this runs, few are in memory at a time."""
+    rows: list[Measurement] = []
+    some: list[Candidate] = []
+    size = 0
+    for network in networks:
+        if judge is None:
+            rows.append(Measurement({}))
+            continue
+        some.append(Candidate(network.name, network.state_dict, network.asked))
+        size += sum(value.nbytes for value in network.state_dict.values())
+        if size > _BYTES_AT_ONCE:
+            rows += judge.measure(some, data_split)
+            some, size = [], 0
+    return rows + (judge.measure(some, data_split) if judge and some else [])
 
 
 def _baselines(
-    layout: Layout, training: TrainingSet, unseen: list[Condition], predict: Predict, labels: Labels,
-    ridge_penalty: float,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Each baseline's accuracies on the unseen tasks, in the order of `unseen`."""
-    right = labels(unseen)
-
-    def accuracies(values: Tensor) -> list[float]:
-        answers = predict([unflatten(layout, row) for row in values])
-        found: list[float] = (answers == right).float().mean(1).tolist()
-        return found
-
-    known, asked = torch.tensor(training.conditions), torch.tensor(unseen)
-    baselines = {
-        f"ridge_{order}": accuracies(ridge(known, training.values, asked, order, ridge_penalty))
-        for order in RIDGE_ORDERS
-    }
-    baselines["centre"] = accuracies(centre(training.values).expand(len(unseen), -1))
-    baselines["nearest_task"] = [
-        (predict([unflatten(layout, training.values[row]) for row in rows]) == answers).float().mean().item()
-        for rows, answers in zip(nearest_tasks(known, asked), right, strict=True)
-    ]
-    baselines["majority"] = [majority_accuracy(row) for row in right]
-    return baselines
+    layout: Layout, training: TrainingSet, asked: Sequence[Network], judge: Judge, metric: Metric,
+    data_split: str, task_name: TaskName, ridge_penalty: float,
+) -> tuple[dict[str, dict[str, float]], list[str]]:  # fmt: skip
+    """Each baseline's score by task, for the tasks of the networks `asked`; and why some are left out."""
+    left_out: list[str] = []
+    candidates: dict[str, list[list[Tensor]]] = {}
+    if training.conditions is not None and asked and asked[0].condition is not None:
+        known = torch.tensor(training.conditions)
+        wanted = torch.tensor([network.condition for network in asked])
+        for order in RIDGE_ORDERS:
+            try:
+                predicted = ridge(known, training.values, wanted, order, ridge_penalty)
+                candidates[f"ridge_{order}"] = [[row] for row in predicted]
+            except RPGError as error:
+                left_out.append(str(error))
+        candidates["nearest_task"] = [
+            [training.values[row] for row in rows] for rows in nearest_tasks(known, wanted)
+        ]
+    if asked:
+        mean = centre(training.values)
+        candidates["centre"] = [[mean] for _ in asked]
+    baselines: dict[str, dict[str, float]] = {}
+    for key, rows_of_tasks in candidates.items():
+        networks = [
+            Candidate(f"{key} for {task_name(network.condition)}", unflatten(layout, row), network.asked)
+            for network, rows in zip(asked, rows_of_tasks, strict=True)
+            for row in rows
+        ]
+        found = iter(judge.measure(networks, data_split))
+        scores: dict[str, float] = {}
+        for network, rows in zip(asked, rows_of_tasks, strict=True):
+            values = [next(found) for _ in rows]
+            left_out += [each.failure for each in values if each.failure is not None]
+            known_values = [each.metrics[metric.name] for each in values if metric.name in each.metrics]
+            if known_values:
+                scores[task_name(network.condition)] = sum(known_values) / len(known_values)
+        if scores:
+            baselines[key] = scores
+    try:
+        majority = {task_name(n.condition): judge.majority(n.asked, data_split) for n in asked}
+    except RPGError as error:
+        left_out.append(f"majority: {error}")
+        majority = {}
+    if metric.name == "accuracy" and (shares := {t: v for t, v in majority.items() if v is not None}):
+        baselines["majority"] = shares
+    return baselines, left_out

@@ -1,6 +1,7 @@
 """The report of a run: `report.json`, `report.html`, and short tables for the terminal and the model card."""
 
 import base64
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from rpg.evaluation.figures import (
     Points,
     TaskRow,
     Theme,
-    accuracy_per_task,
     distance_histogram,
     loss_curve,
+    score_per_task,
     similarity_scatter,
 )
 from rpg.evaluation.results import (
@@ -32,7 +33,7 @@ from rpg.evaluation.results import (
     of_split,
     predictions,
 )
-from rpg.evaluation.similarity import Similarity, similarity
+from rpg.evaluation.similarity import FloatArray, Similarity, similarity
 from rpg.storage.files import write_json, write_text
 from rpg.storage.locations import AnyPath
 
@@ -46,16 +47,27 @@ BASELINES = {
 }
 """Names of the known baselines, strongest kind first; other baselines are shown under their key."""
 
+DISTANCES = {
+    "generated_unseen": "generated, unseen tasks",
+    "generated_seen": "generated, seen tasks",
+    "heldout_originals": "originals of unseen tasks",
+    "training_siblings": "training checkpoints, to another of the same task",
+    "among_generated": "generated, to another generated one of the same task",
+    "generated_to_centre": "generated, to the mean checkpoint",
+    "heldout_to_centre": "originals of unseen tasks, to the mean checkpoint",
+}
+"""Names of the distances in weight space, in the order of the tables."""
+
 STAGES = ("collect", "shard", "train", "generate", "evaluate")
 
 FIGURES = {
     "similarity": (
-        "Similarity and accuracy",
+        "Similarity and score",
         "Every network at its largest similarity to an original of its task; noised: originals with noise "
         "added. New networks as good as the originals lie at their height, copies at the right edge.",
     ),
     "tasks": (
-        "Accuracy per task",
+        "Score per task",
         "Each unseen task: trained originals, generated networks with their range, and the baselines.",
     ),
     "distances": (
@@ -71,27 +83,27 @@ FIGURES = {
 def build_report(results: Results) -> dict[str, Any]:
     """Everything that `report.json` holds, as plain JSON values; what was not measured is null or left out.
 
-    `accuracy.originals` are those of the unseen tasks, which `accuracy.ratio` compares with; a run without
-    unseen tasks takes the seen ones for both.
+    `score` is about the metric that counts, `metric` names it, and `metrics` has the others.
+    `score.originals` are those of the unseen tasks, which `score.ratio` compares with; a run without unseen
+    tasks takes the seen ones for both. `left_out` says why something is missing.
 
     Raises:
-        RPGError: naming the network whose accuracy or predictions make no sense.
+        RPGError: naming the network whose score or predictions make no sense.
     """
     check_results(results)
     unseen = bool(of_split(results.generated, TaskSplit.unseen))
     subject = TaskSplit.unseen if unseen else TaskSplit.seen
-    originals = [network.accuracy for network in of_split(results.originals, subject)]
-    subjects = [network.accuracy for network in of_split(results.generated, subject)]
+    originals = _scores(of_split(results.originals, subject))
+    subjects = _scores(of_split(results.generated, subject))
     report = {
         "name": results.name,
         "seed": results.seed,
-        "accuracy": {
-            "originals": _statistics(originals),
-            "originals_seen": _statistics([n.accuracy for n in of_split(results.originals, TaskSplit.seen)]),
-            "generated_unseen": _statistics(
-                [n.accuracy for n in of_split(results.generated, TaskSplit.unseen)]
-            ),
-            "generated_seen": _statistics([n.accuracy for n in of_split(results.generated, TaskSplit.seen)]),
+        "metric": dataclasses.asdict(results.metric) if results.metric else None,
+        "score": {
+            "originals": _score_statistics(of_split(results.originals, subject)),
+            "originals_seen": _score_statistics(of_split(results.originals, TaskSplit.seen)),
+            "generated_unseen": _score_statistics(of_split(results.generated, TaskSplit.unseen)),
+            "generated_seen": _score_statistics(of_split(results.generated, TaskSplit.seen)),
             "ratio": float(np.mean(subjects) / np.mean(originals))
             if subjects and originals and np.mean(originals) > 0
             else None,
@@ -100,10 +112,11 @@ def build_report(results: Results) -> dict[str, Any]:
                 key: _statistics(list(results.baselines[key].values())) for key in _ordered(results.baselines)
             },
         },
+        "metrics": _other_metrics(results, subject),
         "similarity": {
             str(split): _similarity_json(results, split)
             for split in (TaskSplit.unseen, TaskSplit.seen)
-            if of_split(results.generated, split)
+            if predictions(of_split(results.generated, split)).tasks
         },
         "distance": _distance_json(results),
         "per_task": _per_task(results),
@@ -112,6 +125,7 @@ def build_report(results: Results) -> dict[str, Any]:
             **results.timing_seconds,
         },
         "conditions": any(network.condition is not None for network in results.generated),
+        "left_out": results.left_out,
         "config": results.config,
         "versions": results.versions,
     }
@@ -126,28 +140,33 @@ def build_figures(results: Results, theme: Theme = LIGHT) -> dict[str, Figure]:
     figures = {}
     split = TaskSplit.unseen if of_split(results.generated, TaskSplit.unseen) else TaskSplit.seen
     networks, originals = of_split(results.generated, split), of_split(results.originals, split)
-    if networks and originals:
+    if predictions(networks).tasks and predictions(originals).tasks:
         noised = {level: of_split(group, split) for level, group in results.noised.items()}
         measured = _similarity(results, split)
         figures["similarity"] = similarity_scatter(
-            Points(measured.maxima_originals, _accuracies(originals)),
-            Points(measured.maxima_generated, _accuracies(networks)),
-            {level: Points(measured.maxima_noised[level], _accuracies(noised[level])) for level in noised},
+            _points(measured.maxima_originals, originals),
+            _points(measured.maxima_generated, networks),
+            {
+                level: _points(measured.maxima_noised[level], noised[level])
+                for level in measured.maxima_noised
+            },
+            results.metric.name if results.metric else "score",
             theme,
         )
     rows = [row for row in _per_task(results) if row["split"] == split]
-    if len(rows) > 1:
-        figures["tasks"] = accuracy_per_task(
+    if len(rows) > 1 and results.metric and any(row["generated"]["n"] for row in rows):
+        figures["tasks"] = score_per_task(
             [
                 TaskRow(
                     label=f"{row['task']} {condition_label(row['condition'])}".strip(),
-                    originals=[n.accuracy for n in originals if n.task == row["task"]],
-                    generated=[n.accuracy for n in networks if n.task == row["task"]],
+                    originals=_scores([n for n in originals if n.task == row["task"]]),
+                    generated=_scores([n for n in networks if n.task == row["task"]]),
                     baselines=row["baselines"],
                 )
                 for row in rows
             ],
             {key: baseline_name(key) for key in _ordered(results.baselines)},
+            results.metric,
             theme,
         )
     distances = _distances(results)
@@ -194,41 +213,60 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, tuple[bytes, by
     environment.filters["seconds"] = _seconds
     return environment.get_template("report.html").render(
         report=report,
-        accuracies=_accuracy_rows(report),
-        baseline_names={key: baseline_name(key) for key in report["accuracy"]["baselines"]},
+        scores=_score_rows(report),
+        baseline_names={key: baseline_name(key) for key in report["score"]["baselines"]},
         figures=[
             (title, caption, *(base64.b64encode(image).decode() for image in figures[key]))
             for key, (title, caption) in FIGURES.items()
             if key in figures
         ],
         condition_label=condition_label,
+        title=_title(report["metric"]) if report["metric"] else "Score",
+        distance_names=DISTANCES,
         noise_levels=_noise_levels(report["similarity"]),
         config=json.dumps(report["config"], indent=2, ensure_ascii=False),
     )
 
 
 def terminal_table(report: Mapping[str, Any]) -> Table:
-    """The accuracies, for a terminal."""
-    table = Table(title="Accuracy on held-out images", title_justify="left", caption_justify="left")
+    """The scores, for a terminal; without any, the distances in weight space."""
+    if report["metric"] is None:
+        return _distance_table(report)
+    table = Table(title=_title(report["metric"]), title_justify="left", caption_justify="left")
     table.add_column("networks", no_wrap=True)
     for heading in ("mean", "min", "max", "n"):
         table.add_column(heading, justify="right")
-    for kind, name, row in _accuracy_rows(report):
+    for kind, name, row in _score_rows(report):
         style = "bold" if kind == "generated" else "dim" if kind == "baseline" else ""
-        cells = [_number(row["mean"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
-        table.add_row(name, *cells, style=style)
-    ratio = report["accuracy"]["ratio"]
+        table.add_row(name, *_cells(row), style=style)
+    ratio = report["score"]["ratio"]
     if ratio is not None:
         table.caption = f"generated / originals: {ratio:.3f}"
     return table
 
 
+def _distance_table(report: Mapping[str, Any]) -> Table:
+    table = Table(title="Distance to the nearest training checkpoint", title_justify="left")
+    table.add_column("networks", no_wrap=True)
+    for heading in ("median", "min", "max", "n"):
+        table.add_column(heading, justify="right")
+    for key, name in DISTANCES.items():
+        row = report["distance"][key]
+        if row["n"]:
+            cells = [_number(row["median"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
+            table.add_row(name, *cells, style="bold" if key.startswith("generated") else "")
+    return table
+
+
 def model_card_table(report: Mapping[str, Any]) -> str:
-    """The accuracies as a Markdown table, for the generator's README."""
-    lines = ["| networks | mean accuracy | min | max | n |", "| --- | ---: | ---: | ---: | ---: |"]
-    for kind, name, row in _accuracy_rows(report):
+    """The scores as a Markdown table, for the generator's README; empty if there are none."""
+    if report["metric"] is None:
+        return ""
+    metric = report["metric"]["name"].replace("|", "\\|")
+    lines = [f"| networks | mean {metric} | min | max | n |", "| --- | ---: | ---: | ---: | ---: |"]
+    for kind, name, row in _score_rows(report):
         mark = "**" if kind == "generated" else ""
-        cells = [_number(row["mean"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
+        cells = _cells(row)
         safe = name.replace("|", "\\|")
         lines.append(f"| {mark}{safe}{mark} | {mark}{cells[0]}{mark} | {' | '.join(cells[1:])} |")
     return "\n".join(lines) + "\n"
@@ -243,17 +281,68 @@ def _ordered(baselines: Mapping[str, Any]) -> list[str]:
     return [key for key in BASELINES if key in baselines] + sorted(set(baselines) - set(BASELINES))
 
 
-def _accuracy_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(kind, name, statistics) of every line of the accuracy table."""
-    accuracy = report["accuracy"]
-    where = "seen" if accuracy["ratio_of"] == "generated_seen" else "unseen"
-    rows = [("original", f"originals, {where} tasks", accuracy["originals"])]
-    rows.append(("generated", "generated, unseen tasks", accuracy["generated_unseen"]))
-    rows += [("baseline", baseline_name(key), row) for key, row in accuracy["baselines"].items()]
+def _score_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(kind, name, statistics) of every line of the table of scores."""
+    score = report["score"]
+    where = "seen" if score["ratio_of"] == "generated_seen" else "unseen"
+    # A collection without conditions is one task.
+    of = {key: f", {key} tasks" if report["conditions"] else "" for key in ("seen", "unseen")}
+    rows = [("original", f"originals{of[where]}", score["originals"])]
+    rows.append(("generated", f"generated{of['unseen']}", score["generated_unseen"]))
+    if where == "seen":
+        rows.append(("generated", f"generated{of['seen']}", score["generated_seen"]))
+    rows += [("baseline", baseline_name(key), row) for key, row in score["baselines"].items()]
     if where == "unseen":
-        rows.append(("original", "originals, seen tasks", accuracy["originals_seen"]))
-    rows.append(("generated", "generated, seen tasks", accuracy["generated_seen"]))
-    return [row for row in rows if row[2]["n"]]
+        rows.append(("original", f"originals{of['seen']}", score["originals_seen"]))
+        rows.append(("generated", f"generated{of['seen']}", score["generated_seen"]))
+    return [row for row in rows if row[2]["n"] or row[2].get("failed")]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    failed = f" ({row['failed']} failed)" if row.get("failed") else ""
+    return [_number(row["mean"]), _number(row["min"]), _number(row["max"]), f"{row['n']}{failed}"]
+
+
+def _title(metric: Mapping[str, Any]) -> str:
+    name = metric["name"][:1].upper() + metric["name"][1:]
+    unit = f" [{metric['unit']}]" if metric["unit"] else ""
+    return f"{name}{unit} on held-out data" + ("" if metric["higher_is_better"] else " (lower is better)")
+
+
+def _other_metrics(results: Results, subject: TaskSplit) -> dict[str, Any]:
+    """Statistics of all metrics but the one that counts, of the tasks that the report is about."""
+    known = {metric.name: metric for metric in results.other_metrics}
+    originals = of_split(results.originals, subject)
+    generated = of_split(results.generated, subject)
+    names = dict.fromkeys(name for network in (*originals, *generated) for name in network.metrics)
+    return {
+        name: {
+            "higher_is_better": known[name].higher_is_better if name in known else None,
+            "unit": known[name].unit if name in known else "",
+            "originals": _statistics([n.metrics[name] for n in originals if name in n.metrics]),
+            "generated": _statistics([n.metrics[name] for n in generated if name in n.metrics]),
+        }
+        for name in names
+        if results.metric is None or name != results.metric.name
+    }
+
+
+def _scores(networks: Sequence[Evaluated]) -> list[float]:
+    return [network.score for network in networks if network.score is not None]
+
+
+def _score_statistics(networks: Sequence[Evaluated]) -> dict[str, Any]:
+    """Statistics of the scores, and the number of networks that could not be measured."""
+    return {
+        **_statistics(_scores(networks)),
+        "failed": sum(network.failure is not None for network in networks),
+    }
+
+
+def _points(similarities: FloatArray, networks: Sequence[Evaluated]) -> Points:
+    """The networks whose predictions were looked at, which the similarities are of."""
+    scores = [math.nan if n.score is None else n.score for n in networks if n.wrong is not None]
+    return Points(similarities, np.array(scores, dtype=np.float64))
 
 
 def _similarity(results: Results, split: TaskSplit) -> Similarity:
@@ -267,8 +356,8 @@ def _similarity(results: Results, split: TaskSplit) -> Similarity:
 
 def _similarity_json(results: Results, split: TaskSplit) -> dict[str, Any]:
     measured = _similarity(results, split)
-    accuracies = {
-        f"{level:g}": _statistics([network.accuracy for network in of_split(group, split)])["mean"]
+    scores = {
+        f"{level:g}": _statistics(_scores(of_split(group, split)))["mean"]
         for level, group in results.noised.items()
     }
     return {
@@ -278,14 +367,13 @@ def _similarity_json(results: Results, split: TaskSplit) -> dict[str, Any]:
         "original_original": measured.original_original,
         "original_original_max": measured.original_original_max,
         "noised_original_max": {f"{level:g}": value for level, value in measured.noised_original_max.items()},
-        "noised_accuracy": {f"{level:g}": accuracies[f"{level:g}"] for level in measured.noised_original_max},
+        "noised_score": {f"{level:g}": scores[f"{level:g}"] for level in measured.noised_original_max},
     }
 
 
 def _distances(results: Results) -> dict[str, list[float]]:
     def known(networks: Sequence[Evaluated]) -> list[float]:
-        distances = [network.distance for network in networks if network.distance is not None]
-        return [float(distance) for distance in distances if math.isfinite(distance)]
+        return _finite([network.distance for network in networks])
 
     return {
         "siblings": [float(distance) for distance in results.sibling_distances],
@@ -293,6 +381,10 @@ def _distances(results: Results) -> dict[str, list[float]]:
         "unseen": known(of_split(results.generated, TaskSplit.unseen)),
         "seen": known(of_split(results.generated, TaskSplit.seen)),
     }
+
+
+def _finite(distances: Sequence[float | None]) -> list[float]:
+    return [float(distance) for distance in distances if distance is not None and math.isfinite(distance)]
 
 
 def _distance_json(results: Results) -> dict[str, Any]:
@@ -309,6 +401,11 @@ def _distance_json(results: Results) -> dict[str, Any]:
         },
         "heldout_originals": _statistics(distances["heldout"]),
         "training_siblings": _statistics(distances["siblings"]),
+        "among_generated": _statistics(list(results.generated_distances)),
+        "generated_to_centre": _statistics(_finite([n.centre_distance for n in results.generated])),
+        "heldout_to_centre": _statistics(
+            _finite([n.centre_distance for n in of_split(results.originals, TaskSplit.unseen)])
+        ),
     }
 
 
@@ -324,8 +421,8 @@ def _per_task(results: Results) -> list[dict[str, Any]]:
                     "task": task,
                     "condition": members[0].condition,
                     "split": str(split),
-                    "originals": _statistics([n.accuracy for n in originals if n.task == task]),
-                    "generated": _statistics([n.accuracy for n in members]),
+                    "originals": _score_statistics([n for n in originals if n.task == task]),
+                    "generated": _score_statistics(members),
                     "baselines": {
                         key: results.baselines[key][task]
                         for key in _ordered(results.baselines)
@@ -334,10 +431,6 @@ def _per_task(results: Results) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _accuracies(networks: Sequence[Evaluated]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([network.accuracy for network in networks], dtype=np.float64)
 
 
 def _noise_levels(by_split: Mapping[str, Any]) -> list[str]:
@@ -359,24 +452,25 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _summary(report: Mapping[str, Any]) -> list[str]:
-    """The result in sentences: the accuracy reached, and whether networks are copies."""
-    accuracy = report["accuracy"]
-    split = accuracy["ratio_of"].removeprefix("generated_")
-    generated, originals = accuracy[accuracy["ratio_of"]], accuracy["originals"]
+    """The result in sentences: the score reached, and whether networks are copies."""
+    score, metric = report["score"], report["metric"]
+    split = score["ratio_of"].removeprefix("generated_")
+    generated, originals = score[score["ratio_of"]], score["originals"]
     sentences = []
-    if generated["n"]:
+    if generated["n"] and metric:
         tasks = sum(1 for row in report["per_task"] if row["split"] == split)
-        sentence = (
-            f"{_counted(generated['n'], 'network')} generated for {_counted(tasks, f'{split} task')} "
-            f"{'reach' if generated['n'] > 1 else 'reaches'} a mean accuracy of {generated['mean']:.3f}"
-        )
-        if accuracy["ratio"] is not None:
-            sentence += f", {accuracy['ratio']:.1%} of the {originals['mean']:.3f} of trained originals"
-        sentences.append(sentence + ".")
-    known = {key: row["mean"] for key, row in accuracy["baselines"].items() if row["mean"] is not None}
-    if known:
-        best = max(known, key=lambda key: known[key])
-        sentences.append(f"The strongest baseline, {baseline_name(best)}, reaches {known[best]:.3f}.")
+        sentence = _counted(generated["n"], "network") + " generated"
+        if report["conditions"]:
+            sentence += f" for {_counted(tasks, f'{split} task')}"
+        sentence += f" {'reach' if generated['n'] > 1 else 'reaches'} a mean {metric['name']} of "
+        sentence += _number(generated["mean"])
+        if score["ratio"] is not None:
+            sentence += f", {score['ratio']:.1%} of the {_number(originals['mean'])} of trained originals"
+        sentences.append(sentence + ("." if metric["higher_is_better"] else " (lower is better)."))
+    known = {key: row["mean"] for key, row in score["baselines"].items() if row["mean"] is not None}
+    if known and metric:
+        best = (max if metric["higher_is_better"] else min)(known, key=lambda key: known[key])
+        sentences.append(f"The strongest baseline, {baseline_name(best)}, reaches {_number(known[best])}.")
     near, siblings = report["distance"][f"generated_{split}"], report["distance"]["training_siblings"]
     if near["n"] and siblings["n"]:
         comparison = "farther than" if near["median"] > siblings["median"] else "no farther than"
@@ -394,7 +488,11 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return "–"
+    # Losses and such may be so small or large that three decimals say nothing.
+    plain = value == 0 or 0.01 <= abs(value) < 10_000
+    return f"{value:.{digits}f}" if plain else f"{value:.{digits}g}"
 
 
 def _seconds(value: float | None) -> str:

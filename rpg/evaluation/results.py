@@ -1,6 +1,7 @@
 """The results of a run's evaluation: all that the report and its figures are made from."""
 
 import importlib.metadata
+import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ import numpy.typing as npt
 
 from rpg import __version__
 from rpg.errors import RPGError
+from rpg.evaluation.judge import ACCURACY
 from rpg.evaluation.similarity import Predictions
+from rpg.tasks.families import Metric
 
 _PACKAGES = ("numpy", "omegaconf", "pyarrow", "ray", "safetensors", "scikit-learn", "torch")
 
@@ -28,21 +31,28 @@ class TaskSplit(StrEnum):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One network, trained or generated or noised, evaluated on held-out images."""
+    """One network, trained or generated or noised."""
 
     name: str
     """Name of its file."""
     task: str
-    """The task's id; networks of one task share it. Any one value for collections without tasks."""
+    """The task's name; networks of one task share it. Any one value for collections without tasks."""
     split: TaskSplit
-    accuracy: float
-    """Share of right predictions, 0…1."""
-    wrong: npt.NDArray[np.bool_]
-    """[images]: True where the prediction is wrong; the same images in the same order for all networks."""
+    score: float | None
+    """Value of the metric that counts; None if it was not measured."""
+    wrong: npt.NDArray[np.bool_] | None = None
+    """[inputs]: True where the prediction is wrong; the same inputs in the same order for all networks. None
+    if predictions were not looked at."""
     condition: tuple[float, ...] | None = None
     """The task's condition; None for collections without conditions."""
     distance: float | None = None
     """To the nearest training checkpoint, relative (`rpg.evaluation.distance`); None if not measured."""
+    centre_distance: float | None = None
+    """To the mean training checkpoint, relative."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """All that was measured of it, by name."""
+    failure: str | None = None
+    """Why it could not be measured."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +74,20 @@ class Results:
     noised: Mapping[float, Sequence[Evaluated]] = field(default_factory=dict)
     """Per noise level, originals with noise added."""
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Accuracy by baseline (centre, nearest_task, ridge_1, ridge_2, ridge_3, majority), then by unseen task.
+    """Score by baseline (centre, nearest_task, ridge_1, ridge_2, ridge_3, majority), then by unseen task.
     For a collection without unseen tasks: by any task."""
     sibling_distances: Sequence[float] = ()
     """Relative distances of training checkpoints to the nearest other one of their task."""
+    generated_distances: Sequence[float] = ()
+    """Relative distances of generated networks to the nearest other generated one of their task."""
     losses: Sequence[tuple[int, float]] = ()
     """Training curve: (step, loss)."""
+    metric: Metric | None = ACCURACY
+    """The metric that scores are of; None if nothing could measure them."""
+    other_metrics: Sequence[Metric] = ()
+    """What is known about further metrics."""
+    left_out: Sequence[str] = ()
+    """Why something that a report has is not in this one, a line for each reason."""
 
 
 def versions() -> dict[str, str]:
@@ -94,17 +112,23 @@ def check_results(results: Results) -> None:
     """Refuse results that cannot be summarised.
 
     Raises:
-        RPGError: naming the network at fault: an accuracy outside 0…1, or predictions on other images.
+        RPGError: naming the network at fault: a score that is not finite, an accuracy outside 0…1, or
+            predictions on other inputs.
     """
     everything = [*results.originals, *results.generated]
     everything += [network for group in results.noised.values() for network in group]
+    first = next((network for network in everything if network.wrong is not None), None)
     for network in everything:
-        if not 0 <= network.accuracy <= 1:
-            raise RPGError(f"{network.name}: expected an accuracy in 0…1, got {network.accuracy}")
-        if network.wrong.ndim != 1 or network.wrong.shape != everything[0].wrong.shape:
+        if network.score is not None and not math.isfinite(network.score):
+            raise RPGError(f"{network.name}: expected a finite score, got {network.score}")
+        if results.metric == ACCURACY and network.score is not None and not 0 <= network.score <= 1:
+            raise RPGError(f"{network.name}: expected an accuracy in 0…1, got {network.score}")
+        if first is None or first.wrong is None or network.wrong is None:
+            continue
+        if network.wrong.ndim != 1 or network.wrong.shape != first.wrong.shape:
             raise RPGError(
-                f"{network.name}: expected predictions on the same {len(everything[0].wrong)} images as "
-                f"{everything[0].name}, got shape {list(network.wrong.shape)}"
+                f"{network.name}: expected predictions on the same {len(first.wrong)} inputs as "
+                f"{first.name}, got shape {list(network.wrong.shape)}"
             )
 
 
@@ -114,11 +138,11 @@ def of_split(networks: Sequence[Evaluated], split: TaskSplit) -> list[Evaluated]
 
 
 def predictions(networks: Sequence[Evaluated]) -> Predictions:
-    """The matrix of wrong predictions that similarities are computed from."""
-    if not networks:
+    """The matrix of wrong predictions that similarities are computed from, of the networks that have some."""
+    known = [(network.task, network.wrong) for network in networks if network.wrong is not None]
+    if not known:
         return Predictions(np.zeros((0, 0), dtype=np.bool_), [])
-    wrong = np.stack([network.wrong for network in networks]).astype(np.bool_)
-    return Predictions(wrong, [network.task for network in networks])
+    return Predictions(np.stack([wrong for _, wrong in known]).astype(np.bool_), [task for task, _ in known])
 
 
 def condition_label(condition: Sequence[float] | None) -> str:

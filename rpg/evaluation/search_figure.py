@@ -1,4 +1,4 @@
-"""The figure of a search: what accuracy costs in parameters and in seconds."""
+"""The figure of a search: what a good score costs in parameters and in seconds."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from rpg.evaluation.figures import LIGHT, Theme, legend_below, style
 
 _SIZE = (9.6, 4.4)
 _LEAST_SPAN = 0.002
-"""Least span of the axis of accuracies, so that noise does not look like a difference."""
+"""Least span of the axis of scores, so that noise does not look like a difference."""
 _EDGE = 0.03
 """Height, as a share of the picture's, at which trials are drawn that lie below the picture."""
 
@@ -21,7 +21,7 @@ class Tried(NamedTuple):
     """One trial of a search."""
 
     name: str
-    accuracy: float
+    score: float
     """Of networks generated for the validation tasks, at the trial's end."""
     parameters: int
     """Parameters of the generator."""
@@ -32,7 +32,7 @@ class Tried(NamedTuple):
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, by rising cost, of the points (cost, accuracy) that no other point beats in both."""
+    """Indices, by rising cost, of the points (cost, score) that no other point beats in both."""
     front: list[int] = []
     best = float("-inf")
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
@@ -42,21 +42,27 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def search_figure(trials: Sequence[Tried], base: str, theme: Theme = LIGHT) -> Figure:
-    """Accuracy against generator parameters and against seconds, with the Pareto front of finished trials.
+def search_figure(
+    trials: Sequence[Tried], base: str, higher_is_better: bool = True, theme: Theme = LIGHT
+) -> Figure:
+    """Score against generator parameters and against seconds, with the Pareto front of finished trials.
 
     Args:
         trials: in any order.
         base: name of the trial with the config's own settings.
+        higher_is_better: whether high scores are good ones; good ones are drawn at the top.
         theme: colours.
     """
+    sign = 1.0 if higher_is_better else -1.0
+    trials = [trial._replace(score=sign * trial.score) for trial in trials]
     with style(theme):
         figure = Figure(figsize=_SIZE, layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(left, trials, [float(trial.parameters) for trial in trials], base, theme)
         left.set_xlabel("parameters of the generator")
-        left.set_ylabel("accuracy on validation tasks")
+        left.set_ylabel("score on validation tasks" + ("" if higher_is_better else " (lower is better)"))
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{sign * value:g}"))
         _panel(right, trials, [trial.seconds for trial in trials], base, theme)
         right.set_xlabel("seconds of training")
         handles, labels = left.get_legend_handles_labels()
@@ -65,8 +71,8 @@ def search_figure(trials: Sequence[Tried], base: str, theme: Theme = LIGHT) -> F
 
 
 def _range(trials: Sequence[Tried]) -> tuple[float, float] | None:
-    """The range of accuracies to show: that of finished trials, since others may lie far below."""
-    finished = [trial.accuracy for trial in trials if trial.finished]
+    """The range of scores to show: that of finished trials, since others may lie far below."""
+    finished = [trial.score for trial in trials if trial.finished]
     if not finished:
         return None
     low, high = min(finished), max(finished)
@@ -82,8 +88,8 @@ def _panel(axes: Axes, trials: Sequence[Tried], costs: list[float], base: str, t
         low, high = limits
         axes.set_ylim(low, high)
         edge = low + _EDGE * (high - low)
-        below = [(trial._replace(accuracy=edge), cost) for trial, cost in stopped if trial.accuracy < low]
-        stopped = [(trial, cost) for trial, cost in stopped if trial.accuracy >= low]
+        below = [(trial._replace(score=edge), cost) for trial, cost in stopped if trial.score < low]
+        stopped = [(trial, cost) for trial, cost in stopped if trial.score >= low]
         _points(
             axes, below, s=30, marker="v", linewidths=0, color=theme.noised[0], label="stopped early, below",
             zorder=2,
@@ -92,14 +98,12 @@ def _panel(axes: Axes, trials: Sequence[Tried], costs: list[float], base: str, t
     _points(
         axes, finished, s=44, marker="o", linewidths=0, color=theme.originals, label="whole budget", zorder=4
     )
-    front = [finished[i] for i in pareto_front([(cost, trial.accuracy) for trial, cost in finished])]
-    line = ([cost for _, cost in front], [trial.accuracy for trial, _ in front])
+    front = [finished[i] for i in pareto_front([(cost, trial.score) for trial, cost in finished])]
+    line = ([cost for _, cost in front], [trial.score for trial, _ in front])
     if front:
         axes.plot(*line, color=theme.generated, linewidth=1.6, label="Pareto front", zorder=3)
     for trial, cost in front:
-        axes.annotate(
-            trial.name, (cost, trial.accuracy), xytext=(5, 5), textcoords="offset points", fontsize=9
-        )
+        axes.annotate(trial.name, (cost, trial.score), xytext=(5, 5), textcoords="offset points", fontsize=9)
     own = [(trial, cost) for trial, cost in placed if trial.name == base]
     _points(
         axes, own, s=150, marker="o", facecolors="none", edgecolors=theme.generated, linewidths=1.8,
@@ -118,7 +122,7 @@ def _panel(axes: Axes, trials: Sequence[Tried], costs: list[float], base: str, t
 
 def _points(axes: Axes, placed: Sequence[tuple[Tried, float]], **appearance: Any) -> None:
     if placed:
-        axes.scatter([cost for _, cost in placed], [trial.accuracy for trial, _ in placed], **appearance)
+        axes.scatter([cost for _, cost in placed], [trial.score for trial, _ in placed], **appearance)
 
 
 def _short(value: float) -> str:

@@ -13,7 +13,8 @@ from rpg.config import CollectConfig
 from rpg.seeds import derived_seed
 from rpg.tasks.cifar10_images import Images, check_files, cifar10_images
 from rpg.tasks.cifar10_net import Cifar10Net, evaluation_logits, first_patches, normalised, stacked
-from rpg.tasks.class_subsets import CLASSES, class_bits, in_set
+from rpg.tasks.class_subsets import CLASSES, class_labels, class_tasks, in_set, task_name
+from rpg.tasks.families import Asked, Task
 from rpg.tasks.fine_tuning import binary_loss, ten_class_loss, unstacked, with_fresh_heads
 from rpg.tasks.shared_batches import train_on_shared_batches
 
@@ -32,11 +33,19 @@ class BinaryCifar10:
         self.directory = images
         self.device = device
 
-    def check_images(self) -> None:
+    def check(self) -> None:
         """Raise an `RPGError` if the images are not there."""
         check_files(self.directory)
 
-    def train_backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
+    def tasks(self, validation_tasks: int, seed: int) -> list[Task]:
+        """The 1,022 tasks (`class_tasks`)."""
+        return class_tasks(validation_tasks, seed)
+
+    def task_name(self, condition: Sequence[float]) -> str:
+        """The task's id."""
+        return task_name(condition)
+
+    def backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
         """A ten-class `Cifar10Net` trained on the training images; its state dict."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "backbone", 0))
@@ -55,7 +64,7 @@ class BinaryCifar10:
         return {name: value[0].cpu() for name, value in trained.items()}
 
     def fine_tune(
-        self, backbone: dict[str, Tensor], models: list[tuple[int, int]], config: CollectConfig, seed: int
+        self, backbone: dict[str, Tensor], models: list[tuple[Task, int]], config: CollectConfig, seed: int
     ) -> list[dict[str, Tensor]]:
         """Fine-tune binary classifiers from the backbone's convolutions and a fresh head of zeros.
 
@@ -70,13 +79,13 @@ class BinaryCifar10:
         """
         names = list(Cifar10Net().state_dict())
         on_device = {name: value.to(self.device) for name, value in backbone.items()}
-        trained: dict[tuple[int, int], dict[str, Tensor]] = {}
+        trained: dict[tuple[str, int], dict[str, Tensor]] = {}
         for copy in dict.fromkeys(copy for _, copy in models):
             some = [model for model in models if model[1] == copy]
             together = train_on_shared_batches(
                 with_fresh_heads(on_device, len(some)),
                 self._images("train"),
-                in_set([class_bits(task) for task, _ in some], torch.arange(CLASSES, device=self.device)),
+                in_set([task.condition for task, _ in some], torch.arange(CLASSES, device=self.device)),
                 binary_loss,
                 derived_seed(seed, "fine-tuning order", copy),
                 epochs=config.epochs,
@@ -84,19 +93,20 @@ class BinaryCifar10:
                 learning_rate=config.learning_rate,
                 dtype=self._training_dtype(),
             )
-            trained.update(zip(some, unstacked(together, names), strict=True))
-        return [trained[model] for model in models]
+            done = [(task.name, copy) for task, copy in some]
+            trained.update(zip(done, unstacked(together, names), strict=True))
+        return [trained[task.name, copy] for task, copy in models]
 
     def build_network(self) -> nn.Module:
         """The plain PyTorch network that checkpoints of this family load into."""
         return Cifar10Net()
 
-    def labels(self, conditions: Sequence[Sequence[float]], split: str) -> Tensor:
-        """Whether each image's class is in the set that each condition names, bool [conditions, images]."""
-        return in_set(conditions, cifar10_images(self.directory, split).classes)
+    def labels(self, condition: Asked, split: str) -> Tensor:
+        """Whether each image's class is in the set that the condition names, bool [images]."""
+        return class_labels(condition, cifar10_images(self.directory, split).classes)
 
     @torch.no_grad()
-    def predict(
+    def predict_many(
         self, models: list[dict[str, Tensor]], split: str, group: int = 64, images_at_once: int = 250
     ) -> Tensor:
         """The models' answers on a split's images, bool [models, images], on the CPU.

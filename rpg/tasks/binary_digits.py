@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from rpg.config import CollectConfig
 from rpg.seeds import derived_seed
 from rpg.tasks.adam import SideBySideAdam
-from rpg.tasks.class_subsets import CLASSES, class_bits, in_set
+from rpg.tasks.class_subsets import CLASSES, class_labels, class_tasks, in_set, task_name
 from rpg.tasks.digits import DigitsNet, digits_images, digits_patches, digits_side_by_side
+from rpg.tasks.families import Asked, Task
 from rpg.tasks.fine_tuning import binary_loss, ten_class_loss, unstacked, with_fresh_heads
 
 
 class BinaryDigits:
     """The task family. scikit-learn contains its images, and its networks are small enough for a CPU."""
 
-    uses_gpu = False
-    copies_share_order = False
+    def tasks(self, validation_tasks: int, seed: int) -> list[Task]:
+        """The 1,022 tasks (`class_tasks`)."""
+        return class_tasks(validation_tasks, seed)
 
-    def check_images(self) -> None:
-        """Do nothing, since scikit-learn contains the images."""
+    def task_name(self, condition: Sequence[float]) -> str:
+        """The task's id."""
+        return task_name(condition)
 
-    def train_backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
+    def backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
         """A ten-class `DigitsNet` trained on the training images; its state dict."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "backbone", 0))
@@ -46,12 +49,12 @@ class BinaryDigits:
         return {name: value[0] for name, value in trained.items()}
 
     def fine_tune(
-        self, backbone: dict[str, Tensor], models: list[tuple[int, int]], config: CollectConfig, seed: int
+        self, backbone: dict[str, Tensor], models: list[tuple[Task, int]], config: CollectConfig, seed: int
     ) -> list[dict[str, Tensor]]:
         """Fine-tune binary classifiers from the backbone's convolutions and a fresh head of zeros.
 
         Args:
-            backbone: from `train_backbone`.
+            backbone: from `backbone`.
             models: (task, copy) of each model; copies of a task differ in their data order.
             config: epochs, batch size, learning rate.
             seed: of the collection.
@@ -65,8 +68,8 @@ class BinaryDigits:
             digits_side_by_side,
             binary_loss,
             digits_patches(train.images),
-            self.labels([class_bits(task) for task, _ in models], "train"),
-            seeds=[derived_seed(seed, f"task {task}", copy) for task, copy in models],
+            in_set([task.condition for task, _ in models], train.classes),
+            seeds=[derived_seed(seed, f"task {task.name}", copy) for task, copy in models],
             epochs=config.epochs,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
@@ -77,12 +80,12 @@ class BinaryDigits:
         """The plain PyTorch network that checkpoints of this family load into."""
         return DigitsNet()
 
-    def labels(self, conditions: Sequence[Sequence[float]], split: str) -> Tensor:
-        """Whether each image's class is in the set that each condition names, bool [conditions, images]."""
-        return in_set(conditions, digits_images()[split].classes)
+    def labels(self, condition: Asked, split: str) -> Tensor:
+        """Whether each image's class is in the set that the condition names, bool [images]."""
+        return class_labels(condition, digits_images()[split].classes)
 
     @torch.no_grad()
-    def predict(self, models: list[dict[str, Tensor]], split: str, group: int = 64) -> Tensor:
+    def predict_many(self, models: list[dict[str, Tensor]], split: str, group: int = 64) -> Tensor:
         """The models' answers on a split's images, bool [models, images]; `group` of them at a time."""
         patches = digits_patches(digits_images()[split].images)
         answers = []

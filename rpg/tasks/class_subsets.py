@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rpg.collection.conditions import bits
 from rpg.errors import RPGError
+from rpg.tasks.families import Asked, Task
 
 CLASSES = 10
 ALL_TASKS = range(1, 2**CLASSES - 1)
@@ -41,8 +42,23 @@ def in_set(conditions: Sequence[Sequence[float]], classes: Tensor) -> Tensor:
     return torch.tensor(conditions).bool().to(classes.device)[:, classes]
 
 
-def task_splits(validation_tasks: int, seed: int) -> dict[int, str]:
-    """Every task's split: `heldout` for the twenty, `validation` for some drawn by `seed`, else `train`."""
+def class_labels(condition: Asked, classes: Tensor) -> Tensor:
+    """Whether each of `classes` (int64 [N]) is in the set that the condition names, bool [N].
+
+    Raises:
+        RPGError: for anything but ten class bits.
+    """
+    if not isinstance(condition, Sequence) or isinstance(condition, str) or len(condition) != CLASSES:
+        raise RPGError(f"expected a condition of {CLASSES} class bits, got {condition!r:.80}")
+    return in_set([condition], classes)[0]
+
+
+def class_tasks(validation_tasks: int, seed: int) -> list[Task]:
+    """Every task: `heldout` the twenty, `validation` some drawn by `seed`, else `train`.
+
+    Raises:
+        RPGError: if there are too many validation tasks, or fewer than none.
+    """
     free = [task for task in ALL_TASKS if task not in HELD_OUT_TASKS]
     if not 0 <= validation_tasks <= len(free) - 2:
         raise RPGError(
@@ -50,8 +66,11 @@ def task_splits(validation_tasks: int, seed: int) -> dict[int, str]:
             f"got {validation_tasks}"
         )
     validation = set(random.Random(seed).sample(free, validation_tasks))
-    splits = {}
-    for task in ALL_TASKS:
-        kept_apart = "heldout" if task in HELD_OUT_TASKS else "validation"
-        splits[task] = kept_apart if task in HELD_OUT_TASKS or task in validation else "train"
-    return splits
+    return [
+        Task(
+            str(task),
+            class_bits(task),
+            "heldout" if task in HELD_OUT_TASKS else "validation" if task in validation else "train",
+        )
+        for task in ALL_TASKS
+    ]

@@ -15,7 +15,7 @@ from rpg.generator.generator import Batch, Generator
 from rpg.seeds import derived_seed
 from rpg.training.batch import BatchSource, Prefetch
 from rpg.training.optimiser import learning_rate
-from rpg.training.progress import NOISE_LEVELS, TrainingProgress
+from rpg.training.progress import NOISE_LEVELS, TrainingProgress, Validation
 from rpg.training.trainer import Trainer
 
 
@@ -41,7 +41,7 @@ def fit(
     seed: int,
     on_log: Callable[[TrainingProgress], None],
     on_save: Callable[[Trainer, TrainingProgress], None],
-    validate: Callable[[Generator], float] | None = None,
+    validate: Callable[[Generator], Validation] | None = None,
     seconds: float = 0.0,
 ) -> None:
     """Train from `trainer.step` to the configured number of steps; all workers must call this.
@@ -52,7 +52,7 @@ def fit(
         seed: of the run; with the step number it determines every batch.
         on_log: called every `log_every` steps, and before `on_save`.
         on_save: called every `save_every` steps, after the last step, and after every validation.
-        validate: returns the accuracy of the moving average; the first worker calls it every `validate_every`
+        validate: returns the score of the moving average; the first worker calls it every `validate_every`
             steps and after the last step. None: there is no validation.
         seconds: that earlier runs, which this one resumes, spent on training.
 
@@ -89,8 +89,10 @@ def fit(
                 )
             if check and validate:
                 average = trainer.whole_average()
-                accuracy = validate(average) if average else 0.0
-                progress.validation_accuracy = trainer.workers.from_first(accuracy)
+                found = validate(average) if average else Validation("", None)
+                score = trainer.workers.from_first(math.nan if found.score is None else found.score)
+                progress.validation_score = None if math.isnan(score) else score
+                progress.validation_note = found.failure or found.metric
             on_log(progress)
             if save or check:
                 on_save(trainer, progress)

@@ -1,9 +1,21 @@
 """How far training is. Jobs only pass this on, so the module does without PyTorch, which loads slowly."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 NOISE_LEVELS = 4
 """Equal ranges of timesteps whose losses are reported apart."""
+
+
+class Validation(NamedTuple):
+    """What networks of the generator, as trained so far, are worth."""
+
+    metric: str
+    """Name of the metric that counts."""
+    score: float | None
+    """Its mean; None if a network could not be measured."""
+    failure: str | None = None
+    """Why a network could not be measured."""
 
 
 @dataclass
@@ -25,5 +37,8 @@ class TrainingProgress:
     workers: int
     seconds: float
     """Spent on training since step 0, without saving and validation, over all runs."""
-    validation_accuracy: float | None = None
-    """Of networks generated for the validation tasks; None if none were generated at this step."""
+    validation_score: float | None = None
+    """Of networks generated for the validation tasks; None if none were generated at this step, or one of
+    them could not be measured."""
+    validation_note: str = ""
+    """The name of the score's metric, or why a network could not be measured."""

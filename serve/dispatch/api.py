@@ -128,6 +128,8 @@ def _model(job: LiveJob, made: Made) -> ModelFile:
         bytes=made.bytes,
         accuracy=made.accuracy,
         similarity=made.similarity,
+        metrics=made.metrics,
+        failure=made.failure,
         description=job.manifest.description_of(made.model),
     )
 

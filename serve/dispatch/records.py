@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Made(NamedTuple):
     """A finished model: its index in the job, its file's hexadecimal SHA-256 and size, what it is worth.
 
-    The last two are `rpg.evaluation.judge.Judgement`'s, where the job asked for evaluation.
+    The others are there where the job asked for evaluation (`rpg.evaluation.single_network.Judgement`).
     """
 
     model: Annotated[int, Ge(0)]
@@ -30,6 +30,9 @@ class Made(NamedTuple):
     bytes: int
     accuracy: float | None = None
     similarity: float | None = None
+    metrics: dict[str, float] | None = None
+    failure: str | None = None
+    """Why the model could not be measured."""
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,8 @@ def checked_job(
         raise ProblemError(422, str(error)) from error
     # Whole numbers in JSON are integers in Python, and would be written differently.
     floats = None if conditions is None else [[float(value) for value in row] for row in conditions]
-    if request.evaluate and not served.takes_conditions:
-        raise ProblemError(422, f"evaluate: {why_not_evaluated(request.generator)}")
     if request.evaluate and not served.evaluates:
-        raise ProblemError(
-            422, f"evaluate: generator '{request.generator}' is served without a collection to compare with"
-        )
+        raise ProblemError(422, why_not_evaluated(request.generator))
     return GenerationJob(floats, request.number, request.seed, sampling, request.dtype)
 
 

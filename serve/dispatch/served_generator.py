@@ -13,6 +13,8 @@ class ServedGenerator:
     config: GeneratorConfig
     max_replicas: int
     has_collection: bool = False
+    has_test: bool = False
+    """Whether the configuration names a task family or a command that measures networks."""
 
     @property
     def takes_conditions(self) -> bool:
@@ -26,10 +28,14 @@ class ServedGenerator:
 
     @property
     def evaluates(self) -> bool:
-        """Whether jobs may ask for evaluation: without a condition nothing says which answers are right."""
-        return self.has_collection and self.takes_conditions
+        """Whether jobs may ask for evaluation. A collection alone names the task family, but without a
+        condition nothing says which answers are right."""
+        return self.has_test or (self.has_collection and self.takes_conditions)
 
 
 def why_not_evaluated(generator: str) -> str:
-    """Why networks of a generator without conditions are not evaluated."""
-    return f"generator '{generator}' takes no conditions, and without one nothing says what is right"
+    """Why networks of a generator are not evaluated."""
+    return (
+        f"evaluate: generator '{generator}' is served without a test: with neither a task family, nor a "
+        "command, nor a collection whose conditions say what is right"
+    )

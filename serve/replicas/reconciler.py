@@ -87,6 +87,7 @@ class Reconciler:
                 configs[entry.name],
                 max(entry.replicas, entry.max_replicas),
                 has_collection=bool(entry.collection),
+                has_test=bool(entry.tasks or entry.evaluate.command),
             )
             for entry in generators
         }

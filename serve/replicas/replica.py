@@ -7,9 +7,9 @@ import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ from serve.dispatch.served_generator import why_not_evaluated
 from serve.dispatch.store import JobStore
 
 if TYPE_CHECKING:
-    from rpg.evaluation.judge import Judge
+    from rpg.evaluation.single_network import SingleNetworkJudge
 
 PREVIEW_VALUES = 64
 """Most values of a tensor in a preview: enough for a picture, and few for the largest networks."""
@@ -52,7 +52,8 @@ class _Plan:
     """How the models of a job are made, and what measures them, if the job asks for that."""
 
     models: JobPlan
-    judge: "Judge | None"
+    judge: "SingleNetworkJudge | None"
+    description_of: Callable[[int], str | None]
 
 
 class Replica:
@@ -86,7 +87,7 @@ class Replica:
         # An encoder that cannot be used shall end the start, and not the first request that needs it.
         self._encoder = self.generator.text_encoder() if self.generator.config.condition.encoder else None
         self._embedding = asyncio.Lock()
-        self._judge = _load_judge(entry, device) if entry.collection else None
+        self._judge = _load_judge(entry, device)
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
         self.engine = Engine(self.generator, observe=batch_metrics(entry.name))
         self._sampling = threading.Thread(target=self.engine.run, name="sample", daemon=True)
@@ -116,7 +117,7 @@ class Replica:
             digest = file.sha256()
             file.commit()
             if not request.dropped:
-                report(Made(index, digest, file.size, *_measures(plan, index, file)))
+                report(Made(index, digest, file.size, **_measures(plan, index, file)))
 
         request = Request(
             plan.models,
@@ -203,14 +204,10 @@ class Replica:
             )
         plan = JobPlan(self.generator, manifest.job, self._digest)
         if not manifest.evaluate:
-            return _Plan(plan, None)
-        if manifest.job.conditions is None:
-            raise RPGError(f"evaluate: {why_not_evaluated(self._name)}")
+            return _Plan(plan, None, manifest.description_of)
         if self._judge is None:
-            raise RPGError(
-                f"evaluate: generator '{self._name}' is served without a collection to compare with"
-            )
-        return _Plan(plan, self._judge)
+            raise RPGError(why_not_evaluated(self._name))
+        return _Plan(plan, self._judge, manifest.description_of)
 
 
 def centre_preview(layout: Layout) -> list[tuple[str, list[float]]]:
@@ -227,13 +224,18 @@ def centre_preview(layout: Layout) -> list[tuple[str, list[float]]]:
     ]
 
 
-def _measures(plan: _Plan, index: int, file: ModelWriter) -> tuple[float | None, float | None]:
-    """Accuracy and similarity of a finished model, where its job asks for them."""
-    condition = plan.models.job.condition_of(index)
-    if plan.judge is None or condition is None:
-        return None, None
-    accuracy, similarity = astuple(plan.judge.judge(read_checkpoint(file.path), condition))
-    return accuracy, similarity
+def _measures(plan: _Plan, index: int, file: ModelWriter) -> dict[str, Any]:
+    """What a finished model is worth, where its job asks for that: fields of `Made`."""
+    if plan.judge is None:
+        return {}
+    network, asked = read_checkpoint(file.path), plan.models.job.condition_of(index)
+    try:
+        found = plan.judge.judge(f"model {index}", network, asked, plan.description_of(index))
+    except RPGError as error:
+        # The model is there all the same.
+        return {"failure": str(error)}
+    metrics = dict(found.metrics)
+    return {"accuracy": metrics.get("accuracy"), "similarity": found.similarity, "metrics": metrics}
 
 
 def _load(entry: GeneratorEntry, cache: CacheConfig) -> tuple[Generator, str]:
@@ -250,11 +252,24 @@ def _load(entry: GeneratorEntry, cache: CacheConfig) -> tuple[Generator, str]:
         return generator, generator.card()
 
 
-def _load_judge(entry: GeneratorEntry, device: torch.device) -> "Judge":
-    # Imported where it is needed, because task families bring scikit-learn with them.
-    from rpg.evaluation.judge import Judge
+def _load_judge(entry: GeneratorEntry, device: torch.device) -> "SingleNetworkJudge | None":
+    """What measures the generator's models, where the configuration says what could."""
+    if not (entry.collection or entry.tasks or entry.evaluate.command):
+        return None
+    # Imported where they are needed, because few services measure.
+    from rpg.evaluation.command_judge import CommandJudge
+    from rpg.evaluation.judge import FamilyJudge, Judge
+    from rpg.evaluation.single_network import SingleNetworkJudge
+    from rpg.tasks.families import Metric, family_of
 
-    return Judge(Collection.load(location(entry.collection)), entry.images, device)
+    collection, test = entry.collection and Collection.load(location(entry.collection)), entry.evaluate
+    judge: Judge
+    if test.command:
+        judge = CommandJudge(test.command, Metric(test.metric, test.higher_is_better), test.time_limit)
+    else:
+        family = entry.tasks or (family_of(collection) if collection else "")
+        judge = FamilyJudge(family, entry.images, device, test.time_limit)
+    return SingleNetworkJudge(judge, collection or None)
 
 
 async def _gathered(events: "asyncio.Queue[Made | BaseException]") -> tuple[list[Made], str | None]:

@@ -57,7 +57,9 @@ export class Card {
     const condition = JSON.parse(metadata["rpg.condition"]);
     const sampling = JSON.parse(metadata["rpg.sampling"]);
     const worth = [];
-    if (this.model.accuracy !== null) worth.push(["Accuracy", `${this.model.accuracy.toFixed(3)} on test images`]);
+    for (const [name, value] of Object.entries(this.model.metrics ?? {}))
+      worth.push([name.charAt(0).toUpperCase() + name.slice(1), `${Number(value.toPrecision(4))} on test data`]);
+    if (this.model.failure) worth.push(["Not measured", this.model.failure]);
     if (this.model.similarity !== null)
       worth.push(["Similarity", `${this.model.similarity.toFixed(3)}: overlap of its errors with those of the nearest original`]);
     return [

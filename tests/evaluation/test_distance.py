@@ -42,7 +42,7 @@ def test_distances_are_relative_to_the_spread_of_the_training_set(dtype: torch.d
     train = torch.randn(6, 40, generator=generator).to(dtype)
     generated = torch.randn(3, 40, generator=generator).to(dtype)
     heldout = torch.randn(2, 40, generator=generator).to(dtype)
-    found = weight_distances(generated, train, tasks, heldout)
+    found = weight_distances(generated, ["a", "b", "a"], train, tasks, heldout)
     exact = train.double().numpy()
     scale = np.sqrt(((exact - exact.mean(axis=0)) ** 2).sum(axis=1).mean())
     assert found.scale == pytest.approx(scale, rel=1e-12)
@@ -54,10 +54,24 @@ def test_distances_are_relative_to_the_spread_of_the_training_set(dtype: torch.d
         if tasks.count(tasks[i]) > 1
     ]
     np.testing.assert_allclose(found.siblings.numpy(), np.array(expected) / scale, rtol=1e-12)
+    made = generated.double().numpy()
+    apart = np.linalg.norm(made[0] - made[2]) / scale
+    np.testing.assert_allclose(found.generated_siblings.numpy(), [apart, apart], rtol=1e-12)
+    for rows, distances in ((made, found.generated_to_centre), (heldout.double(), found.heldout_to_centre)):
+        expected_lengths = np.linalg.norm(np.asarray(rows) - exact.mean(axis=0), axis=1) / scale
+        np.testing.assert_allclose(distances.numpy(), expected_lengths, rtol=1e-9)
+
+
+def test_siblings_of_a_large_task_are_found_as_those_of_a_small_one() -> None:
+    train = torch.randn(40, 30, generator=torch.Generator().manual_seed(5))
+    found = sibling_distances(train, ["large"] * 30 + ["small"] * 4 + [f"alone {i}" for i in range(6)])
+    apart = torch.cdist(train.double(), train.double()).fill_diagonal_(torch.inf)
+    expected = torch.cat([apart[:30, :30].amin(1), apart[30:34, 30:34].amin(1)])
+    torch.testing.assert_close(found, expected)
 
 
 def test_sets_without_siblings_or_heldout_originals() -> None:
-    found = weight_distances(torch.zeros(1, 4), torch.eye(3, 4), ["a", "b", "c"])
+    found = weight_distances(torch.zeros(1, 4), ["a"], torch.eye(3, 4), ["a", "b", "c"])
     assert found.siblings.numel() == 0
     assert found.heldout.numel() == 0
     assert sibling_distances(torch.eye(2), ["a", "a"]).tolist() == pytest.approx([2**0.5] * 2)
@@ -69,7 +83,9 @@ def test_bad_input() -> None:
     with pytest.raises(RPGError, match="at least one"):
         nearest_checkpoint(torch.zeros(1, 4), torch.zeros(0, 4))
     with pytest.raises(RPGError, match="all are equal"):
-        weight_distances(torch.zeros(1, 4), torch.ones(3, 4), ["a"] * 3)
+        weight_distances(torch.zeros(1, 4), ["a"], torch.ones(3, 4), ["a"] * 3)
     with pytest.raises(RPGError, match="train_tasks"):
-        weight_distances(torch.zeros(1, 4), torch.eye(4), ["a"])
+        weight_distances(torch.zeros(1, 4), ["a"], torch.eye(4), ["a"])
+    with pytest.raises(RPGError, match="generated_tasks"):
+        weight_distances(torch.zeros(1, 4), [], torch.eye(4), ["a"] * 4)
     assert spread(torch.ones(3, 4)) == 0

@@ -1,87 +1,123 @@
-"""Judging single networks, against plain PyTorch and sets of images."""
+"""Task families as judges: metrics beside plain PyTorch, and failures in a line that names the network."""
 
-from collections.abc import Callable
+import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rpg.collection.checkpoint import checkpoint_sha256, write_checkpoint
-from rpg.collection.collection import FAMILY, Collection, Entry
 from rpg.errors import RPGError
-from rpg.evaluation.judge import Judge
-from rpg.tasks.cifar10_images import cifar10_images
-from rpg.tasks.cifar10_net import Cifar10Net, normalised
-from rpg.tasks.digits import DigitsNet, digits_images
-from tests.cifar10_files import write_cifar10
+from rpg.evaluation.judge import ACCURACY, Candidate, FamilyJudge, finite_metrics, metric_that_counts, within
+from rpg.tasks.families import Metric
 
-ODD = [0.0, 1.0] * 5
-SMALL = [1.0] * 3 + [0.0] * 7
+MINE = Path(__file__).parents[1] / "tasks" / "my_tasks.py"
 
 
-def wrong(network: dict[str, Tensor], condition: list[float]) -> set[int]:
-    """The test images that a network gets wrong."""
-    plain = DigitsNet()
-    plain.load_state_dict(network)
-    test = digits_images()["test"]
+def judge(name: str, time_limit: float = 30.0) -> FamilyJudge:
+    return FamilyJudge(f"{MINE}:{name}", time_limit=time_limit)
+
+
+def candidates(family: FamilyJudge, number: int = 3) -> list[Candidate]:
+    torch.manual_seed(1)
+    return [Candidate(f"n{i}", family.family.build_network().state_dict(), [1.0 + i]) for i in range(number)]
+
+
+def outputs(network: Candidate) -> Tensor:
+    module = sys.modules["my_tasks"]
+    plain = module.Net().eval()
+    plain.load_state_dict(network.state_dict)
     with torch.no_grad():
-        answers = plain(test.images)[:, 0] > 0
-    wanted = {i for i, value in enumerate(condition) if value}
-    return {i for i, answer in enumerate(answers.tolist()) if answer != (int(test.classes[i]) in wanted)}
+        result: Tensor = plain(module.INPUTS)[:, 0]
+    return result
 
 
-def test_accuracy_and_the_nearest_original(
-    tmp_path: Path, make_checkpoints: Callable[..., list[dict[str, Tensor]]]
-) -> None:
-    networks = make_checkpoints(5, DigitsNet().state_dict())
-    entries = []
-    for i, condition in enumerate((ODD, ODD, SMALL)):
-        path = tmp_path / f"{i}.safetensors"
-        write_checkpoint(path, networks[i], {})
-        entries.append(Entry(path.name, checkpoint_sha256(path), condition))
-    judge = Judge(Collection(tmp_path, {FAMILY: "digits"}, entries))
-    errors = wrong(networks[3], ODD)
-    originals = [wrong(network, ODD) for network in networks[:2]]
-    judged = judge.judge(networks[3], ODD)
-    assert judged.accuracy == pytest.approx(1 - len(errors) / len(digits_images()["test"].images))
-    assert judged.similarity == pytest.approx(max(len(errors & o) / len(errors | o) for o in originals))
-    assert judge.judge(networks[4], [1.0] + [0.0] * 9).similarity is None
-    half = {name: value.half() for name, value in networks[3].items()}
-    assert judge.judge(half, ODD).accuracy == pytest.approx(judged.accuracy, abs=0.02)
-    assert judge.judge(networks[2], SMALL).similarity == 1
+def test_a_minimal_family_measures_and_its_first_metric_counts() -> None:
+    family = judge("Minimal")
+    networks = candidates(family)
+    measured = family.measure(networks, "test")
+    inputs = sys.modules["my_tasks"].INPUTS[:, 0]
+    for network, found in zip(networks, measured, strict=True):
+        assert isinstance(network.asked, list)
+        wanted = torch.sin(network.asked[0] * inputs)
+        error = (outputs(network) - wanted).square().mean().item()
+        assert found.metrics == {"mse": pytest.approx(error), "largest": 1.0}
+        assert (found.wrong, found.failure) == (None, None)
+    assert metric_that_counts(family, measured) == Metric("mse")
+    assert family.majority([1.0], "test") is None
 
 
-def test_a_family_that_needs_images_is_given_them(
-    tmp_path: Path, make_checkpoints: Callable[..., list[dict[str, Tensor]]]
-) -> None:
-    write_cifar10(tmp_path, train=20, test=30)
-    network = make_checkpoints(1, Cifar10Net().state_dict())[0]
-    write_checkpoint(tmp_path / "a.safetensors", network, {})
-    entry = Entry("a.safetensors", checkpoint_sha256(tmp_path / "a.safetensors"), ODD)
-    collection = Collection(tmp_path, {FAMILY: "cifar10"}, [entry])
-    judged = Judge(collection, str(tmp_path)).judge(network, ODD)
-    test = cifar10_images(str(tmp_path), "test")
-    plain = Cifar10Net().eval()
-    plain.load_state_dict(network)
-    with torch.no_grad():
-        answers = plain(normalised(test.pixels))[:, 0] > 0
-    right = (answers == (test.classes % 2 == 1)).float().mean()
-    assert judged.accuracy == pytest.approx(float(right))
-    assert judged.similarity == 1
-    with pytest.raises(RPGError, match=r"collect\.images"):
-        Judge(collection)
+def test_predictions_give_wrong_answers_beside_the_familys_own_metrics() -> None:
+    family = judge("Sines")
+    networks = candidates(family)
+    measured = family.measure(networks, "test")
+    inputs = sys.modules["my_tasks"].INPUTS[:, 0]
+    for network, found in zip(networks, measured, strict=True):
+        assert isinstance(network.asked, list)
+        right = torch.sin(network.asked[0] * inputs) > 0
+        assert found.wrong is not None
+        assert found.wrong.tolist() == ((outputs(network) > 0) != right).tolist()
+    assert metric_that_counts(family, measured) == Metric("mse", higher_is_better=False, unit="V²")
+    assert family.majority([1.0], "test") == 0.5
+
+
+def test_answers_alone_give_the_accuracy() -> None:
+    family = judge("Answers")
+    [found] = family.measure(candidates(family, 1), "test")
+    assert found.wrong is not None
+    assert found.metrics == {"accuracy": pytest.approx(1 - found.wrong.mean())}
+    assert family.metrics == (ACCURACY,)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "entry", "reason"),
+    ("name", "reason"),
     [
-        ({}, Entry("a", "0" * 64, ODD), "does not say which task family its networks belong to"),
-        ({FAMILY: "digits"}, Entry("a", "0" * 64), "no conditions that say what is right"),
+        ("Fails", r"n1: .*Fails: evaluate: ValueError: no luck \(my_tasks\.py, line [0-9]+\)"),
+        ("Nan", r"n1: .*Nan: evaluate: metric 'mse': expected a finite number, got nan"),
+        ("Text", r"n1: .*Text: evaluate: expected metrics by name, got 'good'"),
+        ("OtherMetric", r"n1: .*OtherMetric: evaluate: metric 'mse' is missing"),
+        ("Shape", r"n1: .*Shape: predict: expected a tensor \[inputs\], got \[64, 1\]"),
+        ("Short", r"n1: .*Short: expected as many answers as labels, got 64 and 3"),
+        ("NeedsGpu", r"n1: .*NeedsGpu: evaluate: RuntimeError: No CUDA GPUs are available"),
     ],
 )
-def test_collections_that_do_not_say_what_is_right_are_refused(
-    tmp_path: Path, architecture: dict[str, str], entry: Entry, reason: str
-) -> None:
-    with pytest.raises(RPGError, match=reason):
-        Judge(Collection(tmp_path, architecture, [entry]))
+def test_what_goes_wrong_names_the_network_and_the_familys_code(name: str, reason: str) -> None:
+    family = judge(name)
+    measured = family.measure(candidates(family), "test")
+    failure = measured[1].failure
+    assert failure is not None
+    assert re.match(reason, failure), failure
+    assert measured[1].metrics == {}
+
+
+def test_one_network_that_does_not_fit_does_not_spoil_the_others() -> None:
+    family = judge("Sines")
+    networks = candidates(family)
+    networks[1] = Candidate("odd", {"weight": torch.zeros(3)}, [1.0])
+    measured = family.measure(networks, "test")
+    assert [each.failure is None for each in measured] == [True, False, True]
+    assert "odd: " in str(measured[1].failure)
+
+
+def test_a_family_that_hangs_is_left_behind() -> None:
+    family = judge("Hangs", time_limit=0.2)
+    began = time.monotonic()
+    [found] = family.measure(candidates(family, 1), "test")
+    assert "n0: " in str(found.failure)
+    assert "took longer than evaluate.time_limit = 0.2 s" in str(found.failure)
+    assert time.monotonic() - began < 20
+
+
+def test_a_call_gives_its_result_or_its_error() -> None:
+    assert within(10, lambda: 3, "call") == 3
+    with pytest.raises(ZeroDivisionError):
+        within(10, lambda: 1 // 0, "call")
+
+
+@pytest.mark.parametrize("value", [float("inf"), "3", None, True, [1.0], 10**400, torch.zeros(2)])
+def test_metrics_are_finite_numbers(value: object) -> None:
+    assert finite_metrics({"a": torch.tensor(2.5), "b": 3}, "x") == {"a": 2.5, "b": 3.0}
+    with pytest.raises(RPGError, match="x: metric 'a': expected a finite number"):
+        finite_metrics({"a": value}, "x")

@@ -9,8 +9,11 @@ from sklearn.linear_model import Ridge
 
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
-from rpg.evaluation.measure import Network, TrainingSet, flatten, measure, unflatten
+from rpg.evaluation.baselines import majority_accuracy
+from rpg.evaluation.judge import ACCURACY, Measurement
+from rpg.evaluation.measure import Network, TrainingSet, condition_name, flatten, measure, unflatten
 from rpg.evaluation.results import TaskSplit
+from rpg.tasks.families import Metric
 
 IMAGES = torch.randn(80, 6, generator=torch.Generator().manual_seed(3))
 CONDITIONS = [tuple(map(float, bits)) for bits in itertools.product((0, 1), repeat=3)][1:-1]
@@ -26,6 +29,30 @@ def network(condition, noise, seed):
     random = torch.Generator().manual_seed(seed)
     weights = right_weights(condition) + noise * torch.randn(6, generator=random)
     return {"weight": weights, "steps": torch.tensor(7)}
+
+
+class ByHand:
+    """A judge that runs the classifiers on the images."""
+
+    name = "by hand"
+    metrics = (ACCURACY,)
+
+    def check(self):
+        pass
+
+    def measure(self, networks, split):
+        assert split == "test"
+        rows = []
+        for network in networks:
+            if network.state_dict["weight"].abs().max() > 1000:
+                rows.append(Measurement({}, None, f"{network.name}: diverged"))
+                continue
+            wrong = answers([network.state_dict])[0] != right_answers([network.asked])[0]
+            rows.append(Measurement({"accuracy": 1 - wrong.float().mean().item()}, wrong.numpy()))
+        return rows
+
+    def majority(self, asked, split):
+        return majority_accuracy(right_answers([asked])[0])
 
 
 def answers(state_dicts):
@@ -51,7 +78,7 @@ def measured():
     copied = Network("copy", seen[0], TaskSplit.seen, trained[0][1])
     result = measure(
         layout, TrainingSet(values, [c for c, _ in trained]), originals, [*generated, copied],
-        answers, right_answers, str, noise_levels=(0.02,), ridge_penalty=1e-3, seed=0,
+        ByHand(), "test", str, noise_levels=(0.02,), ridge_penalty=1e-3, seed=0,
     )  # fmt: skip
     return layout, trained, values, originals, generated, result
 
@@ -71,8 +98,8 @@ def test_accuracies_and_wrong_answers(measured):
     *_, originals, generated, result = measured
     for networks, found in ((originals, result.originals), (generated, result.generated)):
         for one, evaluated in zip(networks, found, strict=False):
-            assert evaluated.accuracy == pytest.approx(accuracy(one.state_dict, one.condition), abs=1e-6)
-            assert evaluated.wrong.sum() == round((1 - evaluated.accuracy) * len(IMAGES))
+            assert evaluated.score == pytest.approx(accuracy(one.state_dict, one.condition), abs=1e-6)
+            assert evaluated.wrong.sum() == round((1 - evaluated.score) * len(IMAGES))
             assert evaluated.task == str(one.condition)
 
 
@@ -112,3 +139,80 @@ def test_noised_originals_are_evaluated(measured):
     *_, originals, _, result = measured
     assert len(result.noised[0.02]) == len(originals)
     assert all(evaluated.split in (TaskSplit.seen, TaskSplit.unseen) for evaluated in result.noised[0.02])
+
+
+def test_without_a_judge_distances_are_measured_all_the_same(measured):
+    layout, trained, values, originals, generated, with_judge = measured
+    conditions = [condition for condition, _ in trained]
+    found = measure(
+        layout, TrainingSet(values, conditions), originals, generated, None, "test", str, (0.02,), 1e-3, 0
+    )
+    assert found.metric is None
+    assert found.baselines == {}
+    assert [each.score for each in (*found.originals, *found.generated)] == [None] * 8
+    expected = [each.distance for each in with_judge.generated if each.name != "copy"]
+    assert [each.distance for each in found.generated] == pytest.approx(expected)
+    assert min(found.generated_distances) > 0
+
+
+def test_a_network_that_cannot_be_measured_is_left_out_with_its_reason(measured):
+    layout, trained, values, originals, generated, _ = measured
+    diverged = Network(
+        "g9", UNSEEN, TaskSplit.unseen, {**generated[0].state_dict, "weight": torch.full((6,), 1e6)}
+    )
+    conditions = [condition for condition, _ in trained]
+    found = measure(
+        layout,
+        TrainingSet(values, conditions),
+        originals,
+        [*generated, diverged],
+        ByHand(),
+        "test",
+        str,
+        (),
+        1e-3,
+        0,
+    )
+    assert [each.score is None for each in found.generated] == [False] * 4 + [True]
+    assert found.left_out == ["g9: diverged"]
+
+
+def test_a_collection_without_conditions_has_one_task(measured):
+    layout, _, values, *_ = measured
+
+    class Norm(ByHand):
+        metrics = (Metric("norm", higher_is_better=False, unit="m"),)
+
+        def measure(self, networks, split):
+            return [Measurement({"norm": n.state_dict["weight"].norm().item()}) for n in networks]
+
+        def majority(self, asked, split):
+            return None
+
+    originals = [Network("o", None, TaskSplit.seen, unflatten(layout, values[0]))]
+    generated = [Network(f"g{i}", None, TaskSplit.seen, unflatten(layout, values[i])) for i in range(3)]
+    found = measure(
+        layout,
+        TrainingSet(values, None),
+        originals,
+        generated,
+        Norm(),
+        "test",
+        condition_name,
+        (0.1,),
+        1e-3,
+        0,
+    )
+    assert found.metric == Norm.metrics[0]
+    mean = unflatten(layout, values.double().mean(0).float())["weight"].norm().item()
+    assert found.baselines == {"centre": {"all": pytest.approx(mean)}}
+    assert [each.score for each in found.generated] == [
+        pytest.approx(unflatten(layout, values[i])["weight"].norm().item()) for i in range(3)
+    ]
+    assert len(found.sibling_distances) == len(values)
+
+
+def test_names_of_different_conditions_differ():
+    conditions = [(0.0, 1.0, 1.0), (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.5), (0.5,), None]
+    assert len({condition_name(condition) for condition in conditions}) == 5
+    assert condition_name((0.0, 1.0, 1.0)) == "011"

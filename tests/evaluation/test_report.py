@@ -66,8 +66,8 @@ def whole(results: Results) -> tuple[str, Page]:
 def test_report_holds_accuracies_similarities_distances_and_tasks(results: Results) -> None:
     report = build_report(results)
     for group in ("originals", "generated_unseen", "generated_seen"):
-        assert {"mean", "min", "max", "n"} <= set(report["accuracy"][group])
-    assert set(report["accuracy"]["baselines"]) == {
+        assert {"mean", "min", "max", "n"} <= set(report["score"][group])
+    assert set(report["score"]["baselines"]) == {
         "centre", "nearest_task", "ridge_1", "ridge_2", "ridge_3", "majority"}  # fmt: skip
     assert set(report["timing_seconds"]) == {"collect", "shard", "train", "generate", "evaluate"}
     assert {"similarity", "distance", "config", "versions", "seed", "per_task"} <= set(report)
@@ -76,9 +76,9 @@ def test_report_holds_accuracies_similarities_distances_and_tasks(results: Resul
 
 def test_numbers_come_from_the_results(results: Results) -> None:
     report = build_report(results)
-    unseen = [n.accuracy for n in results.generated if n.split == "unseen"]
-    originals = [n.accuracy for n in results.originals if n.split == "unseen"]
-    accuracy = report["accuracy"]
+    unseen = [n.score for n in results.generated if n.split == "unseen"]
+    originals = [n.score for n in results.originals if n.split == "unseen"]
+    accuracy = report["score"]
     assert accuracy["generated_unseen"]["mean"] == pytest.approx(sum(unseen) / len(unseen))
     assert (accuracy["generated_unseen"]["min"], accuracy["generated_unseen"]["max"]) == (
         min(unseen),
@@ -87,7 +87,7 @@ def test_numbers_come_from_the_results(results: Results) -> None:
     assert accuracy["generated_unseen"]["n"] == len(unseen) == 100
     assert accuracy["ratio"] == pytest.approx((sum(unseen) / 100) / (sum(originals) / 60))
     row = report["per_task"][0]
-    members = [n.accuracy for n in results.generated if n.task == row["task"] and n.split == "unseen"]
+    members = [n.score for n in results.generated if n.task == row["task"] and n.split == "unseen"]
     assert row["generated"]["mean"] == pytest.approx(np.mean(members))
     assert row["baselines"]["ridge_1"] == results.baselines["ridge_1"][row["task"]]
     assert report["similarity"]["unseen"]["noised_original_max"]["0.01"] > 0.9
@@ -192,11 +192,11 @@ def test_without_conditions_the_page_says_so(make_results: Callable[..., Results
         losses=(),
     )
     report = build_report(seen)
-    assert report["accuracy"]["generated_unseen"] == {
-        "mean": None, "median": None, "min": None, "max": None, "std": None, "n": 0}  # fmt: skip
-    assert report["accuracy"]["baselines"] == {}
-    assert report["accuracy"]["ratio"] == pytest.approx(
-        report["accuracy"]["generated_seen"]["mean"] / report["accuracy"]["originals"]["mean"]
+    assert report["score"]["generated_unseen"] == {
+        "mean": None, "median": None, "min": None, "max": None, "std": None, "n": 0, "failed": 0}  # fmt: skip
+    assert report["score"]["baselines"] == {}
+    assert report["score"]["ratio"] == pytest.approx(
+        report["score"]["generated_seen"]["mean"] / report["score"]["originals"]["mean"]
     )
     assert set(report["similarity"]) == {"seen"}
     html = render_html(report, figure_pairs(seen, to_svg))
@@ -217,7 +217,7 @@ def test_nothing_generated_still_renders(results: Results) -> None:
         timing_seconds={},
     )
     report = build_report(empty)
-    assert report["accuracy"]["ratio"] is None
+    assert report["score"]["ratio"] is None
     assert report["summary"] == []
     assert Page(render_html(report, figure_pairs(empty, to_svg))).stack == []
 
@@ -225,10 +225,11 @@ def test_nothing_generated_still_renders(results: Results) -> None:
 def test_bad_results_are_refused(results: Results) -> None:
     first = results.generated[0]
     for change, message in (
-        ({"accuracy": float("nan")}, r"generated_0314.safetensors: expected an accuracy in 0…1"),
+        ({"score": float("nan")}, r"generated_0314.safetensors: expected a finite score"),
+        ({"score": 1.5}, r"generated_0314.safetensors: expected an accuracy in 0…1"),
         (
             {"wrong": first.wrong[:-1]},
-            r"generated_0314.safetensors: expected predictions on the same 540 images",
+            r"generated_0314.safetensors: expected predictions on the same 540 inputs",
         ),
     ):
         broken = dataclasses.replace(results, generated=[dataclasses.replace(first, **change)])  # type: ignore[arg-type]
@@ -251,10 +252,10 @@ def test_tables_carry_the_same_numbers(results: Results) -> None:
     with console.capture() as capture:
         console.print(terminal_table(report))
     shown, card = capture.get(), model_card_table(report)
-    mean = f"{report['accuracy']['generated_unseen']['mean']:.3f}"
+    mean = f"{report['score']['generated_unseen']['mean']:.3f}"
     assert mean in shown
     assert f"| **generated, unseen tasks** | **{mean}** |" in card
-    assert f"generated / originals: {report['accuracy']['ratio']:.3f}" in shown
+    assert f"generated / originals: {report['score']['ratio']:.3f}" in shown
     assert {line.count("|") for line in card.strip().splitlines()} == {6}
 
 

@@ -32,6 +32,7 @@ def test_pareto_front(points: list[tuple[float, float]]) -> None:
     ],
 )
 def test_the_figure_is_drawn_for_any_mix_of_trials(trials: list[Tried]) -> None:
-    drawn = to_svg(search_figure(trials, "0"))
-    ElementTree.fromstring(drawn)
+    for higher_is_better in (True, False):
+        drawn = to_svg(search_figure(trials, "0", higher_is_better))
+        ElementTree.fromstring(drawn)
     assert b"parameters of the generator" in drawn or b"<path" in drawn

@@ -71,7 +71,7 @@ def test_from_images_to_report(run_job, tmp_path):
     ]
     assert len(generated) == 20
     mean = sum(generated) / len(generated)
-    assert report["accuracy"]["generated_unseen"]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert report["score"]["generated_unseen"]["mean"] == pytest.approx(mean, abs=1e-6)
     collection = json.loads((run / "collection" / "collection.json").read_text())
     originals = [
         accuracy(run / "collection" / entry["file"], entry["condition"])
@@ -84,7 +84,7 @@ def test_from_images_to_report(run_job, tmp_path):
     assert generator_config_from_yaml(run / "generator" / "config.yaml").condition.states == 1
     assert len(originals) == 20
     mean = sum(originals) / len(originals)
-    assert report["accuracy"]["originals"]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert report["score"]["originals"]["mean"] == pytest.approx(mean, abs=1e-6)
 
 
 @pytest.mark.parametrize(("module", "images"), [("collect", ""), ("pipeline", "collect.images=nowhere")])

@@ -46,7 +46,7 @@ def test_a_submitted_pipeline_runs_to_the_report(head, small_run, tmp_path):
         assert f"{stage}: done in" in job.stdout
     assert "generated, unseen tasks" in job.stdout
     assert re.search(r"Job 'raysubmit_\w+' succeeded", job.stdout)
-    assert json.loads((output / "report.json").read_text())["accuracy"]["generated_unseen"]["n"] == 40
+    assert json.loads((output / "report.json").read_text())["score"]["generated_unseen"]["n"] == 40
 
 
 def test_a_bad_config_fails_the_job_and_ignored_files_are_not_uploaded(head):

@@ -151,4 +151,4 @@ def test_a_node_lost_in_every_stage_changes_nothing(
     assert len(models) == 1022
     assert len([name for name in whole if name.startswith("generated/") and ".safetensors" in name]) == 80
     reports = [json.loads((run / "report.json").read_text()) for run in (small_run.root, tmp_path / "lost")]
-    assert reports[0]["accuracy"] == reports[1]["accuracy"]
+    assert reports[0]["score"] == reports[1]["score"]

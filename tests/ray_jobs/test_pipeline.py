@@ -21,12 +21,12 @@ pytestmark = pytest.mark.slow
 def test_report_holds_what_is_promised(small_run):
     report = json.loads((small_run.root / "report.json").read_text())
     for group in ("originals", "generated_unseen", "generated_seen"):
-        assert set(report["accuracy"][group]) >= {"mean", "min", "max", "n"}
+        assert set(report["score"][group]) >= {"mean", "min", "max", "n"}
     for baseline in ("centre", "nearest_task", "ridge_1", "ridge_2", "ridge_3", "majority"):
-        assert 0 < report["accuracy"]["baselines"][baseline]["mean"] <= 1
+        assert 0 < report["score"]["baselines"][baseline]["mean"] <= 1
     assert set(report["timing_seconds"]) == {"collect", "shard", "train", "generate", "evaluate"}
-    assert report["accuracy"]["generated_unseen"]["n"] == 20 * 2
-    assert report["accuracy"]["generated_seen"]["n"] == 20 * 2
+    assert report["score"]["generated_unseen"]["n"] == 20 * 2
+    assert report["score"]["generated_seen"]["n"] == 20 * 2
     assert report["config"]["train"]["steps"] == 60
     assert report["seed"] == 0
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
@@ -56,7 +56,7 @@ def test_reported_accuracy_is_that_of_the_plain_network(small_run):
         right = torch.tensor(model["condition"]).bool()[test.classes]
         if model["split"] == "unseen":
             accuracies.append((answers == right).float().mean().item())
-    assert report["accuracy"]["generated_unseen"]["mean"] == pytest.approx(
+    assert report["score"]["generated_unseen"]["mean"] == pytest.approx(
         sum(accuracies) / len(accuracies), abs=1e-6
     )
 

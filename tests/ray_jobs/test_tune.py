@@ -64,7 +64,7 @@ def test_a_search_leaves_a_table_a_figure_and_a_best_config_that_trains(searched
     assert max(spent) - min(spent) <= 4 * max(row["flops_per_step"] for row in rows)
     ended = [row for row in rows if row["share_of_budget"] == 1]
     assert ended
-    assert rows[0]["accuracy"] == max(row["accuracy"] for row in ended)
+    assert rows[0]["score"] == max(row["score"] for row in ended)
     assert all(0 < row["share_of_budget"] <= 1 for row in rows)
     assert all(row["failure"] is None for row in rows)
     ElementTree.fromstring((output / "tune" / "search.svg").read_bytes())

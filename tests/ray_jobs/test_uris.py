@@ -96,7 +96,7 @@ def test_a_bucket_that_turns_read_only_can_be_finished(small_run, run_job, bucke
             if file.name != "history.json":
                 assert after[f"run/{folder}/{file.name}"] == file.read_bytes(), file.name
     ours, local = json.loads(after["run/report.json"]), read_json(small_run.root / "report.json", "a report")
-    assert (ours["accuracy"], ours["similarity"]) == (local["accuracy"], local["similarity"])
+    assert (ours["score"], ours["similarity"]) == (local["score"], local["similarity"])
     # Workers brought shards and generator to the node once; the generator anew with its last model card.
     kept = [json.loads(source.read_text())["uri"] for source in tmp_path.glob("*/source.json")]
     assert set(kept) == {f"{bucket}/run/shards", f"{bucket}/run/generator"}

@@ -12,10 +12,15 @@ from rpg.tasks.binary_cifar10 import BinaryCifar10
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.tasks.cifar10_net import Cifar10Net, normalised
 from rpg.tasks.class_subsets import class_bits
+from rpg.tasks.families import Task
 from tests.cifar10_files import write_cifar10
 
 TASKS = [314, 1, 589]
-CONFIG = CollectConfig(family="cifar10", backbone_epochs=5, epochs=8, batch_size=32, learning_rate=5e-3)
+CONFIG = CollectConfig(backbone_epochs=5, epochs=8, batch_size=32, learning_rate=5e-3)
+
+
+def task_of(task: int) -> Task:
+    return Task(str(task), class_bits(task))
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +37,11 @@ def family(directory: str) -> BinaryCifar10:
 
 @pytest.fixture(scope="module")
 def backbone(family: BinaryCifar10) -> dict[str, Tensor]:
-    return family.train_backbone(CONFIG, seed=0)
+    return family.backbone(CONFIG, seed=0)
 
 
 def test_labels_ask_whether_the_class_is_in_the_set(family: BinaryCifar10, directory: str) -> None:
-    found = family.labels([class_bits(314), class_bits(1)], "test")
+    found = [family.labels(class_bits(task), "test") for task in (314, 1)]
     classes = cifar10_images(directory, "test").classes.tolist()
     for row, members in zip(found, ({1, 4, 5, 6, 8}, {9}), strict=True):
         assert row.tolist() == [c in members for c in classes]
@@ -45,10 +50,10 @@ def test_labels_ask_whether_the_class_is_in_the_set(family: BinaryCifar10, direc
 def test_fine_tuned_networks_learn_their_tasks(
     family: BinaryCifar10, backbone: dict[str, Tensor], directory: str
 ) -> None:
-    models = [(task, copy) for task in TASKS for copy in range(2)]
+    models = [(task_of(task), copy) for task in TASKS for copy in range(2)]
     trained = family.fine_tune(backbone, models, CONFIG, seed=0)
-    answers = family.predict(trained, "test", group=4)
-    right = family.labels([class_bits(task) for task, _ in models], "test")
+    answers = family.predict_many(trained, "test", group=4)
+    right = torch.stack([family.labels(task.condition, "test") for task, _ in models])
     majority = torch.maximum(right.double().mean(1), 1 - right.double().mean(1))
     assert ((answers == right).double().mean(1) - majority).mean() > 0.1
     # Copies of a task have the same start and differ in their data order.
@@ -67,10 +72,12 @@ def test_fine_tuned_networks_learn_their_tasks(
 def test_a_model_is_determined_by_seed_task_and_copy(
     family: BinaryCifar10, backbone: dict[str, Tensor]
 ) -> None:
-    quick = CollectConfig(family="cifar10", epochs=1, batch_size=32, learning_rate=5e-3)
-    (alone,) = family.fine_tune(backbone, [(314, 1)], quick, seed=0)
-    among = family.fine_tune(backbone, [(589, 1), (314, 1), (314, 0)], quick, seed=0)
-    (other,) = family.fine_tune(backbone, [(314, 1)], quick, seed=1)
+    quick = CollectConfig(epochs=1, batch_size=32, learning_rate=5e-3)
+    (alone,) = family.fine_tune(backbone, [(task_of(314), 1)], quick, seed=0)
+    among = family.fine_tune(
+        backbone, [(task_of(589), 1), (task_of(314), 1), (task_of(314), 0)], quick, seed=0
+    )
+    (other,) = family.fine_tune(backbone, [(task_of(314), 1)], quick, seed=1)
     for name, value in alone.items():
         torch.testing.assert_close(among[1][name], value, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(other["head.weight"], alone["head.weight"], rtol=1e-3, atol=1e-4)
@@ -82,19 +89,19 @@ def test_a_model_is_determined_by_seed_task_and_copy(
 
 
 def test_the_backbone_knows_ten_classes_and_other_randomness_is_left_alone(family: BinaryCifar10) -> None:
-    quick = CollectConfig(family="cifar10", backbone_epochs=1)
+    quick = CollectConfig(backbone_epochs=1)
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    first = family.train_backbone(quick, seed=0)
+    first = family.backbone(quick, seed=0)
     assert torch.equal(torch.rand(2), expected)
     assert first.keys() == Cifar10Net(outputs=10).state_dict().keys()
     assert first["head.weight"].shape == (10, 64)
-    assert not torch.equal(family.train_backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
+    assert not torch.equal(family.backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
 
 
 def test_predictions_of_no_models_are_empty(family: BinaryCifar10) -> None:
-    assert family.predict([], "test").shape == (0, 60)
+    assert family.predict_many([], "test").shape == (0, 60)
 
 
 def test_networks_have_tens_of_thousands_of_parameters() -> None:
@@ -104,4 +111,4 @@ def test_networks_have_tens_of_thousands_of_parameters() -> None:
 
 def test_missing_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(RPGError, match=r"train\.parquet: not found"):
-        BinaryCifar10(str(tmp_path), torch.device("cpu")).check_images()
+        BinaryCifar10(str(tmp_path), torch.device("cpu")).check()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rpg.tasks.class_subsets import ALL_TASKS, HELD_OUT_TASKS, class_bits, task_splits
+from rpg.tasks.class_subsets import ALL_TASKS, HELD_OUT_TASKS, class_bits, class_tasks
 
 # Copied by hand from the published list.
 HELD_OUT = {
@@ -33,7 +33,7 @@ def test_every_task_has_bits_of_its_own() -> None:
 @pytest.mark.parametrize("validation", [0, 40])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_splits_never_overlap(validation: int, seed: int) -> None:
-    splits = task_splits(validation, seed)
+    splits = {int(task.name): task.split for task in class_tasks(validation, seed)}
     assert list(splits) == list(ALL_TASKS)
     by_split = {
         name: {task for task, split in splits.items() if split == name}
@@ -42,8 +42,9 @@ def test_splits_never_overlap(validation: int, seed: int) -> None:
     assert by_split["heldout"] == HELD_OUT
     assert len(by_split["validation"]) == validation
     assert len(by_split["train"]) == 1022 - 20 - validation
-    assert task_splits(validation, seed) == splits
+    assert {int(task.name): task.split for task in class_tasks(validation, seed)} == splits
+    assert all(task.condition == class_bits(int(task.name)) for task in class_tasks(validation, seed))
 
 
 def test_validation_tasks_depend_on_the_seed() -> None:
-    assert task_splits(40, 0) != task_splits(40, 1)
+    assert class_tasks(40, 0) != class_tasks(40, 1)

@@ -105,12 +105,12 @@ def test_the_best_config_reads_back_and_trains_as_its_trial(
     assert best.tune.space == {}
 
 
-def test_trials_are_ranked_by_budget_and_then_accuracy(base: Config, shards: ShardedCollection) -> None:
+def test_trials_are_ranked_by_budget_and_then_score(base: Config, shards: ShardedCollection) -> None:
     trial = make_trial("0", base, {}, shards, ROUNDS)
 
-    def result(name: str, accuracy: float | None, share: float) -> TrialResult:
+    def result(name: str, score: float | None, share: float) -> TrialResult:
         named = Trial(name, trial.point, trial.config, trial.step_flops, trial.parameters)
-        return TrialResult(named, accuracy, share, 1.0, None if accuracy else "out of memory")
+        return TrialResult(named, score, share, 1.0, None if score else "out of memory")
 
     results = [
         result("failed", None, 1.0),
@@ -120,3 +120,5 @@ def test_trials_are_ranked_by_budget_and_then_accuracy(base: Config, shards: Sha
         result("best", 0.95, 1.0),
     ]
     assert [each.trial.name for each in ranked(results)] == ["best", "second", "third", "early", "failed"]
+    lowest_first = ["second", "best", "third", "early", "failed"]
+    assert [each.trial.name for each in ranked(results, higher_is_better=False)] == lowest_first

@@ -1,0 +1,139 @@
+"""What measures the networks of a run: its task family, or its test command."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from ray_jobs.run_paths import RunPaths
+from rpg.collection.collection import Collection
+from rpg.config import Config
+from rpg.errors import RPGError
+from rpg.evaluation.command_judge import CommandJudge, MeasureOne
+from rpg.evaluation.judge import Candidate, FamilyJudge, Judge, Measurement
+from rpg.storage.files import sha256
+from rpg.tasks.families import Metric, family_of, load_family, uses_gpu
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """All that a process needs to measure networks of a run."""
+
+    tasks: str
+    """The task family; empty if a command measures."""
+    images: str
+    command: str
+    metric: Metric
+    """The metric that counts, for a command."""
+    time_limit: float
+    use_gpu: bool
+    """Whether networks are measured on a GPU."""
+
+    @classmethod
+    def of(cls, config: Config, collection: Collection | None) -> "JudgeSettings":
+        """What measures the networks of a run: `evaluate.command`, or `tasks`, or the family that the
+        collection names.
+
+        Raises:
+            RPGError: if none is named.
+        """
+        paths, evaluate = RunPaths.of(config), config.evaluate
+        metric = Metric(evaluate.metric, evaluate.higher_is_better)
+        if evaluate.command:
+            return cls("", "", evaluate.command, metric, evaluate.time_limit, config.ray.use_gpu)
+        tasks = paths.tasks
+        if not tasks:
+            if collection is None:
+                raise RPGError(
+                    "tasks: expected a task family, such as digits or my_tasks.py:MyTasks, or a collection "
+                    "of your own in collect.directory"
+                )
+            tasks = family_of(collection)
+        return cls(
+            tasks, paths.images, "", metric, evaluate.time_limit, config.ray.use_gpu and uses_gpu(tasks)
+        )
+
+    def open(self, device: torch.device | None = None, on_ray: bool = False) -> Judge:
+        """The judge.
+
+        Args:
+            device: where networks of a task family run; None: the CPU.
+            on_ray: whether a command is run in Ray tasks, and not in threads of this process.
+
+        Raises:
+            RPGError: if there is no such family.
+        """
+        if self.command:
+            run_all = self._run_on_ray if on_ray else None
+            return CommandJudge(self.command, self.metric, self.time_limit, run_all)
+        return FamilyJudge(self.tasks, self.images, device, self.time_limit)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric that counts is to be as high as possible."""
+        if self.command:
+            return self.metric.higher_is_better
+        metrics = self.open().metrics
+        return metrics[0].higher_is_better if metrics else True
+
+    def _run_on_ray(self, measure: MeasureOne, networks: Sequence[Candidate]) -> list[Measurement]:
+        run = _measure_one.options(num_gpus=int(self.use_gpu))
+        measured: list[Measurement] = ray.get([run.remote(measure, network) for network in networks])
+        return measured
+
+
+@ray.remote(num_cpus=1)
+def _measure_one(measure: MeasureOne, network: Candidate) -> Measurement:
+    return measure(network)
+
+
+def family_name(config: Config) -> str:
+    """The family that stage `collect` trains networks for.
+
+    Raises:
+        RPGError: if the config names none.
+    """
+    if name := RunPaths.of(config).tasks:
+        return name
+    raise RPGError(
+        "tasks: expected a task family to train networks for, such as digits or my_tasks.py:MyTasks, or a "
+        "collection that is there in collect.directory"
+    )
+
+
+def loaded_family(config: Config, device: torch.device | None = None) -> Any:
+    """The family that stage `collect` trains networks for.
+
+    Raises:
+        RPGError: if there is none.
+    """
+    return load_family(family_name(config), RunPaths.of(config).images, device)
+
+
+def family_inputs(config: Config) -> dict[str, str]:
+    """What the output of a stage depends on that uses the task family: its name, and its file's digest."""
+    file = RunPaths.of(config).tasks.rpartition(":")[0]
+    return {"tasks": config.tasks, **_digests([file])}
+
+
+def judge_inputs(config: Config) -> dict[str, str]:
+    """What the output of a stage depends on that measures networks: the family or the command, and their
+    files."""
+    if not (command := config.evaluate.command):
+        return family_inputs(config)
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    settings = dataclasses.asdict(config.evaluate)
+    named = {key: str(settings[key]) for key in ("command", "metric", "higher_is_better")}
+    return {**named, **_digests(words[1:])}
+
+
+def _digests(files: Sequence[str]) -> dict[str, str]:
+    return {file: sha256(Path(file)) for file in files if file and Path(file).is_file()}

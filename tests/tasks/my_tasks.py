@@ -1,0 +1,159 @@
+"""A stranger's task family, as a test or a user names it: my_tasks.py:Sines and others."""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from rpg.tasks.families import Metric, Task
+
+INPUTS = torch.linspace(-2, 2, 64)[:, None]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layers(inputs)
+        return outputs
+
+
+class Minimal:
+    """The smallest family: a network, and how good it is."""
+
+    def build_network(self) -> nn.Module:
+        return Net()
+
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        wanted = torch.sin(condition[0] * INPUTS) if condition else torch.sin(INPUTS)
+        return {"mse": (network(INPUTS) - wanted).square().mean().item(), "largest": 1.0}
+
+
+class Sines(Minimal):
+    """Everything that a family may have, but for training."""
+
+    metrics = (Metric("mse", higher_is_better=False, unit="V²"),)
+
+    def predict(self, network: nn.Module, split: str) -> Tensor:
+        return network(INPUTS)[:, 0] > 0
+
+    def labels(self, condition: list[float], split: str) -> Tensor:
+        return torch.sin(condition[0] * INPUTS[:, 0]) > 0
+
+    def task_name(self, condition: list[float]) -> str:
+        return f"sin {condition[0]:g}x"
+
+
+class Answers(Minimal):
+    """Answers alone: the accuracy follows."""
+
+    evaluate = None  # type: ignore[assignment]
+    predict = Sines.predict
+    labels = Sines.labels
+
+
+class Branching(Answers):
+    """Code that torch.func.vmap cannot run."""
+
+    def predict(self, network: nn.Module, split: str) -> Tensor:
+        answers = network(INPUTS)[:, 0]
+        return answers > 0 if answers.sum().item() < 1e9 else answers < 0
+
+
+class Fickle(Answers):
+    """Answers that are others when networks run side by side."""
+
+    calls = 0
+
+    def predict(self, network: nn.Module, split: str) -> Tensor:
+        Fickle.calls += 1
+        return network(INPUTS)[:, 0] > (0 if isinstance(network, Net) else 0.5)
+
+
+class Trains(Sines):
+    """A family that stage `collect` can train networks for."""
+
+    def tasks(self, validation_tasks: int, seed: int) -> list[Task]:
+        splits = ["heldout"] * 2 + ["validation"] * validation_tasks
+        splits += ["train"] * (12 - len(splits))
+        return [Task(f"{i}", [1 + i / 8], split) for i, split in enumerate(splits)]
+
+    def backbone(self, config: object, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        return Net().state_dict()
+
+    def fine_tune(
+        self, backbone: dict[str, Tensor], models: list[tuple[Task, int]], config: object, seed: int
+    ) -> list[dict[str, Tensor]]:
+        trained = []
+        for task, copy in models:
+            network = Net()
+            network.load_state_dict(backbone)
+            torch.manual_seed(1000 * seed + copy)
+            optimiser = torch.optim.Adam(network.parameters(), 0.03)
+            for _ in range(150):
+                inputs = 2 * torch.randn(64, 1)
+                loss = (network(inputs) - torch.sin(task.condition[0] * inputs)).square().mean()
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            trained.append({name: value.detach() for name, value in network.state_dict().items()})
+        return trained
+
+
+class Fails(Minimal):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        raise ValueError("no\nluck")
+
+
+class Nan(Minimal):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        return {"mse": float("nan")}
+
+
+class Text(Minimal):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        return "good"  # type: ignore[return-value]
+
+
+class OtherMetric(Sines):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        return {"loss": 1.0}
+
+
+class Hangs(Minimal):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        time.sleep(60)
+        return {"mse": 0.0}
+
+
+class Shape(Answers):
+    def predict(self, network: nn.Module, split: str) -> Tensor:
+        return network(INPUTS)[:, 0, None]
+
+
+class Short(Answers):
+    def labels(self, condition: list[float], split: str) -> Tensor:
+        return torch.zeros(3, dtype=torch.bool)
+
+
+class NeedsGpu(Minimal):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        raise RuntimeError("No CUDA GPUs are available")
+
+
+class NoNetwork:
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        return {}
+
+
+class NoTest:
+    def build_network(self) -> nn.Module:
+        return Net()
+
+
+class BadConstructor(Minimal):
+    def __init__(self, room: str) -> None:
+        self.room = room
