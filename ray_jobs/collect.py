@@ -202,7 +202,7 @@ def _resources(config: Config) -> ResourceRequest | None:
 def _mean_metric(entries: list[Entry]) -> str:
     name = next(iter(entries[0].metrics))
     mean = sum(entry.metrics[name] for entry in entries) / len(entries)
-    return f"{name.replace('_', ' ')} {mean:.3f}"
+    return f"{name.replace('_', ' ')} {mean:.3g}"
 
 
 COLLECT = Stage(

@@ -93,7 +93,7 @@ def _show(display: ProgressDisplay, progress: TrainingProgress | None) -> None:
     if progress:
         note = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
         if progress.validation_score is not None:
-            note += f"  validation {progress.validation_note} {progress.validation_score:.3f}"
+            note += f"  validation {progress.validation_note} {progress.validation_score:.3g}"
         elif progress.validation_note:
             note += f"  validation failed: {progress.validation_note:.200}"
         display.update(progress.step, progress.steps, note)

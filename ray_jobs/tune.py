@@ -89,7 +89,7 @@ def _wait(searching: Any, mailbox: Any, display: ProgressDisplay, trials: list[T
         note = f"{status.running} running"
         if status.best is not None:
             index, score = status.best
-            note += f", best so far {score:.3f}: {describe(trials[index].point)}"
+            note += f", best so far {score:.3g}: {describe(trials[index].point)}"
         display.update(status.ended, len(trials), note)
     results: list[TrialResult] = ray.get(searching)
     return results

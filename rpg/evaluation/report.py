@@ -304,7 +304,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _title(metric: Mapping[str, Any]) -> str:
-    name = metric["name"][:1].upper() + metric["name"][1:]
+    name = "Accuracy" if metric["name"] == "accuracy" else metric["name"]
     unit = f" [{metric['unit']}]" if metric["unit"] else ""
     return f"{name}{unit} on held-out data" + ("" if metric["higher_is_better"] else " (lower is better)")
 

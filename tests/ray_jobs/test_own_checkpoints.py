@@ -1,5 +1,6 @@
 """Checkpoints of one's own, as the README has it: register, run the pipeline, generate, load."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,13 @@ def test_register_shard_train_generate_load(join_job, checkpoints, tmp_path, kin
     settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
     result = join_job("pipeline", [*settings, f"generator.condition.kind={kind}"])
     assert result.returncode == 0, result.stderr
-    assert "evaluate: left out" in result.stderr
+    assert "evaluate: left out: scores: " in result.stderr
+    assert "does not say which task family" in result.stderr
+    report = json.loads((output / "report.json").read_text())
+    assert report["metric"] is None
+    assert report["distance"]["generated_seen"]["n"] == (18 if kind == "vector" else 3)
+    assert report["distance"]["among_generated"]["n"] > 0
+    assert "Distance to the nearest training checkpoint" in result.stdout
 
     asked = ["--condition", "0100111010"] if kind == "vector" else []
     made = rpg(
@@ -94,6 +101,64 @@ def test_register_shard_train_generate_load(join_job, checkpoints, tmp_path, kin
         refused = rpg("generate", output / "generator", "--condition", "01", "--out", tmp_path / "none")
         assert refused.returncode == 2
         assert "expected 10 values, got 2" in refused.stderr
+
+
+TEST = """
+import json, sys, torch
+from safetensors.torch import load_file
+state = load_file(sys.argv[1])
+if sys.argv[2] == "test" and "model_000001" in sys.argv[1]:
+    sys.exit("this one is odd")
+print("norm of the embedding")
+print(json.dumps({"scale": float(state["scale"]), "norm": float(state["embedding.weight"].norm())}))
+"""
+
+
+def test_a_command_measures_networks_without_conditions(join_job, checkpoints, tmp_path):
+    assert rpg("register", checkpoints).returncode == 0
+    (tmp_path / "test.py").write_text(TEST)
+    output = tmp_path / "run"
+    command = f"evaluate.command=python '{tmp_path / 'test.py'}' {{checkpoint}} {{split}}"
+    settings = [
+        OWN,
+        *TINY,
+        f"collect.directory={checkpoints}",
+        f"output={output}",
+        "evaluate.metric=norm",
+        "evaluate.higher_is_better=false",
+        "evaluate.noise_levels=[0.05]",
+        "train.validate_every=3",
+        command,
+    ]
+    result = join_job("pipeline", settings)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((output / "report.json").read_text())
+    norms = [
+        load_file(output / "generated" / f"model_{i:06d}.safetensors")["embedding.weight"].norm()
+        for i in (0, 2)
+    ]
+    assert report["metric"] == {"name": "norm", "higher_is_better": False, "unit": ""}
+    assert report["score"]["generated_seen"]["mean"] == pytest.approx(float(sum(norms)) / 2)
+    assert (report["score"]["generated_seen"]["n"], report["score"]["generated_seen"]["failed"]) == (2, 1)
+    reason = "model_000001.safetensors: evaluate.command: exit status 1: this one is odd"
+    assert report["left_out"] == [reason]
+    assert f"evaluate: left out: {reason}" in result.stderr
+    trained = [torch.load(file)["embedding.weight"].norm() for file in checkpoints.glob("*.pth")]
+    assert report["score"]["originals"]["mean"] == pytest.approx(float(sum(trained)) / 6)
+    assert report["metrics"]["scale"]["generated"]["n"] == 2
+    assert list(report["score"]["baselines"]) == ["centre"]
+    assert "validation norm" in result.stderr
+    assert "2 (1 failed)" in result.stdout
+
+
+def test_a_command_that_is_not_there_is_refused_before_anything_is_done(call_job, checkpoints, tmp_path):
+    assert rpg("register", checkpoints).returncode == 0
+    settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={tmp_path / 'run'}"]
+    result = call_job("pipeline", [*settings, "evaluate.command=no-such-program {checkpoint}"])
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        "ray_jobs.pipeline: error: evaluate.command: there is no program 'no-such-program'"
+    )
 
 
 def test_a_checkpoint_changed_after_registering_is_refused(join_job, checkpoints, tmp_path):

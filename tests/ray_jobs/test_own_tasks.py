@@ -1,0 +1,155 @@
+"""A task family of one's own, as docs/families.md has it: from training to the report, and a search."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+OWN = ROOT / "configs" / "own_checkpoints.yaml"
+SETTINGS = (
+    "generator.condition.kind=vector",
+    "shard.token_size=49",
+    "generator.recurrent.width=64",
+    "generator.denoiser.width=64",
+    "train.steps=40",
+    "train.warmup_steps=5",
+    "train.validate_every=20",
+    "collect.backbone_epochs=5",
+    "collect.epochs=2",
+    "collect.checkpoints_per_task=2",
+    "generate.models_per_task=2",
+    "generate.seen_tasks=3",
+    "ray.num_cpus=2",
+)
+
+
+@pytest.fixture(scope="module")
+def family_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The complete example of the docs."""
+    text = (ROOT / "docs" / "families.md").read_text()
+    [code] = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Sines" in block
+    ]
+    assert len(code.splitlines()) < 60
+    path = tmp_path_factory.mktemp("tasks") / "sines.py"
+    path.write_text(code)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(family_file, run_job, tmp_path_factory):
+    output = tmp_path_factory.mktemp("own") / "run"
+    arguments = [OWN, f"tasks={family_file}:Sines", *SETTINGS, f"output={output}"]
+    result = run_job("pipeline", arguments)
+    assert result.returncode == 0, result.stderr
+    return output, arguments, result.stdout + result.stderr
+
+
+def test_the_report_has_the_familys_own_metric(finished, family_file):
+    output, _, printed = finished
+    report = json.loads((output / "report.json").read_text())
+    assert report["metric"] == {"name": "mse", "higher_is_better": False, "unit": ""}
+    assert report["left_out"] == []
+    assert {row["task"] for row in report["per_task"]} >= {"sin(1.10256x)", "sin(1.92308x)"}
+    job = json.loads((output / "generated" / "job.json").read_text())
+    spec = importlib.util.spec_from_file_location("sines_again", family_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    errors = []
+    for model in job["models"]:
+        network = module.Sines().build_network()
+        network.load_state_dict(load_file(output / "generated" / model["file"]), strict=True)
+        inputs = torch.linspace(-2, 2, 200)[1::2, None]
+        with torch.no_grad():
+            error = (network(inputs) - torch.sin(model["condition"][0] * inputs)).square().mean()
+        errors += [error.item()] * (model["split"] == "unseen")
+    assert report["score"]["generated_unseen"]["mean"] == pytest.approx(sum(errors) / len(errors))
+    assert report["score"]["generated_unseen"]["n"] == len(errors) == 10
+    assert {"ridge_1", "nearest_task", "centre"} <= set(report["score"]["baselines"])
+    assert "majority" not in report["score"]["baselines"]
+    assert "validation mse" in printed
+    assert "mse on held-out data (lower is better)" in printed
+
+
+def test_the_generator_with_the_lowest_error_is_kept(finished):
+    output, _, _ = finished
+    history = json.loads((output / "generator" / "history.json").read_text())
+    scores = [row["validation_score"] for row in history if "validation_score" in row]
+    assert len(scores) == 2
+    assert min(scores) > 0
+
+
+def test_code_that_has_changed_is_run_again_and_only_where_it_counts(finished, family_file, join_job):
+    output, arguments, _ = finished
+    again = join_job("pipeline", arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("unchanged, reused") == 5
+    changed = family_file.with_name("sines_changed.py")
+    changed.write_text(family_file.read_text().replace('{"mse":', '{"extra": 1.0, "mse":'))
+    collection = f"collect.directory={output / 'collection'}"
+    other = [arguments[0], f"tasks={changed}:Sines", *arguments[2:], collection, "train.validate_every=0"]
+    first = join_job("pipeline", other)
+    assert first.returncode == 0, first.stderr
+    changed.write_text(changed.read_text().replace('"extra": 1.0', '"extra": 2.0'))
+    second = join_job("pipeline", other)
+    assert second.returncode == 0, second.stderr
+    assert second.stderr.count("unchanged, reused") == 4
+    report = json.loads((output / "report.json").read_text())
+    assert report["metrics"]["extra"]["generated"]["mean"] == 2.0
+    assert report["metric"]["name"] == "mse"
+
+
+def test_a_search_ranks_by_the_lowest_error(family_file, finished, join_job, tmp_path):
+    output, _, _ = finished
+    space = "tune.space={generator.denoiser.width: [16, 64]}"
+    result = join_job(
+        "tune",
+        [
+            OWN,
+            f"tasks={family_file}:Sines",
+            *SETTINGS,
+            f"collect.directory={output / 'collection'}",
+            f"output={tmp_path / 'search'}",
+            space,
+            "tune.trials=2",
+            "tune.reduction=2",
+        ],
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "search" / "tune" / "table.json").read_text())
+    whole = [row["score"] for row in rows if row["share_of_budget"] == 1]
+    assert whole == sorted(whole)
+    assert whole
+
+
+@pytest.mark.parametrize(
+    ("tasks", "parts"),
+    [
+        ("nowhere.py:Sines", ["tasks: ", "nowhere.py"]),
+        ("digit", ["tasks: expected cifar10, digits", "got 'digit'"]),
+        ("", ["tasks: expected a task family to train networks for"]),
+        (f"{ROOT / 'tests' / 'tasks' / 'my_tasks.py'}:Minimal", ["trains no networks", "fine_tune"]),
+    ],
+)
+def test_a_family_that_cannot_train_is_refused_before_ray_starts(call_job, tmp_path, tasks, parts):
+    result = call_job("pipeline", [OWN, f"tasks='{tasks}'", *SETTINGS, f"output={tmp_path / 'run'}"])
+    assert result.returncode == 2
+    [line] = result.stderr.strip().splitlines()
+    assert all(part in line for part in parts), line
+
+
+def test_a_family_whose_training_fails_is_told_in_one_line(join_job, family_file, tmp_path):
+    broken = family_file.with_name("broken_sines.py")
+    broken.write_text(family_file.read_text().replace("trained = []", "trained = [][0]"))
+    result = join_job("collect", [OWN, f"tasks={broken}:Sines", *SETTINGS, f"output={tmp_path / 'run'}"])
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert "Sines: fine_tune: IndexError: list index out of range (broken_sines.py, line " in line
+    assert not (tmp_path / "run" / "collection").exists()
