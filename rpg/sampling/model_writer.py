@@ -1,4 +1,4 @@
-"""Writing one generated model token by token into a `.safetensors` file of known size.
+"""Writing one generated model token by token: a `.safetensors` file of known size, or a directory with one.
 
 The file format lets every tensor's place be known beforehand (an 8-byte length, a JSON header, then the raw
 values), so finished tokens are written where they belong and no model is ever held in memory as a whole.
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from upath import UPath
 
+from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
 from rpg.errors import RPGError
+from rpg.sampling.model_directory import ModelDirectory
 from rpg.storage.files import AtomicFile, sha256
 from rpg.storage.locations import AnyPath
 
@@ -38,13 +40,14 @@ class NotFiniteError(RPGError):
 class ModelWriter:
     """Writes one model: `open`, then its tokens in any order, then `commit` or `discard`.
 
-    The file appears under its name at `commit`, and not at all otherwise. Tied tensors are written under each
-    of their names, since the format knows no ties. Methods may be called from any thread, one at a time.
+    The file, or the directory, appears under its name at `commit`, and not at all otherwise. Tied tensors are
+    written under each of their names, since the format knows no ties. Methods may be called from any thread,
+    one at a time.
 
     Attributes:
-        path: the file.
+        path: the file or directory.
         layout: of the model.
-        size: bytes of the whole file.
+        size: bytes of the file of weights.
     """
 
     def __init__(
@@ -53,12 +56,19 @@ class ModelWriter:
         layout: Layout,
         metadata: Mapping[str, str],
         dtype: torch.dtype | None = None,
+        companions: Companions | None = None,
     ) -> None:
         """Write to `path` a model of `layout`, with `metadata` in the file's header.
 
-        `dtype` is that of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+        Args:
+            path: the model's file, or with `companions` its directory.
+            layout: of the model.
+            metadata: texts by key.
+            dtype: of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+            companions: files to lie beside the weights; if there are none, the model is one file.
         """
         self.path = path
+        self._companions = companions
         self.layout = layout
         self._offsets: dict[str, int] = {}
         self._names: dict[str, list[str]] = {}
@@ -90,7 +100,8 @@ class ModelWriter:
         Raises:
             RPGError: naming the file, if it cannot be written; nothing is left of it then.
         """
-        self._target = AtomicFile(self.path)
+        companions = self._companions
+        self._target = ModelDirectory(self.path, companions) if companions else AtomicFile(self.path)
         try:
             with self._storage_errors():
                 self._file: IO[bytes] = self._target.temporary.open("wb")
@@ -151,13 +162,13 @@ class ModelWriter:
             row += rows
 
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the file, once all its tokens are written and before `commit`."""
+        """Hexadecimal SHA-256 of the file of weights, once all its tokens are written and before `commit`."""
         with self._storage_errors():
             self._file.flush()
             return sha256(self._target.temporary)
 
     def commit(self) -> None:
-        """Put the file in place, on the disk or behind its URI.
+        """Put the file or directory in place, on the disk or behind its URI.
 
         Raises:
             RPGError: naming the file, if it cannot be written; nothing is left of it then.
