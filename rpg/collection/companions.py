@@ -66,13 +66,12 @@ class Companions:
 
     def are_in(self, directory: AnyPath) -> bool:
         """Whether all of them are in `directory`, as far as names and sizes tell."""
-        try:
-            with storage_errors_for(directory):
-                return all(
-                    (directory / name).stat().st_size == len(content) for name, content in self.files.items()
-                )
-        except OSError:
-            return False
+        with storage_errors_for(directory):
+            if not directory.is_dir():
+                return False
+            there = [path for path in directory.iterdir() if path.name in self.files]
+            sizes = {path.name: path.stat().st_size for path in there}
+        return sizes == {name: len(content) for name, content in self.files.items()}
 
     def write(self, directory: AnyPath) -> None:
         """Write the files into `directory`, each as a whole or not at all.

@@ -81,7 +81,7 @@ def model_response(stored: StoredModel, mtime: float, headers: Mapping[str, str]
     # All that the bytes depend on, since hashing them would take as long as sending them.
     parts = [stored.model.sha256, stored.name, str(int(mtime)), *stored.companions.digests.items()]
     tag = hashlib.sha256(repr(parts).encode()).hexdigest()
-    size, content = tar_size(stored.entries), tar_contents(stored.entries, int(mtime))
+    size, content = tar_size(stored.entries), _tar_contents(stored.entries, int(mtime))
     return _part_response(content, size, tag, headers, f"{prefix}{stored.name}.tar", TAR_TYPE)
 
 
@@ -101,12 +101,16 @@ def file_response(stored: StoredModel, name: str, headers: Mapping[str, str], pr
 def archive_response(models: Sequence[StoredModel], mtime: float, directory: str) -> Response:
     """Models as one uncompressed tar stream, all in a `directory` that it is named after, of time `mtime`."""
     entries = [(f"{directory}/{name}", content) for stored in models for name, content in stored.entries]
-    size = tar_size(entries)
     headers = {
-        "Content-Length": str(size),
+        "Content-Length": str(tar_size(entries)),
         "Content-Disposition": f'attachment; filename="{directory}.tar"',
     }
-    return StreamingResponse(_blocks(tar_contents(entries, int(mtime)), 0, size), 200, headers, TAR_TYPE)
+    return StreamingResponse(tar_stream(entries, int(mtime)), 200, headers, TAR_TYPE)
+
+
+def tar_stream(entries: Sequence[tuple[str, Content]], mtime: int) -> Iterator[bytes]:
+    """The blocks of a tar file of `entries`, each with its name, all of the time `mtime`."""
+    return _blocks(_tar_contents(entries, mtime), 0, tar_size(entries))
 
 
 def tar_size(entries: Sequence[tuple[str, Content]]) -> int:
@@ -114,8 +118,7 @@ def tar_size(entries: Sequence[tuple[str, Content]]) -> int:
     return sum(_TAR_RECORD + _padded(content.size) for _, content in entries) + 2 * _TAR_RECORD
 
 
-def tar_contents(entries: Iterable[tuple[str, Content]], mtime: int) -> Iterator[Content]:
-    """What a tar file of `entries`, each with its name, is made of, all of the time `mtime`."""
+def _tar_contents(entries: Iterable[tuple[str, Content]], mtime: int) -> Iterator[Content]:
     for name, content in entries:
         info = tarfile.TarInfo(name)
         info.size, info.mtime = content.size, mtime
