@@ -1,7 +1,8 @@
 """Checkpoint files: reading and writing a `state_dict`, without ever executing a pickle.
 
 Three forms are read: `.safetensors`, PyTorch's own `.pt`/`.pth` (zip and legacy, tensors only), and the
-directories that PEFT saves adapters in. Generated models are always written as `.safetensors`.
+directories of PEFT's adapters and of Hugging Face's models. Generated models are always written as
+`.safetensors`.
 """
 
 import hashlib
@@ -20,15 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rpg.collection.checkpoint_directory import files_of_directory, needed_files
 from rpg.collection.state_dicts import check_entries
 from rpg.errors import RPGError, one_line
-from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, fetched
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NESTED_KEYS = ("state_dict", "model", "model_state_dict")
 ORDER_KEY = "tensor_order"
 """Metadata key of written files: JSON list of tensor names, as safetensors itself forgets their order."""
@@ -43,7 +42,8 @@ _PICKLE_MAGIC = b"\x80"
 
 
 def read_checkpoint(path: AnyPath) -> dict[str, Tensor]:
-    """Read a `state_dict` on the CPU from a checkpoint file or a PEFT adapter directory.
+    """Read a `state_dict` on the CPU from a checkpoint file, or a directory of a PEFT adapter or a Hugging
+    Face model.
 
     `.pt`/`.pth` may hold the `state_dict` itself or a dict with one of the mappings `state_dict`, `model`,
     `model_state_dict`; order and tied tensors (shared storage) are kept. `.safetensors` come in the order
@@ -55,35 +55,31 @@ def read_checkpoint(path: AnyPath) -> dict[str, Tensor]:
         RPGError: naming the file, if it is missing, unreadable, empty, truncated, not a checkpoint, or
             holds anything but tensors.
     """
-    with fetched(path) as local:
+    with fetched(path, needed_files) as local:
         return _read(local)
 
 
 def read_checkpoint_and_sha256(path: AnyPath) -> tuple[dict[str, Tensor], str]:
     """The results of `read_checkpoint` and `checkpoint_sha256`; behind a URI, for one transfer."""
-    with fetched(path) as local:
+    with fetched(path, needed_files) as local:
         return _read(local), _sha256(local)
 
 
-def is_adapter(path: AnyPath) -> bool:
-    """Whether `path` is a directory as PEFT's `save_pretrained` makes it."""
-    with storage_errors_for(path):
-        return bool((path / ADAPTER_CONFIG).is_file())
-
-
 def checkpoint_files(path: Path) -> list[Path]:
-    """The files that make up a checkpoint: itself, or an adapter's configuration and weights."""
-    weights = _weights_file(path)
-    return [path / ADAPTER_CONFIG, weights] if weights != path else [path]
+    """The files that make up a checkpoint: itself, or a directory's configuration, index and weights."""
+    if not path.is_dir():
+        return [path]
+    files = files_of_directory(path)
+    return [file for file in (files.config, files.index, *files.weights) if file is not None]
 
 
 def checkpoint_sha256(path: AnyPath) -> str:
-    """SHA-256 of a checkpoint file; of an adapter directory, that of its files' names and digests.
+    """SHA-256 of a checkpoint file; of a directory, that of its files' names and digests.
 
     Raises:
         RPGError: naming the file, if it cannot be read.
     """
-    with fetched(path) as local:
+    with fetched(path, needed_files) as local:
         return _sha256(local)
 
 
@@ -149,27 +145,32 @@ def write_checkpoint(path: AnyPath, state_dict: Mapping[str, Tensor], metadata: 
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    weights = _weights_file(path)
-    _check_readable(weights)
-    state_dict = (
-        _read_safetensors(weights) if weights.suffix.lower() == ".safetensors" else _read_torch(weights)
-    )
-    _check(state_dict, weights)
-    _check_repeats(state_dict, weights)
-    return {name: tensor.detach() for name, tensor in state_dict.items()}
-
-
-def _weights_file(path: Path) -> Path:
     if not path.is_dir():
-        return path
-    if not is_adapter(path):
-        raise RPGError(
-            f"{path}: is a directory without {ADAPTER_CONFIG}; expected a checkpoint file or a PEFT adapter"
-        )
-    for name in ADAPTER_WEIGHTS:
-        if (path / name).is_file():
-            return path / name
-    raise RPGError(f"{path}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_WEIGHTS)}")
+        return _read_file(path)
+    files = files_of_directory(path)
+    if files.parts is None:
+        return _read_file(files.weights[0])
+    found: dict[str, Tensor] = {}
+    for part in files.weights:
+        state_dict = _read_file(part)
+        for name in state_dict:
+            if files.parts.get(name) != part.name:
+                raise RPGError(f"{part}: tensor '{name}' is unexpected; {files.index} names another file")
+        found |= state_dict
+    for name, file in files.parts.items():
+        if name not in found:
+            raise RPGError(f"{path / file}: tensor '{name}' is missing; {files.index} names it")
+    if all(part.suffix == ".safetensors" for part in files.weights):
+        return {name: found[name] for name in sorted(found, key=_natural)}
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    _check_readable(path)
+    state_dict = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
+    _check(state_dict, path)
+    _check_repeats(state_dict, path)
+    return {name: tensor.detach() for name, tensor in state_dict.items()}
 
 
 def _check_readable(path: Path) -> None:
@@ -183,8 +184,6 @@ def _check_readable(path: Path) -> None:
         raise RPGError(f"{path}: not found; expected a checkpoint") from error
     except OSError as error:
         raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
-    if path.suffix.lower() not in CHECKPOINT_SUFFIXES and path.name not in ADAPTER_WEIGHTS:
-        raise RPGError(f"{path}: not a checkpoint; expected one of {', '.join(CHECKPOINT_SUFFIXES)}")
     if empty:
         raise RPGError(f"{path}: is empty (0 bytes); expected a checkpoint")
 

@@ -7,12 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rpg.collection.checkpoint import (
-    CHECKPOINT_SUFFIXES,
-    check_finite,
-    is_adapter,
-    read_checkpoint_and_sha256,
-)
+from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES, check_finite, read_checkpoint_and_sha256
+from rpg.collection.checkpoint_directory import INDEX_SUFFIX, PART, is_checkpoint_directory
 from rpg.collection.collection import COLLECTION_FILE, Collection, Entry
 from rpg.collection.conditions import (
     UPSTREAM_PATTERN,
@@ -27,7 +23,7 @@ from rpg.collection.tables import check_files
 from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.locations import AnyPath, exists, is_remote
-from rpg.text_encoder import TextEncoder, copy_encoder, encoder_digest, load_encoder
+from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, encoder_digest, load_encoder
 
 MINIMUM = 2
 
@@ -68,8 +64,8 @@ def register(
     not given anew.
 
     Args:
-        directory: folder or URI of `.safetensors`, `.pt`/`.pth` and PEFT adapter directories; others are
-            ignored.
+        directory: folder or URI of `.safetensors`, `.pt`/`.pth` and directories of PEFT adapters and Hugging
+            Face models; others are ignored.
         conditions: CSV or JSON file.
         pattern: template or regular expression; it may have no condition if `conditions` or `descriptions`
             are given.
@@ -205,16 +201,25 @@ def _candidates(directory: AnyPath) -> list[AnyPath]:
             )
     except OSError as error:
         raise RPGError(f"{directory}: cannot be read: {error.strerror}") from error
-    return [path for path in paths if _is_candidate(path)]
+    names = {path.name for path in paths}
+    # The parts of one checkpoint are not rivals of each other.
+    parts = {
+        name
+        for name in names
+        if (match := PART.fullmatch(name)) and match[1] + match[2] + INDEX_SUFFIX in names
+    }
+    found = [path for path in paths if path.name not in parts | {ENCODER_DIRECTORY} and _is_candidate(path)]
+    if len(found) < MINIMUM and is_checkpoint_directory(directory):
+        raise RPGError(f"{directory}: is itself one checkpoint; expected a folder of such directories")
+    return found
 
 
 def _is_candidate(path: AnyPath) -> bool:
-    if is_remote(path):
-        # The name decides, since asking the storage about each file would take long.
-        return path.suffix.lower() in CHECKPOINT_SUFFIXES or is_adapter(path)
-    # A link to nothing counts as a checkpoint, so that reading it reports that it is missing.
-    is_ordinary = path.is_file() or path.is_dir() or not path.exists()
-    return is_adapter(path) or (is_ordinary and path.suffix.lower() in CHECKPOINT_SUFFIXES)
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        # A link to nothing counts as a checkpoint, so that reading it reports that it is missing. The name of
+        # a remote file decides, since asking the storage about each would take long.
+        return is_remote(path) or path.is_file() or path.is_dir() or not path.exists()
+    return is_checkpoint_directory(path)
 
 
 def _name_facts(names: list[str], pattern: str | None, all_or_none: bool) -> Mapping[str, NameFacts]:
