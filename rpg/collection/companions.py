@@ -7,6 +7,7 @@ so that it loads where the originals did.
 """
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rpg.collection.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rpg.collection.checkpoint_directory import ADAPTER_CONFIG, MODEL_CONFIG
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file
@@ -23,10 +24,12 @@ from rpg.storage.locations import AnyPath
 
 COMPANIONS_DIRECTORY = "companions"
 """Where shards and generators keep the companions of the models."""
-MODEL_CONFIG = "config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MOST_BYTES = 64 * 2**20
 """Of all companions together: the largest tokenizers have half of this."""
+_DIFFUSERS_KEY = "_class_name"
 COMPANION_NAMES = frozenset(
     {
         ADAPTER_CONFIG, MODEL_CONFIG, "generation_config.json",
@@ -54,10 +57,16 @@ class Companions:
     def __bool__(self) -> bool:
         return bool(self.files)
 
-    @property
+    @cached_property
     def weights_name(self) -> str:
-        """The name that loaders expect of the weights beside these files."""
-        return ADAPTER_WEIGHTS[0] if ADAPTER_CONFIG in self.files else MODEL_WEIGHTS
+        """The name that loaders expect of a single file of weights beside these files."""
+        if ADAPTER_CONFIG in self.files:
+            return ADAPTER_WEIGHTS
+        try:
+            is_diffusers = _DIFFUSERS_KEY in json.loads(self.files[MODEL_CONFIG])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            is_diffusers = False
+        return DIFFUSERS_WEIGHTS if is_diffusers else MODEL_WEIGHTS
 
     @cached_property
     def digests(self) -> dict[str, str]:

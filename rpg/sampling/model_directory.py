@@ -4,14 +4,19 @@ import os
 import shutil
 from pathlib import Path
 
-from rpg.collection.checkpoint import ADAPTER_WEIGHTS
-from rpg.collection.companions import COMPANION_NAMES, MODEL_WEIGHTS, Companions
+from rpg.collection.companions import (
+    ADAPTER_WEIGHTS,
+    COMPANION_NAMES,
+    DIFFUSERS_WEIGHTS,
+    MODEL_WEIGHTS,
+    Companions,
+)
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import AtomicFile, error_reason, partial_path
 from rpg.storage.locations import AnyPath, exists, is_remote
 
-_WRITTEN = COMPANION_NAMES | {ADAPTER_WEIGHTS[0], MODEL_WEIGHTS}
+_WRITTEN = COMPANION_NAMES | {ADAPTER_WEIGHTS, MODEL_WEIGHTS, DIFFUSERS_WEIGHTS}
 
 
 class ModelDirectory:

@@ -48,6 +48,10 @@ def test_what_loading_needs_is_taken_and_nothing_else(checkpoint: Path) -> None:
     assert companions.weights_name == "model.safetensors"
     (checkpoint / "adapter_config.json").write_bytes(b"{}")
     assert companions_of(checkpoint).weights_name == "adapter_model.safetensors"
+    diffusers = Companions({"config.json": b'{"_class_name": "UNet2DModel"}'})
+    assert diffusers.weights_name == "diffusion_pytorch_model.safetensors"
+    for odd in (b"", b"[]", b"1", b"\xff", b"[" * 100_000):
+        assert Companions({"config.json": odd}).weights_name == "model.safetensors"
 
 
 def test_a_file_has_no_companions_whatever_lies_in_its_folder(checkpoint: Path) -> None:
