@@ -75,6 +75,8 @@ class Companions:
 
     def are_in(self, directory: AnyPath) -> bool:
         """Whether all of them are in `directory`, as far as names and sizes tell."""
+        if not self.files:
+            return True
         with storage_errors_for(directory):
             if not directory.is_dir():
                 return False

@@ -109,7 +109,7 @@ class AtomicFile:
 
 def partial_path(path: Path) -> Path:
     """Where a file or directory is written before it takes its place; another one at each call."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}{PARTIAL_SUFFIX}")
+    return path.parent / f".{path.name}.{os.getpid()}.{next(_numbers)}{PARTIAL_SUFFIX}"
 
 
 @contextmanager

@@ -135,3 +135,4 @@ def test_other_companions_than_the_layouts_are_refused(
 def test_no_companions_are_false() -> None:
     assert not Companions()
     assert Companions().digests == {}
+    assert Companions().are_in(Path(__file__)), "whatever is there"
