@@ -205,6 +205,7 @@ def _shards(path: AnyPath, verify: bool) -> Inspection:
         "dtype": shards.dtype.value,
         "normalisation": shards.layout.normalisation.value,
         "digest": shards.layout.digest(),
+        **_companions_fact(shards.layout),
     }
     if shards.states is not None:
         facts["permutation_states"] = len(shards.states.unique())
@@ -222,9 +223,14 @@ def _generator(path: AnyPath) -> Inspection:
         "generator_parameters": sum(tensor.numel() for tensor in weights.values()),
         "generator_bytes": sum(tensor.nbytes for tensor in weights.values()),
         "normalisation": layout.normalisation.value,
+        **_companions_fact(layout),
         "config": to_plain(config),
     }
     return Inspection("generator", str(path), layout.token_size, _layout_rows(layout), facts)
+
+
+def _companions_fact(layout: Layout) -> dict[str, Any]:
+    return {"companions": layout.companions.digests} if layout.companions else {}
 
 
 def _rows(state_dict: Mapping[str, Tensor], token_size: int) -> list[TensorRow]:

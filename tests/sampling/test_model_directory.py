@@ -203,5 +203,7 @@ def test_a_saved_generator_contains_the_companions(generator: Generator, tmp_pat
     loaded = Generator.from_pretrained(tmp_path)
     assert loaded.layout.companions == ADAPTER
     assert loaded.digest() == generator.digest()
+    card = (tmp_path / "README.md").read_text()
+    assert "directory with adapter_model.safetensors beside adapter_config.json, tokenizer.json." in card
     layout = json.loads((tmp_path / "layout.json").read_text())
     assert layout["companions"] == ADAPTER.digests
