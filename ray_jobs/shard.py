@@ -43,10 +43,10 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
     collection = load_collection(paths.collection)
     entries = _training_entries(collection)
     directory, resume = paths.shards, ShardResume(paths.shards)
-    plan = plan_digest(entries, config.shard)
+    plan = plan_digest(entries, config.shard, collection.reading)
     layout = resume.layout(plan)
     # A killed run's layout takes precedence over the complete shards that were there before that run.
-    earlier = None if refit or layout else _earlier_shards(directory, entries, config.shard)
+    earlier = None if refit or layout else _earlier_shards(directory, collection, entries, config.shard)
     with stage_progress("shard") as display:
         if earlier:
             layout, fitted, kept = earlier.layout, earlier.manifest.fitted, earlier.intact(directory)
@@ -62,7 +62,7 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
         written = write_shards(collection, missing, layout, dtype, resume, display)
     known = {**kept, **{shard.checkpoints: shard for shard in written}}
     shards = [known[_names(group)] for group in groups]
-    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder)
+    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder, collection.reading)
     if isinstance(directory, Path):
         remember(directory, shards)
     resume.clear()
@@ -114,7 +114,7 @@ class _EarlierShards:
 
 
 def _earlier_shards(
-    directory: AnyPath, entries: Sequence[Entry], config: ShardConfig
+    directory: AnyPath, collection: Collection, entries: Sequence[Entry], config: ShardConfig
 ) -> _EarlierShards | None:
     """The shards that are there, if they are complete and were cut from `entries` with this config."""
     try:
@@ -127,6 +127,7 @@ def _earlier_shards(
         manifest.layout == layout.digest()
         and (layout.token_size, layout.normalisation) == (config.token_size, config.normalisation)
         and manifest.dtype == config.dtype
+        and manifest.reading == collection.reading
         and all(len(shard.checkpoints) <= size for shard in manifest.shards)
         and all(digests.get(name) == digest for name, digest in manifest.sha256.items())
     )

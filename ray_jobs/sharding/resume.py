@@ -13,6 +13,7 @@ from pathlib import Path
 from rpg import __version__
 from rpg.collection.collection import Entry
 from rpg.collection.layout import Layout
+from rpg.collection.reading import Reading
 from rpg.config import ShardConfig
 from rpg.errors import RPGError
 from rpg.storage.files import read_json, sha256, write_json
@@ -73,8 +74,8 @@ class ShardResume:
         return self.directory / f"{file}.json"
 
 
-def plan_digest(entries: Sequence[Entry], config: ShardConfig) -> str:
+def plan_digest(entries: Sequence[Entry], config: ShardConfig, reading: Reading) -> str:
     """SHA-256 of all that a layout depends on."""
     checkpoints = [(entry.file, entry.sha256) for entry in entries]
-    inputs = [__version__, config.token_size, config.normalisation, checkpoints]
+    inputs = [__version__, config.token_size, config.normalisation, checkpoints, reading.to_json()]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
