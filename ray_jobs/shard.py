@@ -45,7 +45,7 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
     entries = _training_entries(collection)
     directory, resume = paths.shards, ShardResume(paths.shards)
     companions = companions_of(collection.path(entries[0]))
-    plan = plan_digest(entries, config.shard, companions)
+    plan = plan_digest(entries, config.shard, collection.reading, companions)
     layout = resume.layout(plan)
     # A killed run's layout takes precedence over the complete shards that were there before that run.
     earlier = None if refit or layout else _earlier_shards(directory, collection, entries, config.shard)
@@ -64,7 +64,7 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
         written = write_shards(collection, missing, layout, dtype, resume, display)
     known = {**kept, **{shard.checkpoints: shard for shard in written}}
     shards = [known[_names(group)] for group in groups]
-    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder)
+    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder, collection.reading)
     if isinstance(directory, Path):
         remember(directory, shards)
     resume.clear()
@@ -129,6 +129,7 @@ def _earlier_shards(
         manifest.layout == layout.digest()
         and (layout.token_size, layout.normalisation) == (config.token_size, config.normalisation)
         and manifest.dtype == config.dtype
+        and manifest.reading == collection.reading
         and all(len(shard.checkpoints) <= size for shard in manifest.shards)
         and all(digests.get(name) == digest for name, digest in manifest.sha256.items())
         and companions_of(collection.root / manifest.names[0]) == layout.companions

@@ -51,7 +51,7 @@ def compute_layout(
     """
     reference = entries[0]
     # Ray sends it with every task: without the other entries it is small.
-    light_collection = Collection(collection.root, {}, [reference])
+    light_collection = collection.lightened([reference])
 
     @returns_errors
     def statistics(row: Row) -> Row:

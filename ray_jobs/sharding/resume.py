@@ -13,6 +13,7 @@ from rpg import __version__
 from rpg.collection.collection import Entry
 from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
+from rpg.collection.reading import Reading
 from rpg.config import ShardConfig
 from rpg.errors import RPGError
 from rpg.storage.directories import remove_directory
@@ -68,8 +69,13 @@ class ShardResume:
         return self.directory / f"{file}.json"
 
 
-def plan_digest(entries: Sequence[Entry], config: ShardConfig, companions: Companions) -> str:
+def plan_digest(
+    entries: Sequence[Entry], config: ShardConfig, reading: Reading, companions: Companions
+) -> str:
     """SHA-256 of all that a layout depends on."""
     checkpoints = [(entry.file, entry.sha256) for entry in entries]
-    inputs = [__version__, config.token_size, config.normalisation, checkpoints, companions.digests]
+    inputs = [
+        __version__, config.token_size, config.normalisation, checkpoints, reading.to_json(),
+        companions.digests,
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
@@ -41,6 +42,11 @@ class DirectoryFiles:
     """The file of weights, or the parts that the index names, in the order of their names."""
     parts: dict[str, str] | None
     """The part of every tensor by the index; None without one."""
+
+
+def index_of(part: re.Match[str]) -> str:
+    """Name of the index beside a part, given the match of its name."""
+    return f"{part[1]}{part[2]}{INDEX_SUFFIX}"
 
 
 def is_adapter(path: AnyPath) -> bool:
@@ -105,6 +111,18 @@ def needed_files(names: Collection[str]) -> set[str]:
     return needed | {chosen}
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration beside a checkpoint's weights.
+
+    Raises:
+        RPGError: naming the file that holds no JSON object.
+    """
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise RPGError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
 def _weights_name(names: Collection[str], known: tuple[str, ...]) -> str | None:
     choices = (choice for name in known for choice in (name, name + INDEX_SUFFIX))
     return next((choice for choice in choices if choice in names), None)
@@ -119,12 +137,7 @@ def _describes_a_model(config: Path) -> bool:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise RPGError(f"{path}: not valid JSON: {error}") from error
+    content = _read_json(path)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or not parts:
         raise RPGError(f"{path}: weight_map: expected the file of every tensor")
@@ -132,3 +145,12 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(part, str) or Path(part).name != part or "\0" in part:
             raise RPGError(f"{path}: '{tensor:.80}': expected a file beside the index, got {part!r:.80}")
     return parts
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RPGError(f"{path}: not valid JSON: {error}") from error

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES, checkpoint_files, read_checkpoint
+from rpg.collection.checkpoint import checkpoint_files, has_checkpoint_suffix, read_checkpoint
 from rpg.collection.checkpoint_directory import is_adapter, is_checkpoint_directory, needed_files
 from rpg.collection.collection import COLLECTION_FILE, Collection
 from rpg.collection.layout import Layout
@@ -188,6 +188,8 @@ def _collection(
         facts["permutation_states"] = len(states)
     if collection.encoder:
         facts["text_encoder"] = collection.encoder
+    if reading := collection.reading.to_json():
+        facts["reading"] = reading
     if verify:
         facts["verified"] = True
     return Inspection("collection", str(path), size, _rows(state_dict, size), facts)
@@ -284,10 +286,7 @@ def _default_token_size(state_dict: Mapping[str, Tensor]) -> int:
 
 def _has_checkpoints(path: AnyPath) -> bool:
     with storage_errors_for(path):
-        return any(
-            child.suffix.lower() in CHECKPOINT_SUFFIXES or is_checkpoint_directory(child)
-            for child in path.iterdir()
-        )
+        return any(has_checkpoint_suffix(child) or is_checkpoint_directory(child) for child in path.iterdir())
 
 
 def _fact(value: Any) -> str:
