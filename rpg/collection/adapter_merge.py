@@ -7,7 +7,7 @@ tensors are merged one by one, by their names in the files.
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rpg.collection.state_dicts import find_ties
 from rpg.errors import RPGError
-from rpg.storage.files import read_json
+from rpg.storage.files import is_number, read_json
 
 _PREFIX = "base_model.model."
 _PAIRS = {
@@ -50,12 +50,12 @@ Change = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class _Scaling:
     alpha: float
-    alphas: Mapping[str, float]
+    alphas: Sequence[tuple[re.Pattern[str], float]]
     uses_root: bool
 
     def of(self, module: str, rank: int) -> float:
         """The factor of a module's product, as PEFT computes it."""
-        fits = (value for key, value in self.alphas.items() if re.match(rf"(.*\.)?({key})$", module))
+        fits = (alpha for pattern, alpha in self.alphas if pattern.match(module))
         return next(fits, self.alpha) / (math.sqrt(rank) if self.uses_root else rank)
 
 
@@ -92,9 +92,9 @@ class AdapterMerge:
         self._source = config.parent
         settings = _read_settings(config)
         self._transposed = bool(settings.get("fan_in_fan_out"))
-        self._saved = tuple(settings.get("modules_to_save") or ())
+        self._saved = tuple(settings["modules_to_save"])
         self._scaling = _Scaling(
-            settings["lora_alpha"], settings.get("alpha_pattern") or {}, bool(settings.get("use_rslora"))
+            settings["lora_alpha"], settings["alpha_pattern"], bool(settings.get("use_rslora"))
         )
         self._ties = find_ties(base)
         self._base_config = base_config
@@ -125,6 +125,11 @@ class AdapterMerge:
             if b is None:
                 raise RPGError(f"{self._source}: tensor '{module + _PAIRS[end]}' is missing beside '{name}'")
             magnitude = next((left.pop(module + key) for key in _MAGNITUDES if module + key in left), None)
+            if a.ndim < 2 or b.ndim < 2 or a.shape[0] == 0:
+                raise RPGError(
+                    f"{self._source}: tensor '{name}': expected factors of shapes [r, in] and [out, r], "
+                    f"found {list(a.shape)} and {list(b.shape)}"
+                )
             own = module.removeprefix(_PREFIX)
             scale = self._scaling.of(own, a.shape[0])
             target = self._target(f"{own}.weight", name)
@@ -255,9 +260,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         raise RPGError(f"{path}: peft_type: expected LORA, got {json.dumps(kind):.80}")
     alphas = settings.get("alpha_pattern") or {}
-    numbers = [settings.get("lora_alpha"), *(alphas.values() if isinstance(alphas, dict) else [None])]
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise RPGError(f"{path}: lora_alpha, alpha_pattern: expected numbers")
+    if not isinstance(alphas, dict) or not all(
+        map(is_number, [settings.get("lora_alpha"), *alphas.values()])
+    ):
+        raise RPGError(f"{path}: lora_alpha, alpha_pattern: expected finite numbers")
+    try:
+        patterns = [(re.compile(rf"(.*\.)?({key})$"), float(alpha)) for key, alpha in alphas.items()]
+    except (re.error, RecursionError, OverflowError) as error:
+        raise RPGError(f"{path}: alpha_pattern: not a regular expression: {error}") from error
+    saved = settings.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(module, str) for module in saved)):
+        raise RPGError(f"{path}: modules_to_save: expected a list of names, got {saved!r:.80}")
     if (init := settings.get("init_lora_weights", True)) not in _KEEPS_BASE:
         raise RPGError(
             f"{path}: init_lora_weights: '{init}' changes the base as well; expected an adapter that was "
@@ -266,4 +279,4 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for key in _REFUSED:
         if settings.get(key):
             raise RPGError(f"{path}: {key}: cannot be merged; expected an adapter without it")
-    return settings
+    return {**settings, "alpha_pattern": patterns, "modules_to_save": saved}

@@ -135,24 +135,29 @@ def _read(directory: AnyPath, names: set[str]) -> Companions:
         except OSError as error:
             raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
         room -= len(files[name])
-        if room < 0:
-            raise RPGError(
-                f"{path}: the files beside the weights have more than {MOST_BYTES // 2**20} MiB; expected "
-                "what every generated model can have a copy of"
-            )
     return Companions(files)
 
 
 def _content(path: AnyPath, room: int) -> bytes:
-    """The bytes of a file, and at most one more than `room`."""
+    """The bytes of a file that may have at most `room`."""
     if not isinstance(path, Path):
-        content: bytes = path.fs.cat_file(path.path, start=0, end=room + 1)
-        return content
+        _check_room(path, path.stat().st_size, room)
+        return path.read_bytes()
     if path.is_symlink():
         # A link could make any file of this machine part of every generated model.
         raise RPGError(f"{path}: is a link; expected a regular file, as it becomes part of every model")
     # Opening a FIFO would wait for its writer, and the file may be replaced by a link meanwhile.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise RPGError(f"{path}: not a regular file; expected one, as it becomes part of every model")
-        return file.read(room + 1)
+        _check_room(path, status.st_size, room)
+        return file.read(room)
+
+
+def _check_room(path: AnyPath, size: int, room: int) -> None:
+    if size > room:
+        raise RPGError(
+            f"{path}: the files beside the weights have more than {MOST_BYTES // 2**20} MiB; expected what "
+            "every generated model can have a copy of"
+        )

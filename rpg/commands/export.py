@@ -1,7 +1,6 @@
 """`rpg export`: a model as a PyTorch file, or an adapter merged into its base."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rpg.commands.arguments import Commands, path_or_uri
@@ -108,4 +107,4 @@ def _save(state_dict: "dict[str, Tensor]", out: "AnyPath") -> None:
         return tensor.clone() if is_part else tensor
 
     with replacing_file(out) as temporary:
-        torch.save({name: whole(tensor) for name, tensor in state_dict.items()}, Path(temporary))
+        torch.save({name: whole(tensor) for name, tensor in state_dict.items()}, temporary)

@@ -63,10 +63,11 @@ def test_a_file_has_no_companions_whatever_lies_in_its_folder(checkpoint: Path) 
 
 def test_companions_behind_a_uri(checkpoint: Path, s3: S3Server) -> None:
     uri = location(s3.bucket("companions")) / "checkpoint"
-    for name in ("config.json", "tokenizer.json", "README.md"):
+    (checkpoint / "merges.txt").write_bytes(b"")
+    for name in ("config.json", "tokenizer.json", "merges.txt", "README.md"):
         (uri / name).write_bytes((checkpoint / name).read_bytes())
     companions = companions_of(uri)
-    assert companions.files == {"config.json": CONFIG, "tokenizer.json": b"{}"}
+    assert companions.files == {"config.json": CONFIG, "merges.txt": b"", "tokenizer.json": b"{}"}
     assert companions.are_in(uri)
     assert not companions_of(checkpoint).are_in(uri), "vocab.txt is not there"
 

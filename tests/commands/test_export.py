@@ -223,7 +223,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     refused("has no configuration to lie beside", adapter, tmp_path / "out", "--base", base)
     refused("--base is for adapters", base, tmp_path / "out.pt", "--base", base)
     refused('peft_type: expected LORA, got "IA3"', *merging, config={"peft_type": "IA3"})
-    refused("lora_alpha, alpha_pattern: expected numbers", *merging, config={"lora_alpha": None})
+    refused("alpha_pattern: expected finite numbers", *merging, config={"lora_alpha": None})
+    refused("alpha_pattern: not a regular", *merging, config={"alpha_pattern": {"(": 1}})
+    refused("modules_to_save: expected a list", *merging, config={"modules_to_save": 3})
+    refused("expected factors of shapes", *merging, weights={a: torch.zeros(0, 12)})
     refused("init_lora_weights: 'pissa' changes the base", *merging, config={"init_lora_weights": "pissa"})
     refused("layer_replication: cannot be merged", *merging, config={"layer_replication": [[0, 1]]})
     refused(

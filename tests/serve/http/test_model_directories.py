@@ -199,6 +199,8 @@ def test_companions_outlive_the_service_and_the_generator(
             new = await ended_job(service)
             answer = await service.client.get(f"/v1/jobs/{new}/models/0", headers=ALICE)
             assert answer.headers["content-type"] == "application/octet-stream"
+            name = f"/v1/jobs/{new}/models/0/files/model_000000.safetensors"
+            assert (await service.client.get(name, headers=ALICE)).content == answer.content
             listed = (await service.client.get(f"/v1/jobs/{new}/models", headers=ALICE)).json()
             assert (listed["weights"], listed["companions"]) == (None, [])
 
