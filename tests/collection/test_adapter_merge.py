@@ -15,8 +15,10 @@ from rpg.errors import RPGError
 
 BASE = {"net.linear.weight": torch.ones(4, 3), "net.linear.bias": torch.zeros(4), "words": torch.ones(5, 2)}
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.sampled_from(["", "LORA", "(", "linear"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["linear", "("]), inner, max_size=2),
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.sampled_from(["", "LORA", "linear"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["linear", "("]), inner, max_size=2)
+    ),
     max_leaves=4,
 )  # fmt: skip
 KEYS = (
@@ -56,7 +58,7 @@ def test_any_adapter_is_merged_or_refused_in_one_line(
     assert all(merged[name].shape == tensor.shape for name, tensor in BASE.items())
 
 
-def test_the_product_is_scaled_and_added() -> None:
+def test_the_product_is_scaled_and_added(tmp_path: Path) -> None:
     """W + alpha / r · B A, or alpha / √r with rank stabilisation, of numbers that a hand can check."""
     a, b = torch.tensor([[1.0, 2, 3], [0, 1, 0], [0, 0, 0], [0, 0, 0]]), torch.zeros(4, 4)
     b[0, 0], b[3, 1] = 2, 5
@@ -64,15 +66,15 @@ def test_the_product_is_scaled_and_added() -> None:
         "base_model.model.linear.lora_A.weight": a,
         "base_model.model.linear.lora_B.weight": b,
     }
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "adapter_config.json"
-        for settings, scale in (
-            ({}, 0.5),
-            ({"use_rslora": True}, 1.0),
-            ({"alpha_pattern": {"li.*": 8}}, 2.0),
-        ):
-            path.write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2, **settings}))
-            merged = dict(AdapterMerge(BASE, adapter, path, "base"))
-            change = torch.tensor([[2.0, 4, 6], [0, 0, 0], [0, 0, 0], [0, 5, 0]])
-            assert torch.equal(merged["net.linear.weight"], 1 + scale * change)
-            assert torch.equal(merged["words"], BASE["words"])
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({}, 0.5),
+        ({"use_rslora": True}, 1.0),
+        ({"alpha_pattern": {"li.*": 8}}, 2.0),
+    ]
+    path = tmp_path / "adapter_config.json"
+    for changes, scale in cases:
+        path.write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2, **changes}))
+        merged = dict(AdapterMerge(BASE, adapter, path, "base"))
+        change = torch.tensor([[2.0, 4, 6], [0, 0, 0], [0, 0, 0], [0, 5, 0]])
+        assert torch.equal(merged["net.linear.weight"], 1 + scale * change)
+        assert torch.equal(merged["words"], BASE["words"])

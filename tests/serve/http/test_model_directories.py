@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,12 @@ from rpg.generator.generator import Generator
 from rpg.sampling.generate import run_job
 from rpg.sampling.job import GenerationJob
 from serve.config import GeneratorEntry, ServeConfig
-from tests.serve.conftest import CONDITIONS, TOKENS, bearer, token_entry
+from tests.serve.conftest import CONDITIONS, TOKENS, Calling, bearer, token_entry
 
 ALICE = bearer("alice")
 JOB = {"generator": "small", "conditions": CONDITIONS, "number": 2, "seed": 3}
 COMPANIONS = Companions({"adapter_config.json": b'{"r": 4}', "tokenizer.json": b"{}" * 1000})
 WEIGHTS = "adapter_model.safetensors"
-
-Calling = Callable[[Callable[[Any], Awaitable[None]]], None]
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +56,6 @@ def config(adapters: Generator, tmp_path: Path) -> ServeConfig:
         generators=[GeneratorEntry("small", str(tmp_path / "roots" / "small"), num_gpus=0)],
         tokens=[token_entry(name) for name in TOKENS],
     )
-
-
-@pytest.fixture
-def calling(config: ServeConfig, in_process: Callable[..., Any]) -> Calling:
-    """Run a coroutine function with the service."""
-
-    def call(function: Callable[[Any], Awaitable[None]]) -> None:
-        async def run() -> None:
-            async with in_process(config) as service:
-                await function(service)
-
-        asyncio.run(run())
-
-    return call
 
 
 async def ended_job(service: Any) -> str:

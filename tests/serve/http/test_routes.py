@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,11 @@ import pytest
 
 from serve.config import ServeConfig
 from serve.http.downloads import Content, tar_size, tar_stream
-from tests.serve.conftest import CONDITIONS, bearer, token_entry
+from tests.serve.conftest import CONDITIONS, Calling, bearer, token_entry
 
 InProcess = Callable[..., Any]
 ALICE = bearer("alice")
 JOB = {"generator": "small", "conditions": CONDITIONS, "number": 2}
-
-
-@pytest.fixture
-def calling(config: ServeConfig, in_process: InProcess) -> Callable[[Callable[[Any], Awaitable[None]]], None]:
-    """Run a coroutine function with the service."""
-
-    def call(function: Callable[[Any], Awaitable[None]]) -> None:
-        async def run() -> None:
-            async with in_process(config) as service:
-                await function(service)
-
-        asyncio.run(run())
-
-    return call
-
-
-Calling = Callable[[Callable[[Any], Awaitable[None]]], None]
 
 
 def problem(answer: httpx.Response, status: int) -> str:
