@@ -58,7 +58,7 @@ def run(config: Config) -> None:
             done += len(batches[int(row["index"])])
             display.update(done, len(job))
 
-        map_rows(
+        made = map_rows(
             [{"index": i, "models": batch} for i, batch in enumerate(batches)],
             _GenerationWorker,
             finished,
@@ -69,11 +69,11 @@ def run(config: Config) -> None:
         )
         models = [
             {
-                "file": job.file_name(i),
+                "file": file,
                 "condition": job.condition_of(i),
                 "split": "unseen" if i // number < len(unseen) else "seen",
             }
-            for i in range(len(job))
+            for i, file in enumerate(str(name) for row in made for name in row["files"])
         ]
         write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
     _set_default_sampling(paths.generator, config.generator.sampling)
@@ -127,8 +127,8 @@ class _GenerationWorker:
 
     @returns_errors
     def __call__(self, row: Row) -> Row:
-        run_job(self.generator, self.job, [int(i) for i in row["models"]], self.directory)
-        return {"index": row["index"]}
+        paths = run_job(self.generator, self.job, [int(i) for i in row["models"]], self.directory)
+        return {"index": row["index"], "files": [path.name for path in paths]}
 
 
 GENERATE = Stage(

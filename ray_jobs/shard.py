@@ -20,6 +20,7 @@ from ray_jobs.sharding.resume import ShardResume, plan_digest
 from ray_jobs.sharding.token_pass import Group, checkpoints_per_shard, cut_into_groups, write_shards
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.collection import Collection, Entry
+from rpg.collection.companions import companions_of
 from rpg.collection.layout import Layout
 from rpg.collection.manifest import MANIFEST_FILE, ShardManifest, read_manifest, write_manifest
 from rpg.collection.shard_file import ShardInfo
@@ -43,17 +44,18 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
     collection = load_collection(paths.collection)
     entries = _training_entries(collection)
     directory, resume = paths.shards, ShardResume(paths.shards)
-    plan = plan_digest(entries, config.shard)
+    companions = companions_of(collection.path(entries[0]))
+    plan = plan_digest(entries, config.shard, collection.reading, companions)
     layout = resume.layout(plan)
     # A killed run's layout takes precedence over the complete shards that were there before that run.
-    earlier = None if refit or layout else _earlier_shards(directory, entries, config.shard)
+    earlier = None if refit or layout else _earlier_shards(directory, collection, entries, config.shard)
     with stage_progress("shard") as display:
         if earlier:
             layout, fitted, kept = earlier.layout, earlier.manifest.fitted, earlier.intact(directory)
             groups = earlier.groups(entries, config.shard)
         else:
             if layout is None:
-                layout = compute_layout(collection, entries, config.shard, display, part_limits)
+                layout = compute_layout(collection, entries, config.shard, companions, display, part_limits)
                 resume.save_layout(layout, plan)
             fitted, kept = len(entries), {}
             groups = cut_into_groups(entries, layout, config.shard)
@@ -62,7 +64,7 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
         written = write_shards(collection, missing, layout, dtype, resume, display)
     known = {**kept, **{shard.checkpoints: shard for shard in written}}
     shards = [known[_names(group)] for group in groups]
-    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder)
+    write_manifest(directory, layout, shards, entries, dtype, fitted, collection.encoder, collection.reading)
     if isinstance(directory, Path):
         remember(directory, shards)
     resume.clear()
@@ -114,7 +116,7 @@ class _EarlierShards:
 
 
 def _earlier_shards(
-    directory: AnyPath, entries: Sequence[Entry], config: ShardConfig
+    directory: AnyPath, collection: Collection, entries: Sequence[Entry], config: ShardConfig
 ) -> _EarlierShards | None:
     """The shards that are there, if they are complete and were cut from `entries` with this config."""
     try:
@@ -127,8 +129,10 @@ def _earlier_shards(
         manifest.layout == layout.digest()
         and (layout.token_size, layout.normalisation) == (config.token_size, config.normalisation)
         and manifest.dtype == config.dtype
+        and manifest.reading == collection.reading
         and all(len(shard.checkpoints) <= size for shard in manifest.shards)
         and all(digests.get(name) == digest for name, digest in manifest.sha256.items())
+        and companions_of(collection.root / manifest.names[0]) == layout.companions
     )
     return _EarlierShards(layout, manifest) if fits else None
 

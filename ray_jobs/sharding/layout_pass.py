@@ -13,6 +13,7 @@ from torch import Tensor
 from ray_jobs.ray_data import Row, map_in_order, returns_errors
 from rpg.collection.checkpoint import check_finite
 from rpg.collection.collection import Collection, Entry
+from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
 from rpg.collection.statistics import LayoutStatistics, StatisticsPart
 from rpg.commands.progress import ProgressDisplay
@@ -30,6 +31,7 @@ def compute_layout(
     collection: Collection,
     entries: Sequence[Entry],
     config: ShardConfig,
+    companions: Companions,
     display: ProgressDisplay,
     part_limits: tuple[int, int] = PART_LIMITS,
 ) -> Layout:
@@ -39,6 +41,7 @@ def compute_layout(
         collection: where the checkpoints are.
         entries: the training checkpoints, in order; the first is the reference for names and shapes.
         config: token size and normalisation.
+        companions: the files beside the first one's weights.
         display: shows how many checkpoints have been read, as the first half of the stage.
         part_limits: fewest and most checkpoints of a part.
 
@@ -48,7 +51,7 @@ def compute_layout(
     """
     reference = entries[0]
     # Ray sends it with every task: without the other entries it is small.
-    light_collection = Collection(collection.root, {}, [reference])
+    light_collection = collection.lightened([reference])
 
     @returns_errors
     def statistics(row: Row) -> Row:
@@ -87,7 +90,7 @@ def compute_layout(
         )
     if layout.tokens == 0:
         raise RPGError(f"{collection.root}: all training checkpoints are equal: there is nothing to learn")
-    return layout
+    return layout.with_companions(companions)
 
 
 def _part_size(state_dict: dict[str, Tensor], limits: tuple[int, int]) -> int:

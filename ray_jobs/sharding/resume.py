@@ -8,13 +8,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from rpg import __version__
 from rpg.collection.collection import Entry
+from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
+from rpg.collection.reading import Reading
 from rpg.config import ShardConfig
 from rpg.errors import RPGError
+from rpg.storage.directories import remove_directory
 from rpg.storage.files import read_json, sha256, write_json
 from rpg.storage.locations import AnyPath
 
@@ -61,20 +63,19 @@ class ShardResume:
 
     def clear(self) -> None:
         """Remove the directory."""
-        with suppress(FileNotFoundError):
-            for path in self.directory.iterdir():
-                path.unlink()
-        # Object stores have no directories.
-        if isinstance(self.directory, Path):
-            with suppress(OSError):
-                self.directory.rmdir()
+        remove_directory(self.directory)
 
     def _record_path(self, file: str) -> AnyPath:
         return self.directory / f"{file}.json"
 
 
-def plan_digest(entries: Sequence[Entry], config: ShardConfig) -> str:
+def plan_digest(
+    entries: Sequence[Entry], config: ShardConfig, reading: Reading, companions: Companions
+) -> str:
     """SHA-256 of all that a layout depends on."""
     checkpoints = [(entry.file, entry.sha256) for entry in entries]
-    inputs = [__version__, config.token_size, config.normalisation, checkpoints]
+    inputs = [
+        __version__, config.token_size, config.normalisation, checkpoints, reading.to_json(),
+        companions.digests,
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -70,7 +70,7 @@ def write_shards(
     layout.digest()  # The layout keeps its digest, so that workers do not compute it again.
     shared = ray.put(layout)
     # Ray sends it with every task: without the other entries it is small.
-    light_collection = Collection(collection.root, {}, collection.entries[:1])
+    light_collection = collection.lightened(collection.entries[:1])
 
     @returns_errors
     def write(row: Row) -> Row:

@@ -181,9 +181,10 @@ def copy_generator(checkpoint: ray.train.Checkpoint, storage: AnyPath, target: A
         copy_file(directory / HISTORY_FILE, target / HISTORY_FILE)
         # The weights come last, because their file is what makes a directory count as a generator. Behind a
         # URI a directory cannot be renamed into its place, so others may see it half copied.
-        files = (directory / GENERATOR_DIRECTORY).iterdir()
+        generator = directory / GENERATOR_DIRECTORY
+        files = [path for path in generator.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda file: file.name == WEIGHTS_FILE):
-            copy_file(file, target / file.name)
+            copy_file(file, target / file.relative_to(generator))
 
 
 def remove_interrupted_uploads(filesystem: Any, run: str) -> None:

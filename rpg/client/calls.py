@@ -11,7 +11,14 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from rpg.client.back_off import BackOff, Patience
-from rpg.client.download import PartialFile, in_memory, is_there, partial_file
+from rpg.client.download import (
+    DirectoryForm,
+    PartialFile,
+    in_memory,
+    is_there,
+    model_path,
+    partial_file,
+)
 from rpg.client.errors import CallError, refused, unreachable
 from rpg.client.schema import GeneratorInfo, GeneratorList, Job, JobPage, JobState, ModelFile, ModelPage
 from rpg.client.transport import EventReader, Response, Transport
@@ -162,28 +169,30 @@ class Calls:
     async def download(self, id: str, directory: Path, progress: BytesCallback | None = None) -> list[Path]:
         """Write all models of a job that are finished into `directory`, and return their paths by index.
 
-        A file that is there already is not fetched again, and one that was broken off is continued. Each is
-        checked against its SHA-256 before it takes its name. `progress` is told bytes done and to do.
+        A model is a file, or a directory where those are that its generator learned from. What is there
+        already is not fetched again, and weights that were broken off are continued. Each file is checked
+        against its SHA-256 before the model takes its name. `progress` is told bytes of weights done and to
+        do.
 
         Raises:
             RPGError: naming the file that is damaged, cannot be written, or would replace another one.
         """
-        models = await self._models(id)
+        models, form = await self._models(id)
         total = sum(model.bytes for model in models)
         done = 0
         paths = []
         tell = progress or (lambda done, total: None)
         for model in models:
-            target = directory / f"model_{model.index:06d}.safetensors"
+            target = model_path(directory, model, form)
             before = done
 
             def arrived(size: int, before: int = before) -> None:
                 tell(before + size, total)
 
-            if not await self._transport.run_blocking(partial(is_there, target, model)):
-                with partial_file(target, model) as file:
+            if not await self._transport.run_blocking(partial(is_there, target, model, form)):
+                with partial_file(target, model, form) as file:
                     await self._transport.run_blocking(file.read_what_is_there)
-                    await self._fetch(id, file, arrived)
+                    await self._fetch(_weights(id, model, form), file, arrived)
                     await self._transport.run_blocking(file.sync)
             done += model.bytes
             tell(done, total)
@@ -201,6 +210,8 @@ class Calls:
     ) -> bytes:
         """Have one model made: the content of its .safetensors file, checked against its SHA-256.
 
+        Where models are directories, it is the file of weights; `download` fetches the others as well.
+
         The model is a job like any other, so that a lost connection makes no second one and loses no work.
 
         Raises:
@@ -212,9 +223,9 @@ class Calls:
         job = await self.wait(job.id)
         if job.state != JobState.succeeded:
             raise RPGError(f"job {job.id}: {job.state}" + (f": {job.error}" if job.error else ""))
-        (model,) = await self._models(job.id)
-        file, buffer = in_memory(model)
-        await self._fetch(job.id, file, lambda size: None)
+        (model,), form = await self._models(job.id)
+        file, buffer = in_memory(model, "the model")
+        await self._fetch(_weights(job.id, model, form), file, lambda size: None)
         file.check()
         return buffer.getvalue()
 
@@ -240,40 +251,55 @@ class Calls:
                 raise
         return job
 
-    async def _models(self, id: str) -> list[ModelFile]:
+    async def _models(self, id: str) -> tuple[list[ModelFile], DirectoryForm | None]:
+        """The finished models, and what makes directories of their weights, if they are such."""
         found: list[ModelFile] = []
+        form: DirectoryForm | None = None
         start: int | None = 0
         while start is not None:
             response = await self._call("GET", f"{_job(id)}/models", params={"start": start})
             page = ModelPage.from_json(response.json())
             found += page.models
             start = page.next
-        return found
+            if page.weights is not None and page.models and form is None:
+                form = await self._form(id, page)
+        return found, form
 
-    async def _fetch(self, id: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
+    async def _form(self, id: str, page: ModelPage) -> DirectoryForm:
+        assert page.weights is not None
+        companions: dict[str, bytes] = {}
+        for each in page.companions:
+            file, buffer = in_memory(each, each.name)
+            # They are the same for all models.
+            await self._fetch(_file(id, page.models[0], each.name), file, lambda size: None)
+            file.check()
+            companions[each.name] = buffer.getvalue()
+        return DirectoryForm(page.weights, companions)
+
+    async def _fetch(self, path: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
         was_continued = file.size > 0
-        await self._fill(id, file, arrived)
+        await self._fill(path, file, arrived)
         if was_continued and not file.is_right:
             # A machine that went down may have left anything in the file.
             file.restart()
-            await self._fill(id, file, arrived)
+            await self._fill(path, file, arrived)
 
-    async def _fill(self, id: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
+    async def _fill(self, path: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
         back_off = BackOff(self._patience)
         while file.size < file.model.bytes:
             before = file.size
             try:
-                await self._fill_once(id, file, arrived)
+                await self._fill_once(path, file, arrived)
             except CallError as error:
                 if file.size > before:
                     back_off.reset()
                 await self._transport.sleep(back_off.seconds(error))
 
-    async def _fill_once(self, id: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
+    async def _fill_once(self, path: str, file: PartialFile, arrived: Callable[[int], None]) -> None:
         headers = {"Accept-Encoding": "identity"}
         if file.size:
             headers |= {"Range": f"bytes={file.size}-", "If-Range": f'"{file.model.sha256}"'}
-        response = await self._open("GET", f"{_job(id)}/models/{file.model.index}", headers=headers)
+        response = await self._open("GET", path, headers=headers)
         try:
             continues = response.headers.get("content-range", "").startswith(f"bytes {file.size}-")
             if file.size and not (response.status == 206 and continues):
@@ -360,6 +386,14 @@ def _job(id: str) -> str:
     if not id or id.strip(".") == "":
         raise RPGError(f"'{id}': expected a job's id")
     return f"/v1/jobs/{quote(id, safe='')}"
+
+
+def _file(id: str, model: ModelFile, name: str) -> str:
+    return f"{_job(id)}/models/{model.index}/files/{name}"
+
+
+def _weights(id: str, model: ModelFile, form: DirectoryForm | None) -> str:
+    return _file(id, model, form.weights) if form else f"{_job(id)}/models/{model.index}"
 
 
 def _numbers(conditions: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -1,14 +1,17 @@
-"""Downloading a model's file: it is hashed while it arrives, and kept only if its digest is the right one."""
+"""Downloading a model: it is hashed while it arrives, and kept only if its digest is the right one."""
 
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from rpg.client.schema import ModelFile
+from rpg.client.schema import CompanionFile, ModelFile
 from rpg.errors import RPGError
 from rpg.storage.files import sha256
 from rpg.storage.locks import LockedError, exclusive_lock
@@ -16,10 +19,18 @@ from rpg.storage.locks import LockedError, exclusive_lock
 _BLOCK = 2**20
 
 
+@dataclass(frozen=True)
+class DirectoryForm:
+    """What makes a directory of a model's weights: their name, and the content of the other files by name."""
+
+    weights: str
+    companions: Mapping[str, bytes]
+
+
 class PartialFile:
     """The bytes of `model` that have arrived, in a binary file that can be read, written and cut."""
 
-    def __init__(self, file: IO[bytes], model: ModelFile, name: str) -> None:
+    def __init__(self, file: IO[bytes], model: ModelFile | CompanionFile, name: str) -> None:
         self.model = model
         self.name = name
         """What messages call it."""
@@ -90,21 +101,36 @@ class PartialFile:
             )
 
 
-def in_memory(model: ModelFile) -> tuple[PartialFile, io.BytesIO]:
-    """A download into memory, and the buffer that holds its bytes."""
+def in_memory(file: ModelFile | CompanionFile, name: str) -> tuple[PartialFile, io.BytesIO]:
+    """A download into memory, which messages call `name`, and the buffer that holds its bytes."""
     buffer = io.BytesIO()
-    return PartialFile(buffer, model, "the model"), buffer
+    return PartialFile(buffer, file, name), buffer
 
 
-def is_there(target: Path, model: ModelFile) -> bool:
-    """Whether `target` is the model's file already.
+def model_path(directory: Path, model: ModelFile, form: DirectoryForm | None) -> Path:
+    """Where a model goes: a directory, or without `form` a file."""
+    return directory / (f"model_{model.index:06d}" + ("" if form else ".safetensors"))
+
+
+def is_there(target: Path, model: ModelFile, form: DirectoryForm | None = None) -> bool:
+    """Whether `target` is the model already: its file, or with `form` its directory.
 
     Raises:
         RPGError: if something else is there.
     """
     if not target.exists():
         return False
-    if target.is_file() and target.stat().st_size == model.bytes and sha256(target) == model.sha256:
+    weights = target / form.weights if form else target
+    companions = form.companions if form else {}
+    if (
+        weights.is_file()
+        and weights.stat().st_size == model.bytes
+        and all(
+            (target / name).is_file() and (target / name).read_bytes() == content
+            for name, content in companions.items()
+        )
+        and sha256(weights) == model.sha256
+    ):
         return True
     raise RPGError(f"{target}: something else than model {model.index} of this job is there already")
 
@@ -115,10 +141,11 @@ def partial_path(target: Path, model: ModelFile) -> Path:
 
 
 @contextmanager
-def partial_file(target: Path, model: ModelFile) -> Iterator[PartialFile]:
-    """The file that `target` is downloaded to; call `read_what_is_there` before anything else.
+def partial_file(target: Path, model: ModelFile, form: DirectoryForm | None = None) -> Iterator[PartialFile]:
+    """The file that a model's weights are downloaded to; call `read_what_is_there` before anything else.
 
-    It takes its name when the block ends well. After an exception, what arrived stays for the next time.
+    It takes the name `target` when the block ends well, or with `form` becomes part of a directory that does.
+    After an exception, what arrived stays for the next time.
 
     Raises:
         RPGError: if the file system refuses, another process is at the same file, or it is damaged.
@@ -138,7 +165,30 @@ def partial_file(target: Path, model: ModelFile) -> Iterator[PartialFile]:
         try:
             yield arriving
             arriving.check()
-            path.replace(target)
+            if form is None:
+                path.replace(target)
+            else:
+                _make_directory(target, path, form)
         finally:
             if path.exists() and path.stat().st_size == 0:
                 path.unlink(missing_ok=True)
+
+
+def _make_directory(target: Path, weights: Path, form: DirectoryForm) -> None:
+    """Move `weights` into a new directory `target`, which appears as a whole.
+
+    Raises:
+        RPGError: if the file system refuses.
+    """
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            directory.chmod(0o755)
+            for name, content in form.companions.items():
+                (directory / name).write_bytes(content)
+            weights.replace(directory / form.weights)
+            directory.rename(target)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    except OSError as error:
+        raise RPGError(f"{target}: cannot be written: {error.strerror}") from error

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Interval, MinLen
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError
 
 from rpg.config import (
     LONGEST_DESCRIPTION,
@@ -33,6 +33,8 @@ SolverName = Annotated[Solver, Strict(False)]
 DtypeName = Annotated[TokenDtype, Strict(False)]
 Description = Annotated[str, Field(min_length=1, max_length=LONGEST_DESCRIPTION)]
 Priority = Annotated[int, Interval(ge=-LARGEST_PRIORITY, le=LARGEST_PRIORITY)]
+# A client makes files of these names, so they must not lead elsewhere.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
 
 
 class JobState(StrEnum):
@@ -178,7 +180,7 @@ class JobPage(_View):
 
 
 class ModelFile(_View):
-    """A finished model: its index in the job, the SHA-256 and the size of its file, what it is worth."""
+    """A finished model: its index in the job, the SHA-256 and the size of its weights, what it is worth."""
 
     index: int
     sha256: str
@@ -195,11 +197,23 @@ class ModelFile(_View):
     """That it was asked for by, if it was."""
 
 
+class CompanionFile(_View):
+    """A file that lies beside the weights in every model's directory, such as its configuration."""
+
+    name: FileName
+    sha256: str
+    bytes: int
+
+
 class ModelPage(_View):
     """A page of a job's finished models by index; `next` goes into `start` for the following page."""
 
     models: list[ModelFile]
     next: int | None
+    weights: FileName | None = None
+    """What the file of weights is called in a model's directory; null where a model is one file."""
+    companions: list[CompanionFile] = []
+    """The other files in the directory of each model."""
 
 
 class TensorInfo(_View):
@@ -231,7 +245,7 @@ class GeneratorInfo(_View):
     parameters: int | None
     """Of the generator itself."""
     model_bytes: int | None
-    """Of one network's file, without provenance."""
+    """Of one network's weights, without provenance."""
     models_per_second: float | None
     """Measured while jobs ran."""
 

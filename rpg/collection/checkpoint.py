@@ -1,17 +1,17 @@
-"""Checkpoint files: reading and writing a `state_dict`, without ever executing a pickle.
+"""Checkpoints: reading and writing a `state_dict`, without ever executing a pickle.
 
-Three forms are read: `.safetensors`, PyTorch's own `.pt`/`.pth` (zip and legacy, tensors only), and the
-directories that PEFT saves adapters in. Generated models are always written as `.safetensors`.
+What a file is, is seen by its content: `.safetensors`, or PyTorch's own (zip and legacy). A directory may be
+a checkpoint too: PEFT's adapters and Hugging Face's models. Generated models are always written as
+`.safetensors`.
 """
 
 import hashlib
 import json
-import pickle
 import re
 import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +20,116 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rpg.collection.adapter import canonical_factors
+from rpg.collection.checkpoint_directory import files_of_directory, needed_files, read_config
+from rpg.collection.reading import AS_STORED, Reading
 from rpg.collection.state_dicts import check_entries
+from rpg.collection.torch_file import LEGACY_MAGIC, ZIP_MAGIC, is_torch_archive, read_torch_file
+from rpg.collection.wrappers import unwrapped
 from rpg.errors import RPGError, one_line
-from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, fetched
 
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-NESTED_KEYS = ("state_dict", "model", "model_state_dict")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".pt.tar")
+"""Endings of checkpoint files. What a file is, its content decides."""
 ORDER_KEY = "tensor_order"
 """Metadata key of written files: JSON list of tensor names, as safetensors itself forgets their order."""
 
-_REFUSED = (
-    "holds Python objects besides tensors; RPG never executes a pickle: "
-    "save a plain state_dict or .safetensors"
-)
 _REPEATED_BYTES = 2**26
-_ZIP_MAGIC = b"PK\x03\x04"
-_PICKLE_MAGIC = b"\x80"
+_GGUF_MAGIC = b"GGUF"
+_LARGEST_HEADER = 100_000_000
+"""The longest header that safetensors reads."""
 
 
-def read_checkpoint(path: AnyPath) -> dict[str, Tensor]:
-    """Read a `state_dict` on the CPU from a checkpoint file or a PEFT adapter directory.
+@dataclass(frozen=True)
+class ExaminedCheckpoint:
+    """A checkpoint with what `rpg register` needs to know about it."""
 
-    `.pt`/`.pth` may hold the `state_dict` itself or a dict with one of the mappings `state_dict`, `model`,
-    `model_state_dict`; order and tied tensors (shared storage) are kept. `.safetensors` come in the order
-    that `write_checkpoint` recorded, or else in natural order of their names (`layers.2` before `layers.10`).
-    Tensors are memory-mapped where the format allows it, so reading is cheap until their values are used. A
-    checkpoint behind a URI is copied to a temporary file, which lasts as long as its tensors.
+    state_dict: dict[str, Tensor]
+    left_out: list[str]
+    """Names of entries beside the tensors that are no tensors."""
+    wrappers: set[str]
+    """Wrappers whose marks were removed from the names."""
+    ignored: set[str]
+    """Patterns of `Reading.ignore` that matched a name."""
+    config: dict[str, Any] | None
+    """The configuration of a directory, of PEFT or of Hugging Face; None without one."""
+    sha256: str = ""
+
+
+def read_checkpoint(path: AnyPath, reading: Reading = AS_STORED) -> dict[str, Tensor]:
+    """Read a `state_dict` on the CPU from a checkpoint file, or a directory of a PEFT adapter or a Hugging
+    Face model.
+
+    A PyTorch file may hold the `state_dict` itself, or a dict with one somewhere inside (`read_torch_file`);
+    order and tied tensors (shared storage) are kept. `.safetensors` come in the order that `write_checkpoint`
+    recorded, or else in natural order of their names (`layers.2` before `layers.10`). Tensors are
+    memory-mapped where the format allows it, so reading is cheap until their values are used. A checkpoint
+    behind a URI is copied to a temporary file, which lasts as long as its tensors.
+
+    Args:
+        path: of the checkpoint.
+        reading: what to do with its content, as was decided when a collection was made.
 
     Raises:
-        RPGError: naming the file, if it is missing, unreadable, empty, truncated, not a checkpoint, or
-            holds anything but tensors.
+        OtherContentError: if it holds the state of an optimiser or the like.
+        RPGError: naming the file, if it is missing, unreadable, empty, truncated or not a checkpoint, or if
+            its tensors cannot be read without executing it.
     """
-    with fetched(path) as local:
-        return _read(local)
+    with fetched(path, needed_files) as local:
+        return _examine(local, reading).state_dict
 
 
-def read_checkpoint_and_sha256(path: AnyPath) -> tuple[dict[str, Tensor], str]:
+def read_checkpoint_and_sha256(path: AnyPath, reading: Reading = AS_STORED) -> tuple[dict[str, Tensor], str]:
     """The results of `read_checkpoint` and `checkpoint_sha256`; behind a URI, for one transfer."""
-    with fetched(path) as local:
-        return _read(local), _sha256(local)
+    with fetched(path, needed_files) as local:
+        return _examine(local, reading).state_dict, _sha256(local)
 
 
-def is_adapter(path: AnyPath) -> bool:
-    """Whether `path` is a directory as PEFT's `save_pretrained` makes it."""
-    with storage_errors_for(path):
-        return bool((path / ADAPTER_CONFIG).is_file())
+def examine_checkpoint(path: AnyPath, reading: Reading) -> ExaminedCheckpoint:
+    """The result of `read_checkpoint` with all that there is to say about it.
+
+    Raises:
+        RPGError: as `read_checkpoint`.
+    """
+    with fetched(path, needed_files) as local:
+        return replace(_examine(local, reading), sha256=_sha256(local))
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether a local file begins as checkpoints do, whatever its name is."""
+    if path.suffix.lower() == ".distcp" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LEGACY_MAGIC))
+    except OSError:
+        return False
+    if start.startswith(ZIP_MAGIC):
+        return is_torch_archive(path)
+    return start.startswith((LEGACY_MAGIC, _GGUF_MAGIC)) or _begins_as_safetensors(start, path)
+
+
+def has_checkpoint_suffix(path: AnyPath) -> bool:
+    """Whether a name ends as those of checkpoint files do."""
+    return path.name.lower().endswith(CHECKPOINT_SUFFIXES)
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The files that make up a checkpoint: itself, or an adapter's configuration and weights."""
-    weights = _weights_file(path)
-    return [path / ADAPTER_CONFIG, weights] if weights != path else [path]
+    """The files that make up a checkpoint: itself, or a directory's configuration, index and weights."""
+    if not path.is_dir():
+        return [path]
+    files = files_of_directory(path)
+    return [file for file in (files.config, files.index, *files.weights) if file is not None]
 
 
 def checkpoint_sha256(path: AnyPath) -> str:
-    """SHA-256 of a checkpoint file; of an adapter directory, that of its files' names and digests.
+    """SHA-256 of a checkpoint file; of a directory, that of its files' names and digests.
 
     Raises:
         RPGError: naming the file, if it cannot be read.
     """
-    with fetched(path) as local:
+    with fetched(path, needed_files) as local:
         return _sha256(local)
 
 
@@ -148,45 +194,83 @@ def write_checkpoint(path: AnyPath, state_dict: Mapping[str, Tensor], metadata: 
         _sort_metadata(temporary)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    weights = _weights_file(path)
-    _check_readable(weights)
-    state_dict = (
-        _read_safetensors(weights) if weights.suffix.lower() == ".safetensors" else _read_torch(weights)
-    )
-    _check(state_dict, weights)
-    _check_repeats(state_dict, weights)
-    return {name: tensor.detach() for name, tensor in state_dict.items()}
+def _examine(path: Path, reading: Reading) -> ExaminedCheckpoint:
+    state_dict, left_out, config = _read(path, reading.key)
+    ignored: set[str] = set()
+    try:
+        state_dict, wrappers = unwrapped(state_dict, reading.unwrap)
+        for pattern in reading.ignore:
+            matching = [name for name in state_dict if fnmatchcase(name, pattern)]
+            ignored |= {pattern} if matching else set()
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in matching}
+        if not state_dict:
+            raise RPGError("the state_dict is empty; expected at least one tensor")
+        check_entries(state_dict)
+        _check_repeats(state_dict)
+        if reading.canonical_factors:
+            state_dict = canonical_factors(state_dict, config)
+    except RPGError as error:
+        raise RPGError(f"{path}: {error}") from error
+    return ExaminedCheckpoint(state_dict, left_out, wrappers, ignored, config)
 
 
-def _weights_file(path: Path) -> Path:
+def _read(path: Path, key: str | None) -> tuple[dict[str, Tensor], list[str], dict[str, Any] | None]:
     if not path.is_dir():
-        return path
-    if not is_adapter(path):
+        return *_read_file(path, key), None
+    files = files_of_directory(path)
+    config = None if files.config is None else read_config(files.config)
+    if files.parts is None:
+        return *_read_file(files.weights[0], key), config
+    found: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    for part in files.weights:
+        state_dict, others = _read_file(part, key)
+        for name in state_dict:
+            if files.parts.get(name) != part.name:
+                raise RPGError(f"{part}: tensor '{name}' is unexpected; {files.index} names another file")
+        found |= state_dict
+        left_out += others
+    for name, file in files.parts.items():
+        if name not in found:
+            raise RPGError(f"{path / file}: tensor '{name}' is missing; {files.index} names it")
+    if all(part.suffix == ".safetensors" for part in files.weights):
+        found = {name: found[name] for name in sorted(found, key=_natural)}
+    return found, left_out, config
+
+
+def _read_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    start = _start(path)
+    if start.startswith(_GGUF_MAGIC):
         raise RPGError(
-            f"{path}: is a directory without {ADAPTER_CONFIG}; expected a checkpoint file or a PEFT adapter"
+            f"{path}: is a GGUF file, which is made for llama.cpp and mostly quantised; expected the "
+            "network's own .safetensors, from which it was converted"
         )
-    for name in ADAPTER_WEIGHTS:
-        if (path / name).is_file():
-            return path / name
-    raise RPGError(f"{path}: has {ADAPTER_CONFIG} but neither {' nor '.join(ADAPTER_WEIGHTS)}")
+    if start.startswith((ZIP_MAGIC, b"\x80")) and not _begins_as_safetensors(start, path):
+        return read_torch_file(path, key)
+    if path.suffix.lower() == ".safetensors" or _begins_as_safetensors(start, path):
+        return _read_safetensors(path), []
+    raise RPGError(f"{path}: truncated or not a PyTorch checkpoint or .safetensors file")
 
 
-def _check_readable(path: Path) -> None:
+def _begins_as_safetensors(start: bytes, path: Path) -> bool:
+    length = int.from_bytes(start[:8], "little")
+    return start[8:9] == b"{" and length <= min(_LARGEST_HEADER, path.stat().st_size - 8)
+
+
+def _start(path: Path) -> bytes:
     # Opening a FIFO would wait for its writer.
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.exists() and not path.is_file():
         raise RPGError(f"{path}: not a regular file; expected a checkpoint")
     try:
         with path.open("rb") as file:
-            empty = not file.read(1)
+            start = file.read(len(LEGACY_MAGIC))
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; expected a checkpoint") from error
     except OSError as error:
         raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
-    if path.suffix.lower() not in CHECKPOINT_SUFFIXES and path.name not in ADAPTER_WEIGHTS:
-        raise RPGError(f"{path}: not a checkpoint; expected one of {', '.join(CHECKPOINT_SUFFIXES)}")
-    if empty:
+    if not start:
         raise RPGError(f"{path}: is empty (0 bytes); expected a checkpoint")
+    return start
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -218,49 +302,6 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    is_zip = magic == _ZIP_MAGIC
-    if not is_zip and not magic.startswith(_PICKLE_MAGIC):
-        raise RPGError(f"{path}: truncated or not a PyTorch checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise RPGError(f"{path}: {_REFUSED}") from error
-    # A corrupt file can make the reader fail in any way.
-    except Exception as error:
-        if is_zip and _is_torchscript(path):
-            raise RPGError(f"{path}: {_REFUSED}") from error
-        raise RPGError(f"{path}: truncated or corrupt; expected a PyTorch checkpoint") from error
-    return _state_dict(loaded, path)
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    # A corrupt directory can make the reader fail in any way.
-    except Exception:
-        return False
-
-
-def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(loaded, Mapping):
-        raise RPGError(f"{path}: holds a {type(loaded).__name__}; expected a state_dict")
-    nested = [key for key in NESTED_KEYS if isinstance(loaded.get(key), Mapping)]
-    if len(nested) > 1:
-        raise RPGError(f"{path}: holds {' and '.join(repr(k) for k in nested)}; expected one state_dict")
-    if nested:
-        loaded = loaded[nested[0]]
-    for name in loaded:
-        if not isinstance(name, str):
-            raise RPGError(f"{path}: key {name!r} is not a tensor name; expected a state_dict")
-    return dict(loaded)
-
-
 def _check(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
     if not state_dict:
         raise RPGError(f"{path}: the state_dict is empty; expected at least one tensor")
@@ -270,14 +311,14 @@ def _check(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
         raise RPGError(f"{path}: {error}") from error
 
 
-def _check_repeats(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
+def _check_repeats(state_dict: Mapping[str, Tensor]) -> None:
     """Refuse a small file whose tensors would fill the memory; masks and such may repeat stored values."""
     for name, tensor in state_dict.items():
         size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if size > max(stored, _REPEATED_BYTES):
             raise RPGError(
-                f"{path}: tensor '{name}' of shape {list(tensor.shape)} repeats {stored} stored bytes to "
-                f"{size}; expected every value to be stored"
+                f"tensor '{name}' of shape {list(tensor.shape)} repeats {stored} stored bytes to {size}; "
+                "expected every value to be stored"
             )
 
 

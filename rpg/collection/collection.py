@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rpg.collection.checkpoint import checkpoint_sha256, read_checkpoint, read_checkpoint_and_sha256
+from rpg.collection.reading import AS_STORED, Reading
 from rpg.config import Split
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
@@ -57,6 +58,7 @@ class Collection:
         architecture: dict[str, Any],
         entries: Sequence[Entry],
         encoder: str | None = None,
+        reading: Reading = AS_STORED,
     ) -> None:
         """Describe the checkpoints below `root`.
 
@@ -66,6 +68,7 @@ class Collection:
             entries: one for each checkpoint.
             encoder: digest of the text encoder in `encoder_directory` that embedded the descriptions
                 (`rpg.text_encoder`); None if conditions come from elsewhere.
+            reading: what is done to the content of every checkpoint when it is read.
 
         Raises:
             RPGError: if an entry, `architecture.family` or `encoder` is invalid, a file is listed twice, or
@@ -74,6 +77,7 @@ class Collection:
         self.root = root
         self.architecture = architecture
         self.encoder = encoder
+        self.reading = reading
         self.entries = list(entries)
         self._names: frozenset[str] | None = None
         self._validate()
@@ -94,7 +98,7 @@ class Collection:
         if content.get("version") != VERSION:
             raise RPGError(f"{path}: version: expected {VERSION}, got {content.get('version')!r}")
         keys = {"version", "architecture", "entries"}
-        _check_keys(content, keys | {"encoder"}, keys, str(path))
+        _check_keys(content, keys | {"encoder", "reading"}, keys, str(path))
         architecture, entries = content["architecture"], content["entries"]
         if not isinstance(architecture, dict):
             raise RPGError(f"{path}: architecture: expected an object, got {architecture!r}")
@@ -105,6 +109,7 @@ class Collection:
             architecture,
             [_entry(e, f"{path}: entry {i}") for i, e in enumerate(entries)],
             content.get("encoder"),
+            Reading.from_json(content.get("reading", {}), f"{path}: reading"),
         )
 
     def save(self) -> None:
@@ -116,6 +121,7 @@ class Collection:
                 "version": VERSION,
                 "architecture": self.architecture,
                 **({} if self.encoder is None else {"encoder": self.encoder}),
+                **({} if self.reading == AS_STORED else {"reading": self.reading.to_json()}),
                 "entries": [_plain(entry) for entry in self.entries],
             },
         )
@@ -161,6 +167,10 @@ class Collection:
         )
         return [list(task) for task in own if split == "train" or task not in trained]
 
+    def lightened(self, entries: Sequence[Entry]) -> "Collection":
+        """The collection with these entries only, to be sent to workers that read checkpoints."""
+        return Collection(self.root, {}, entries, reading=self.reading)
+
     def path(self, entry: Entry) -> AnyPath:
         """Where the entry's checkpoint is."""
         return self.root / entry.file
@@ -172,7 +182,7 @@ class Collection:
             RPGError: naming the file, if it cannot be read or its tensor names differ from those of the first
                 checkpoint.
         """
-        return self._checked_names(entry, read_checkpoint(self.path(entry)))
+        return self._checked_names(entry, self._read(entry))
 
     def read_checked(self, entry: Entry) -> dict[str, Tensor]:
         """Read an entry's checkpoint and check that it is the one that was registered, in one transfer.
@@ -180,7 +190,7 @@ class Collection:
         Raises:
             RPGError: naming the file, if `check` or `read` would raise one.
         """
-        state_dict, found = read_checkpoint_and_sha256(self.path(entry))
+        state_dict, found = read_checkpoint_and_sha256(self.path(entry), self.reading)
         self._check_sha256(entry, found)
         return self._checked_names(entry, state_dict)
 
@@ -192,10 +202,13 @@ class Collection:
         """
         self._check_sha256(entry, checkpoint_sha256(self.path(entry)))
 
+    def _read(self, entry: Entry) -> dict[str, Tensor]:
+        return read_checkpoint(self.path(entry), self.reading)
+
     def _checked_names(self, entry: Entry, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._names is None:
             first = self.entries[0]
-            self._names = frozenset(state_dict if entry is first else read_checkpoint(self.path(first)))
+            self._names = frozenset(state_dict if entry is first else self._read(first))
         different = sorted(self._names.symmetric_difference(state_dict))
         if different:
             says = "is missing" if different[0] in self._names else "is not expected"

@@ -203,7 +203,7 @@ def _template(pattern: str) -> str:
         text = number if kind in ("value", "metric") or (not kind and name in METRICS) else ".+?"
         text = "[0-9]+" if kind and (kind in ("digits", "state") or _bit_width(kind)) else text
         expression += f"(?P<{name}{'__' + kind if kind else ''}>{text})"
-    suffixes = "|".join(re.escape(suffix) for suffix in CHECKPOINT_SUFFIXES)
+    suffixes = "|".join(map(re.escape, CHECKPOINT_SUFFIXES))
     return f"{expression}(?:{suffixes})?"
 
 

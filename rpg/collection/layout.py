@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
+from rpg.collection.companions import COMPANIONS_DIRECTORY, Companions, companions_in
 from rpg.collection.state_dicts import check_structure, check_ties, owned, same_bits
 from rpg.collection.tensor_spec import TensorKind, TensorSpec, spec_from_json
 from rpg.collection.tokens import count_tokens, cut, denormalise, join, normalise, token_lengths
@@ -23,6 +24,7 @@ from rpg.storage.locations import AnyPath
 LAYOUT_FILE = "layout.json"
 CENTRE_FILE = "centre.safetensors"
 VERSION = 1
+_NO_COMPANIONS = Companions()
 
 
 class Encoded(NamedTuple):
@@ -50,6 +52,7 @@ class Layout:
         tokens: total number of tokens of a checkpoint.
         centre: the mean checkpoint, a state_dict in weight space and each tensor's own dtype; constants have
             the values of the collection's first checkpoint.
+        companions: the files that lie beside the weights; none where a checkpoint is one file.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Layout:
         token_size: int,
         specs: Sequence[TensorSpec],
         centre: Mapping[str, Tensor],
+        companions: Companions = _NO_COMPANIONS,
     ) -> None:
         """Put a layout together from `specs` and a `centre` that belongs to them."""
         self.normalisation = normalisation
@@ -65,6 +69,7 @@ class Layout:
         self.specs = tuple(specs)
         self.tokens = sum(spec.tokens for spec in self.specs)
         self.centre = dict(centre)
+        self.companions = companions
         self._ties = [(spec.name, spec.alias_of) for spec in self.specs if spec.alias_of is not None]
         self._tokenised = [spec for spec in self.specs if spec.tokens]
         self._first_tokens = [spec.first_token for spec in self._tokenised]
@@ -90,7 +95,11 @@ class Layout:
             tokens = count_tokens(spec.numel, token_size) if spec.tokens else 0
             specs.append(replace(spec, first_token=next_token, tokens=tokens))
             next_token += tokens
-        return Layout(self.normalisation, token_size, specs, self.centre)
+        return Layout(self.normalisation, token_size, specs, self.centre, self.companions)
+
+    def with_companions(self, companions: Companions) -> "Layout":
+        """The same layout of checkpoints that have these files beside their weights."""
+        return Layout(self.normalisation, self.token_size, self.specs, self.centre, companions)
 
     def check_fits(self, state_dict: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint that the layout was not computed from can be stored with it without loss.
@@ -206,16 +215,17 @@ class Layout:
         return torch.arange(self.token_size) < self.lengths()[:, None]
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 over the layout, centre included."""
+        """Hexadecimal SHA-256 over the layout, centre and companions included."""
         return self._digest
 
     def save(self, directory: AnyPath) -> None:
-        """Write `layout.json` and `centre.safetensors`.
+        """Write `layout.json`, `centre.safetensors` and, if there are any, `companions/`.
 
         Raises:
             RPGError: naming the file, if the file system refuses.
         """
         write_checkpoint(directory / CENTRE_FILE, self.centre, {"kind": "centre"})
+        self.companions.write(directory / COMPANIONS_DIRECTORY)
         write_json(directory / LAYOUT_FILE, self._to_json())
 
     @classmethod
@@ -224,7 +234,7 @@ class Layout:
 
         Raises:
             RPGError: naming the file, if it is missing, of another version, not consistent in itself, or if
-                the centre is not the layout's own.
+                the centre or a companion is not the layout's own.
         """
         path = directory / LAYOUT_FILE
         content = read_json(path, "a layout")
@@ -239,7 +249,9 @@ class Layout:
         centre: dict[str, Tensor] = {}
         for spec in specs:
             centre[spec.name] = stored[spec.name] if spec.alias_of is None else centre[spec.alias_of]
-        layout = cls(Normalisation(content["normalisation"]), content["token_size"], specs, centre)
+        companions = companions_in(directory / COMPANIONS_DIRECTORY, content.get("companions", {}), str(path))
+        normalisation = Normalisation(content["normalisation"])
+        layout = cls(normalisation, content["token_size"], specs, centre, companions)
         if layout._centre_digest != content["centre_sha256"]:
             raise RPGError(
                 f"{centre_path}: expected the centre that {LAYOUT_FILE} was written with, found another"
@@ -285,6 +297,7 @@ class Layout:
             "token_size": self.token_size,
             "tokens": self.tokens,
             "centre_sha256": self._centre_digest,
+            **({"companions": self.companions.digests} if self.companions else {}),
             "tensors": [spec.to_json() for spec in self.specs],
         }
 
@@ -301,7 +314,7 @@ def _read_specs(content: Any, source: str) -> list[TensorSpec]:
     keys = {"version", "normalisation", "token_size", "tokens", "centre_sha256", "tensors"}
     if missing := sorted(keys - set(content)):
         raise RPGError(f"{source}: key '{missing[0]}' is missing")
-    if unknown := sorted(set(content) - keys):
+    if unknown := sorted(set(content) - keys - {"companions"}):
         raise RPGError(f"{source}: unknown key '{unknown[0]}'")
     if content["normalisation"] not in list(Normalisation):
         raise RPGError(

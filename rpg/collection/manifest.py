@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rpg.collection.collection import Entry
 from rpg.collection.layout import Layout
+from rpg.collection.reading import AS_STORED, Reading
 from rpg.collection.shard_file import ShardInfo
 from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
@@ -52,6 +53,8 @@ class ShardManifest:
     """Float32 [checkpoints, width]; None if the collection has none."""
     encoder: str = ""
     """Digest of the text encoder that the conditions came from; empty if there is none."""
+    reading: Reading = AS_STORED
+    """How the collection's checkpoints were read."""
     states: Tensor | None = None
     """Permutation states, int64 [checkpoints]; None if the collection has none."""
 
@@ -64,6 +67,7 @@ def write_manifest(
     dtype: TokenDtype,
     fitted: int | None = None,
     encoder: str | None = None,
+    reading: Reading = AS_STORED,
 ) -> None:
     """Make a directory of shards complete: write layout, entries and, last, the manifest.
 
@@ -75,6 +79,7 @@ def write_manifest(
         dtype: that they were written with.
         fitted: how many checkpoints, the first ones, the layout was computed from; default all.
         encoder: digest of the text encoder that the conditions came from.
+        reading: how the checkpoints were read.
 
     Raises:
         RPGError: naming the shard or checkpoint, if a shard has another layout or dtype, a checkpoint has no
@@ -104,6 +109,7 @@ def write_manifest(
             "fitted": len(table) if fitted is None else fitted,
             "entries_sha256": entries_sha256,
             **({} if encoder is None else {"encoder": encoder}),
+            **({} if reading == AS_STORED else {"reading": reading.to_json()}),
             "shards": [
                 {
                     "file": shard.file,
@@ -153,7 +159,8 @@ def read_manifest(directory: AnyPath) -> ShardManifest:
     digests = dict(zip(names, entries.column("sha256").to_pylist(), strict=True))
     return ShardManifest(
         dtype, content["layout"], content["fitted"], shards, names, digests, places, _conditions(entries),
-        content.get("encoder", ""), _states(entries),
+        content.get("encoder", ""), Reading.from_json(content.get("reading", {}), f"{path}: reading"),
+        _states(entries),
     )  # fmt: skip
 
 

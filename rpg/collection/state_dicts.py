@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rpg.errors import RPGError
+from rpg.storage.files import is_storable
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -27,6 +28,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The dtypes that a state_dict may hold, by name."""
 
+RESERVED_NAME = "__metadata__"
+"""Name under which the header of a safetensors file keeps its metadata."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,13 +43,17 @@ def check_entries(state_dict: Mapping[str, Tensor]) -> None:
 
     Raises:
         RPGError: naming the first entry that is not a tensor, or is complex, sparse, quantized, without data,
-            or of another dtype that has no place in a safetensors file.
+            or of another dtype or name that has no place in a safetensors file.
     """
     for name, tensor in state_dict.items():
+        if name == RESERVED_NAME or not is_storable(name):
+            raise RPGError(f"tensor {name!r:.80}: .safetensors cannot store a tensor of this name")
         if not isinstance(tensor, Tensor):
             raise RPGError(f"'{name}': expected a tensor, found {type(tensor).__name__}")
         if tensor.is_quantized:
-            raise RPGError(f"tensor '{name}': expected a dense tensor, found a quantized one")
+            raise RPGError(
+                f"tensor '{name}': expected a dense tensor, found a quantized one: dequantise it first"
+            )
         if tensor.layout != torch.strided:
             raise RPGError(f"tensor '{name}': expected a dense tensor, found a sparse one ({tensor.layout})")
         if tensor.dtype not in _KNOWN:

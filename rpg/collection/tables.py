@@ -35,14 +35,14 @@ class Pairs(list[tuple[str, Any]]):
     """The keys and values of a JSON object, with duplicate keys."""
 
 
-def read_table(path: Path, what: str) -> str:
-    """The text of a `.csv` or `.json` file; `what` says in messages what it holds.
+def read_table(path: Path, what: str, suffixes: Sequence[str] = SUFFIXES) -> str:
+    """The text of a file with one of the suffixes; `what` says in messages what it holds.
 
     Raises:
         RPGError: naming the file, if it has another suffix, is missing or is not text.
     """
-    expected = f"expected {what} as .csv or .json"
-    if path.suffix.lower() not in SUFFIXES:
+    expected = f"expected {what} as {' or '.join(suffixes)}"
+    if path.suffix.lower() not in suffixes:
         raise RPGError(f"{path}: {expected}")
     try:
         # Spreadsheets often begin a CSV with a byte-order mark, which utf-8-sig skips.
@@ -134,10 +134,19 @@ def check_files(rows: Mapping[str, Located], files: Sequence[str], source: Path,
     Raises:
         RPGError: naming the row whose file is missing, or the checkpoint without a row.
     """
+    check_known_files(rows, files)
+    for file in files:
+        if file not in rows:
+            raise RPGError(f"{source}: no row for '{file}'; expected a {what} for every checkpoint")
+
+
+def check_known_files(rows: Mapping[str, Located], files: Sequence[str]) -> None:
+    """Check that a table names checkpoints of the folder only, but maybe not all.
+
+    Raises:
+        RPGError: naming the row whose file is missing.
+    """
     known = set(files)
     for file, row in rows.items():
         if file not in known:
             raise RPGError(f"{row.where}: '{file}' is not among the checkpoints of the folder")
-    for file in files:
-        if file not in rows:
-            raise RPGError(f"{source}: no row for '{file}'; expected a {what} for every checkpoint")

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rpg.collection.checkpoint import CHECKPOINT_SUFFIXES, checkpoint_files, is_adapter, read_checkpoint
+from rpg.collection.checkpoint import checkpoint_files, has_checkpoint_suffix, read_checkpoint
+from rpg.collection.checkpoint_directory import is_adapter, is_checkpoint_directory, needed_files
 from rpg.collection.collection import COLLECTION_FILE, Collection
 from rpg.collection.layout import Layout
 from rpg.collection.manifest import MANIFEST_FILE
@@ -120,7 +121,7 @@ def inspect(
     """Describe the file or directory at `path`.
 
     Args:
-        path: checkpoint file, PEFT adapter directory, or directory of a collection, of shards, or of a
+        path: checkpoint file or directory, or directory of a collection, of shards, or of a
             generator; or a URI of one of these. Shards behind a URI are brought to this node's cache.
         token_size: of checkpoints and collections, which have no layout yet; default 8192, or the largest
             tensor's size if that is smaller. Shards and generators have a token size of their own.
@@ -146,17 +147,17 @@ def inspect(
         return _collection(path, token_size, verify, progress)
     with storage_errors_for(path):
         is_directory = path.is_dir()
-    if is_directory and not is_adapter(path):
+    if is_directory and not is_checkpoint_directory(path):
         hint = "; `rpg register` makes a collection of it" if _has_checkpoints(path) else ""
-        raise RPGError(f"{path}: not a collection, shards, a generator or a PEFT adapter{hint}")
+        raise RPGError(f"{path}: not a collection, shards, a generator or a checkpoint{hint}")
     return _checkpoint(path, token_size)
 
 
 def _checkpoint(path: AnyPath, token_size: int | None) -> Inspection:
-    with fetched(path) as local:
+    with fetched(path, needed_files) as local:
         state_dict = read_checkpoint(local)
         facts = {"file_bytes": sum(file.stat().st_size for file in checkpoint_files(local))}
-        what = "PEFT adapter" if local.is_dir() else "checkpoint"
+        what = "PEFT adapter" if is_adapter(local) else "checkpoint"
     size = token_size or _default_token_size(state_dict)
     return Inspection(what, str(path), size, _rows(state_dict, size), facts)
 
@@ -187,6 +188,8 @@ def _collection(
         facts["permutation_states"] = len(states)
     if collection.encoder:
         facts["text_encoder"] = collection.encoder
+    if reading := collection.reading.to_json():
+        facts["reading"] = reading
     if verify:
         facts["verified"] = True
     return Inspection("collection", str(path), size, _rows(state_dict, size), facts)
@@ -204,6 +207,7 @@ def _shards(path: AnyPath, verify: bool) -> Inspection:
         "dtype": shards.dtype.value,
         "normalisation": shards.layout.normalisation.value,
         "digest": shards.layout.digest(),
+        **_companions_fact(shards.layout),
     }
     if shards.states is not None:
         facts["permutation_states"] = len(shards.states.unique())
@@ -221,9 +225,14 @@ def _generator(path: AnyPath) -> Inspection:
         "generator_parameters": sum(tensor.numel() for tensor in weights.values()),
         "generator_bytes": sum(tensor.nbytes for tensor in weights.values()),
         "normalisation": layout.normalisation.value,
+        **_companions_fact(layout),
         "config": to_plain(config),
     }
     return Inspection("generator", str(path), layout.token_size, _layout_rows(layout), facts)
+
+
+def _companions_fact(layout: Layout) -> dict[str, Any]:
+    return {"companions": layout.companions.digests} if layout.companions else {}
 
 
 def _rows(state_dict: Mapping[str, Tensor], token_size: int) -> list[TensorRow]:
@@ -277,9 +286,7 @@ def _default_token_size(state_dict: Mapping[str, Tensor]) -> int:
 
 def _has_checkpoints(path: AnyPath) -> bool:
     with storage_errors_for(path):
-        return any(
-            child.suffix.lower() in CHECKPOINT_SUFFIXES or is_adapter(child) for child in path.iterdir()
-        )
+        return any(has_checkpoint_suffix(child) or is_checkpoint_directory(child) for child in path.iterdir())
 
 
 def _fact(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rpg import __version__
 from rpg.commands.config import add_config_command
 from rpg.commands.exit_status import run_command
+from rpg.commands.export import add_export_command
 from rpg.commands.generate import add_generate_command
 from rpg.commands.inspect import add_inspect_command
 from rpg.commands.jobs import add_jobs_command
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add_register_command(commands)
     add_inspect_command(commands)
     add_generate_command(commands)
+    add_export_command(commands)
     add_config_command(commands)
     add_jobs_command(commands)
     # Packages that build on this one, such as the service, add their commands as entry points: the library

@@ -43,7 +43,7 @@ ENCODER_KEY = "encoder"
 _CARD = """# Generator of neural networks
 
 Makes checkpoints of one architecture: {tensors} tensors, cut into {tokens} tokens of {token_size} values.
-It takes {asks}. {parameters:,} parameters: {config.recurrent.kind} recurrence,
+{form}It takes {asks}. {parameters:,} parameters: {config.recurrent.kind} recurrence,
 {config.denoiser.kind} denoiser, {config.diffusion.prediction} prediction. Method: Recurrent Diffusion,
 arXiv 2501.11587.
 
@@ -116,7 +116,12 @@ class PretrainedMixin(nn.Module):
         argument = f"[[0.0] * {condition.size}]" if condition.kind == ConditionKind.vector else "None"
         if condition.encoder:
             argument = '[generator.text_encoder().encode("DESCRIPTION")]'
+        beside = ", ".join(layout.companions.files)
+        form = (
+            f"Each is a directory with {layout.companions.weights_name} beside {beside}.\n" if beside else ""
+        )
         return _CARD.format(
+            form=form,
             tensors=len(layout.specs),
             tokens=layout.tokens,
             token_size=layout.token_size,
@@ -128,8 +133,8 @@ class PretrainedMixin(nn.Module):
         )
 
     def save_pretrained(self, directory: AnyPath | str) -> None:
-        """Write config.yaml, generator.safetensors, the layout with its centre, a model card, and the text
-        encoder if there is one.
+        """Write config.yaml, generator.safetensors, the layout with its centre and companions, a model card,
+        and the text encoder if there is one.
 
         An earlier generator in a local `directory` is replaced as a whole or not at all; behind a URI its
         files are replaced one by one, the weights last.

@@ -49,7 +49,8 @@ def run_job(
         progress: called with (models finished, models asked for).
 
     Returns:
-        The paths of all `indices`, in order.
+        The paths of all `indices`, in order: of directories where the generator's collection consists of
+        such, or else of files.
 
     Raises:
         RPGError: for a condition that does not fit the generator, or if a file cannot be written.
@@ -67,7 +68,9 @@ def run_job(
             report(finished, len(indices))
 
     def is_there(index: int) -> bool:
-        if _metadata(out / job.file_name(index)) != plan.provenance(index):
+        if _metadata(plan.weights_path(index, out)) != plan.provenance(index):
+            return False
+        if not plan.companions.are_in(plan.path(index, out)):
             return False
         count()
         return True
@@ -83,11 +86,11 @@ def run_job(
             pass
     if failures:
         raise failures[0]
-    return [out / job.file_name(index) for index in indices]
+    return [plan.path(index, out) for index in indices]
 
 
 def _metadata(path: AnyPath) -> dict[str, str] | None:
-    """The metadata of the model at `path`; None if there is no whole one."""
+    """The metadata of the weights at `path`; None if there are no whole ones."""
     if is_remote(path):
         with storage_errors_for(path):
             return remote_metadata(path)

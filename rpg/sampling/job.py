@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rpg.collection.companions import Companions
 from rpg.config import (
     ConditionConfig,
     ConditionKind,
@@ -57,10 +58,6 @@ class GenerationJob:
         """The condition that model `index` is asked for."""
         return None if self.conditions is None else self.conditions[index // self.number]
 
-    def file_name(self, index: int) -> str:
-        """The file name of model `index`."""
-        return f"model_{index:06d}.safetensors"
-
 
 class JobPlan:
     """A job bound to the generator that makes its models: checked as a whole, then asked model by model.
@@ -69,12 +66,23 @@ class JobPlan:
         job: what is asked for.
         sampling: the job's sampling settings as JSON; jobs of equal ones can share batches.
         values: values of a model that are sampled.
+        companions: the files beside the weights of each model; where there are none, a model is one file.
     """
 
-    def __init__(self, generator: Generator, job: GenerationJob, digest: str | None = None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        job: GenerationJob,
+        digest: str | None = None,
+        companions: Companions | None = None,
+    ) -> None:
         """Make the models of `job` with `generator`.
 
-        `digest` is the generator's, where it is known already.
+        Args:
+            generator: what samples.
+            job: what is asked for.
+            digest: the generator's, where it is known already.
+            companions: other files beside the weights than the generator's.
 
         Raises:
             RPGError: for a condition or a sampling setting that does not fit the generator.
@@ -84,6 +92,7 @@ class JobPlan:
         if config.kind == ConditionKind.vector and job.conditions is None:
             raise RPGError(f"condition: this generator needs one of {config.size} values")
         self.job = job
+        self.companions = generator.layout.companions if companions is None else companions
         self.sampling = json.dumps(dataclasses.asdict(job.sampling))
         self.values = sum(spec.numel for spec in generator.layout.specs if spec.tokens)
         self._generator = generator
@@ -126,14 +135,23 @@ class JobPlan:
             "rpg.condition": json.dumps(self.job.condition_of(index)),
         }
 
+    def path(self, index: int, out: AnyPath) -> AnyPath:
+        """Where model `index` goes in the directory `out`: a directory or a file."""
+        return out / (f"model_{index:06d}" + ("" if self.companions else ".safetensors"))
+
+    def weights_path(self, index: int, out: AnyPath) -> AnyPath:
+        """The file of weights of model `index` in the directory `out`."""
+        path = self.path(index, out)
+        return path / self.companions.weights_name if self.companions else path
+
     def open_file(self, index: int, out: AnyPath) -> ModelWriter:
-        """Begin the file of model `index` in the directory `out`.
+        """Begin model `index` in the directory `out`.
 
         Raises:
-            RPGError: naming the file, if it cannot be written.
+            RPGError: naming the file or directory, if it cannot be written.
         """
-        path = out / self.job.file_name(index)
-        return ModelWriter(path, self._generator.layout, self.provenance(index), self._dtype).open()
+        layout, path = self._generator.layout, self.path(index, out)
+        return ModelWriter(path, layout, self.provenance(index), self._dtype, self.companions).open()
 
 
 def condition_row(config: ConditionConfig, condition: list[float]) -> Tensor:

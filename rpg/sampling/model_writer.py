@@ -1,4 +1,4 @@
-"""Writing one generated model token by token into a `.safetensors` file of known size.
+"""Writing one generated model token by token: a `.safetensors` file of known size, or a directory with one.
 
 The file format lets every tensor's place be known beforehand (an 8-byte length, a JSON header, then the raw
 values), so finished tokens are written where they belong and no model is ever held in memory as a whole.
@@ -14,17 +14,13 @@ import torch
 from torch import Tensor
 from upath import UPath
 
+from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
+from rpg.collection.safetensors_file import SafetensorsHeader
 from rpg.errors import RPGError
+from rpg.sampling.model_directory import ModelDirectory
 from rpg.storage.files import AtomicFile, sha256
 from rpg.storage.locations import AnyPath
-
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
-}  # fmt: skip
-
 
 _FIRST_READ = 2**16
 _LARGEST_HEADER = 100_000_000
@@ -38,13 +34,14 @@ class NotFiniteError(RPGError):
 class ModelWriter:
     """Writes one model: `open`, then its tokens in any order, then `commit` or `discard`.
 
-    The file appears under its name at `commit`, and not at all otherwise. Tied tensors are written under each
-    of their names, since the format knows no ties. Methods may be called from any thread, one at a time.
+    The file, or the directory, appears under its name at `commit`, and not at all otherwise. Tied tensors are
+    written under each of their names, since the format knows no ties. Methods may be called from any thread,
+    one at a time.
 
     Attributes:
-        path: the file.
+        path: the file or directory.
         layout: of the model.
-        size: bytes of the whole file.
+        size: bytes of the file of weights.
     """
 
     def __init__(
@@ -53,36 +50,30 @@ class ModelWriter:
         layout: Layout,
         metadata: Mapping[str, str],
         dtype: torch.dtype | None = None,
+        companions: Companions | None = None,
     ) -> None:
         """Write to `path` a model of `layout`, with `metadata` in the file's header.
 
-        `dtype` is that of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+        Args:
+            path: the model's file, or with `companions` its directory.
+            layout: of the model.
+            metadata: texts by key.
+            dtype: of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
+            companions: files to lie beside the weights; if there are none, the model is one file.
         """
         self.path = path
+        self._companions = companions
         self.layout = layout
-        self._offsets: dict[str, int] = {}
         self._names: dict[str, list[str]] = {}
         self._dtypes = {
             spec.name: dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
             for spec in layout.specs
         }
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
-        end = 0
-        # Wide types first keeps every tensor aligned to its element size.
-        for spec in sorted(layout.specs, key=lambda spec: (-self._dtypes[spec.name].itemsize, spec.name)):
-            size = spec.numel * self._dtypes[spec.name].itemsize
-            header[spec.name] = {
-                "dtype": _DTYPE_NAMES[self._dtypes[spec.name]],
-                "shape": list(spec.shape),
-                "data_offsets": [end, end + size],
-            }
-            self._offsets[spec.name] = end
+        for spec in layout.specs:
             self._names.setdefault(spec.alias_of or spec.name, []).append(spec.name)
-            end += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = struct.pack("<Q", len(text)) + text
-        self.size = len(self._header) + end
+        tensors = {spec.name: (self._dtypes[spec.name], spec.shape) for spec in layout.specs}
+        self._header = SafetensorsHeader.of(tensors, metadata)
+        self.size = self._header.file_size
 
     def open(self) -> "ModelWriter":
         """Begin the file: its header, its full size, and the tensors that are not sampled.
@@ -90,7 +81,8 @@ class ModelWriter:
         Raises:
             RPGError: naming the file, if it cannot be written; nothing is left of it then.
         """
-        self._target = AtomicFile(self.path)
+        companions = self._companions
+        self._target = ModelDirectory(self.path, companions) if companions else AtomicFile(self.path)
         try:
             with self._storage_errors():
                 self._file: IO[bytes] = self._target.temporary.open("wb")
@@ -99,7 +91,7 @@ class ModelWriter:
             raise
         try:
             with self._storage_errors():
-                self._file.write(self._header)
+                self._file.write(self._header.content)
                 self._file.truncate(self.size)
             for name, value in self.layout.constants.items():
                 self._write(name, 0, value.flatten().to(self._dtypes[name]))
@@ -151,13 +143,13 @@ class ModelWriter:
             row += rows
 
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the file, once all its tokens are written and before `commit`."""
+        """Hexadecimal SHA-256 of the file of weights, once all its tokens are written and before `commit`."""
         with self._storage_errors():
             self._file.flush()
             return sha256(self._target.temporary)
 
     def commit(self) -> None:
-        """Put the file in place, on the disk or behind its URI.
+        """Put the file or directory in place, on the disk or behind its URI.
 
         Raises:
             RPGError: naming the file, if it cannot be written; nothing is left of it then.
@@ -180,7 +172,7 @@ class ModelWriter:
         data = values.contiguous().view(torch.uint8).numpy().data
         with self._storage_errors():
             for each in self._names.get(name, ()):
-                self._put(len(self._header) + self._offsets[each] + start * values.element_size(), data)
+                self._put(self._header.starts[each] + start * values.element_size(), data)
 
     def _put(self, position: int, data: memoryview) -> None:
         self._file.seek(position)

@@ -54,7 +54,10 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
         # If a worker was killed while it wrote a file, another has written it again, but the unfinished one
         # is still there. safetensors names its temporary files `.tmp…`.
         for leftover in [*temporary.rglob(f".*{PARTIAL_SUFFIX}"), *temporary.rglob(".tmp*")]:
-            leftover.unlink()
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         previous = temporary.with_suffix(_PREVIOUS_SUFFIX)
         if path.exists():
             path.rename(previous)

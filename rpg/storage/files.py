@@ -63,7 +63,7 @@ class AtomicFile:
                 self.temporary = Path(self._directory.name) / path.name
             else:
                 assert isinstance(path, Path)
-                self.temporary = path.parent / f".{path.name}.{os.getpid()}.{next(_numbers)}{PARTIAL_SUFFIX}"
+                self.temporary = partial_path(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self.failure(error) from error
@@ -105,6 +105,11 @@ class AtomicFile:
         """The error to raise for `error`, which occurred while `temporary` was written."""
         place = "" if self._directory is None else f" (in {self._directory.name})"
         return RPGError(f"{self.path}: cannot be written: {error_reason(error)}{place}")
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file or directory is written before it takes its place; another one at each call."""
+    return path.parent / f".{path.name}.{os.getpid()}.{next(_numbers)}{PARTIAL_SUFFIX}"
 
 
 @contextmanager

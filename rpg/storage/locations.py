@@ -5,7 +5,7 @@ and how a file behind a URI becomes a local one.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -91,12 +91,16 @@ def identity(path: AnyPath) -> object | None:
 
 
 @contextmanager
-def fetched(path: AnyPath) -> Iterator[Path]:
+def fetched(
+    path: AnyPath, needed: Callable[[Collection[str]], Collection[str]] | None = None
+) -> Iterator[Path]:
     """Yield a local path with the content of a file or directory: `path` itself, or a temporary copy of a
     URI.
 
     The copy has the same name. It is removed when the block ends, but tensors that are mapped from it stay
     usable. In the message of an `RPGError` raised in the block, the URI takes the place of the copy's path.
+    Of a remote directory only the files are copied that `needed` picks from their relative paths (default:
+    all).
 
     Raises:
         RPGError: naming the URI, if it cannot be read.
@@ -108,7 +112,7 @@ def fetched(path: AnyPath) -> Iterator[Path]:
         local = Path(temporary) / path.name
         try:
             with storage_errors_for(path):
-                _fetch(path, local)
+                _fetch(path, local, needed)
         except OSError as error:
             raise RPGError(f"{temporary}: cannot hold a copy of {path}: {error.strerror}") from error
         try:
@@ -117,10 +121,14 @@ def fetched(path: AnyPath) -> Iterator[Path]:
             raise RPGError(str(error).replace(str(local), str(path).rstrip("/"))) from error
 
 
-def _fetch(path: UPath, local: Path) -> None:
+def _fetch(path: UPath, local: Path, needed: Callable[[Collection[str]], Collection[str]] | None) -> None:
     # A file takes one request this way. For a directory only some storages raise an error.
     with suppress(FileNotFoundError, IsADirectoryError):
         path.fs.get_file(path.path, str(local))
         if local.is_file():
             return
-    download(path, remote_files(path), local)
+    files = remote_files(path)
+    if needed is not None and "" not in files:
+        local.mkdir()
+        files = {name: files[name] for name in needed(files)}
+    download(path, files, local)

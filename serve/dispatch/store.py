@@ -5,6 +5,7 @@
     jobs/ID/models/model_000000.safetensors
     jobs/ID/quarantined.json             why a damaged job is left alone
     jobs/ID/removed.json                 what the manifest is called once the job is being removed
+    companions/DIGEST/NAME               what lies beside the weights of all models of one generator
 
 A model is finished as soon as its file is there. Models that `state.json` does not name yet are found when
 the service starts.
@@ -15,11 +16,13 @@ import re
 import secrets
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from rpg.client.schema import JobState
+from rpg.collection.companions import COMPANIONS_DIRECTORY, Companions, companions_of
 from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.files import read_json, sha256, write_json, write_text
@@ -33,7 +36,9 @@ _MODELS = "models"
 _QUARANTINED = "quarantined.json"
 _REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MODEL = re.compile(r"model_(\d{6,})\.safetensors")
+_KEPT_COMPANIONS = 8
 _ERRORS_OF_ONE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors of a local file system that say something about one path, and nothing about the file system."""
 
@@ -68,14 +73,42 @@ class JobStore:
         """`retry_seconds`: pauses between the attempts to read a job from a storage that fails."""
         self.root = storage
         self._retry_seconds = retry_seconds
+        self._companions: OrderedDict[str, Companions] = OrderedDict()
 
     def models(self, job_id: str) -> AnyPath:
         """The directory of a job's models."""
         return self._directory(job_id) / _MODELS
 
     def model(self, job_id: str, model: int) -> AnyPath:
-        """The file of one model of a job."""
+        """The weights of one model of a job."""
         return self.models(job_id) / f"model_{model:06d}.safetensors"
+
+    def companions(self, digest: str | None) -> Companions:
+        """What lies beside the weights of the models that the generator with this digest has made.
+
+        The digest stands for the companions too, so they are read once.
+
+        Raises:
+            RPGError: naming the file that cannot be read.
+        """
+        if digest is None or not _DIGEST.fullmatch(digest):
+            return Companions()
+        found = self._companions.get(digest)
+        if found is None:
+            found = self._companions[digest] = companions_of(self.root / COMPANIONS_DIRECTORY / digest)
+            if len(self._companions) > _KEPT_COMPANIONS:
+                self._companions.popitem(last=False)
+        return found
+
+    def keep_companions(self, digest: str, companions: Companions) -> None:
+        """Write a generator's companions, unless they are there, before it makes its first model.
+
+        Raises:
+            RPGError: naming the file that cannot be written.
+        """
+        directory = self.root / COMPANIONS_DIRECTORY / digest
+        if companions and not companions.are_in(directory):
+            companions.write(directory)
 
     def create(self, manifest: JobManifest) -> None:
         """Write a new job.

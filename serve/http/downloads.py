@@ -1,14 +1,21 @@
-"""Answers made of finished models: one file with ranges and an ETag, or all of a job as a tar stream."""
+"""Answers made of finished models: a file or a tar with ranges and an ETag, or all of a job as a tar stream.
 
+A model that is a directory is stored as its weights; the companion files, which all models of a generator
+share, come from memory.
+"""
+
+import hashlib
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from rpg.client.schema import ModelFile
-from rpg.storage.locations import AnyPath
+from rpg.collection.companions import Companions
+from rpg.storage.locations import AnyPath, exists
 from serve.errors import ProblemError
 
 MODEL_TYPE = "application/octet-stream"
@@ -19,13 +26,115 @@ _TAR_RECORD = 512
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
-def model_response(path: AnyPath, model: ModelFile, headers: Mapping[str, str], name: str) -> Response:
-    """The file of `model` at `path`, or the part of it that the request's `headers` ask for.
+class Content(NamedTuple):
+    """So many bytes: those of a file on storage, or themselves."""
+
+    source: AnyPath | bytes
+    size: int
+
+    @classmethod
+    def of(cls, content: bytes) -> "Content":
+        """Bytes in memory."""
+        return cls(content, len(content))
+
+
+class StoredModel(NamedTuple):
+    """A finished model on storage: `path` are its weights, `model` tells of them."""
+
+    path: AnyPath
+    model: ModelFile
+    companions: Companions
+
+    @property
+    def name(self) -> str:
+        """What the model is called among those of its job: a directory, or a file."""
+        return self.path.name.removesuffix(".safetensors") if self.companions else self.path.name
+
+    @property
+    def files(self) -> dict[str, Content]:
+        """Content by name of all that belongs to the model, the weights last."""
+        name = self.companions.weights_name if self.companions else self.path.name
+        beside = {name: Content.of(content) for name, content in self.companions.files.items()}
+        return {**beside, name: Content(self.path, self.model.bytes)}
+
+    @property
+    def entries(self) -> list[tuple[str, Content]]:
+        """`files` with the names that they have in a tar of the model."""
+        if not self.companions:
+            return list(self.files.items())
+        return [(f"{self.name}/{name}", content) for name, content in self.files.items()]
+
+
+def model_response(stored: StoredModel, mtime: float, headers: Mapping[str, str], prefix: str) -> Response:
+    """A model as one file, or the part of it that the request's `headers` ask for.
+
+    It is the file of weights, or where a model is a directory, a tar of that, whose files are of the time
+    `mtime`. `prefix` is put before the model's name.
 
     Raises:
-        ProblemError: 416 for a range outside the file.
+        ProblemError: 404 if the weights are gone; 416 for a range outside the file.
     """
-    tag = f'"{model.sha256}"'
+    if not stored.companions:
+        return file_response(stored, stored.path.name, headers, prefix)
+    if not exists(stored.path):
+        raise _gone(stored.path)
+    # All that the bytes depend on, since hashing them would take as long as sending them.
+    parts = [stored.model.sha256, stored.name, str(int(mtime)), *stored.companions.digests.items()]
+    tag = hashlib.sha256(repr(parts).encode()).hexdigest()
+    size, content = tar_size(stored.entries), _tar_contents(stored.entries, int(mtime))
+    return _part_response(content, size, tag, headers, f"{prefix}{stored.name}.tar", TAR_TYPE)
+
+
+def file_response(stored: StoredModel, name: str, headers: Mapping[str, str], prefix: str = "") -> Response:
+    """One file of a model, or the part of it that the request's `headers` ask for; its ETag is its SHA-256.
+
+    Raises:
+        ProblemError: 404 if the model has no such file, or its weights are gone; 416 for a range outside it.
+    """
+    files = stored.files
+    if name not in files:
+        raise ProblemError(404, f"model {stored.model.index} has no file '{name}'; it has {', '.join(files)}")
+    digest = stored.companions.digests.get(name, stored.model.sha256)
+    return _part_response([files[name]], files[name].size, digest, headers, f"{prefix}{name}", MODEL_TYPE)
+
+
+def archive_response(models: Sequence[StoredModel], mtime: float, directory: str) -> Response:
+    """Models as one uncompressed tar stream, all in a `directory` that it is named after, of time `mtime`."""
+    entries = [(f"{directory}/{name}", content) for stored in models for name, content in stored.entries]
+    headers = {
+        "Content-Length": str(tar_size(entries)),
+        "Content-Disposition": f'attachment; filename="{directory}.tar"',
+    }
+    return StreamingResponse(tar_stream(entries, int(mtime)), 200, headers, TAR_TYPE)
+
+
+def tar_stream(entries: Sequence[tuple[str, Content]], mtime: int) -> Iterator[bytes]:
+    """The blocks of a tar file of `entries`, each with its name, all of the time `mtime`."""
+    return _blocks(_tar_contents(entries, mtime), 0, tar_size(entries))
+
+
+def tar_size(entries: Sequence[tuple[str, Content]]) -> int:
+    """Bytes of a tar file of `entries`."""
+    return sum(_TAR_RECORD + _padded(content.size) for _, content in entries) + 2 * _TAR_RECORD
+
+
+def _tar_contents(entries: Iterable[tuple[str, Content]], mtime: int) -> Iterator[Content]:
+    for name, content in entries:
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime = content.size, mtime
+        # GNU's format, because USTAR has no room for sizes of 8 GiB and more. With names as short as these,
+        # its header is one record as well.
+        yield Content.of(info.tobuf(tarfile.GNU_FORMAT))
+        yield content
+        yield Content.of(bytes(_padded(content.size) - content.size))
+    yield Content.of(bytes(2 * _TAR_RECORD))
+
+
+def _part_response(
+    contents: Iterable[Content], size: int, tag: str, headers: Mapping[str, str], name: str, media_type: str
+) -> Response:
+    """The `contents` one after the other, or the part of them that the request's `headers` ask for."""
+    tag = f'"{tag}"'
     common = {
         "ETag": tag,
         "Accept-Ranges": "bytes",
@@ -34,25 +143,14 @@ def model_response(path: AnyPath, model: ModelFile, headers: Mapping[str, str], 
     }
     if tag in (each.strip().removeprefix("W/") for each in headers.get("if-none-match", "").split(",")):
         return Response(status_code=304, headers=common)
-    part = _asked_part(headers.get("range"), model.bytes) if headers.get("if-range", tag) == tag else None
-    start, end = part or (0, model.bytes)
+    part = _asked_part(headers.get("range"), size) if headers.get("if-range", tag) == tag else None
+    start, end = part or (0, size)
     status = 200
     if part is not None:
         status = 206
-        common["Content-Range"] = f"bytes {start}-{end - 1}/{model.bytes}"
+        common["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     common["Content-Length"] = str(end - start)
-    blocks = _blocks(path, start, end)
-    return StreamingResponse(_begun(blocks, path), status, common, MODEL_TYPE)
-
-
-def archive_response(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: float, name: str) -> Response:
-    """`files` as one uncompressed tar stream; of each: its path, the model in it, its name in the archive."""
-    size = sum(_TAR_RECORD + _padded(model.bytes) for _, model, _ in files) + 2 * _TAR_RECORD
-    headers = {
-        "Content-Length": str(size),
-        "Content-Disposition": f'attachment; filename="{name}"',
-    }
-    return StreamingResponse(tar_stream(files, int(mtime)), 200, headers, TAR_TYPE)
+    return StreamingResponse(_begun(_blocks(contents, start, end)), status, common, media_type)
 
 
 def _asked_part(header: str | None, size: int) -> tuple[int, int] | None:
@@ -76,14 +174,9 @@ def _asked_part(header: str | None, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-def _begun(blocks: Iterator[bytes], path: AnyPath) -> Iterator[bytes]:
+def _begun(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """`blocks`, the first of which is read at once, so that a file that is gone is told as a 404."""
-    try:
-        first = next(blocks)
-    except StopIteration:
-        return iter(())
-    except FileNotFoundError:
-        raise ProblemError(404, f"the file {path.name} is gone from storage") from None
+    first = next(blocks, b"")
 
     def rest() -> Iterator[bytes]:
         yield first
@@ -92,8 +185,26 @@ def _begun(blocks: Iterator[bytes], path: AnyPath) -> Iterator[bytes]:
     return rest()
 
 
-def _blocks(path: AnyPath, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
+def _blocks(contents: Iterable[Content], start: int, end: int) -> Iterator[bytes]:
+    """The bytes from `start` to `end` of `contents`, one after the other."""
+    for content in contents:
+        first, last = max(start, 0), min(end, content.size)
+        if first < last:
+            if isinstance(content.source, bytes):
+                yield content.source[first:last]
+            else:
+                yield from _file_blocks(content.source, first, last)
+        start, end = start - content.size, end - content.size
+        if end <= 0:
+            return
+
+
+def _file_blocks(path: AnyPath, start: int, end: int) -> Iterator[bytes]:
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:
+        raise _gone(path) from None
+    with opened as file:
         file.seek(start)
         left = end - start
         while left:
@@ -105,17 +216,8 @@ def _blocks(path: AnyPath, start: int, end: int) -> Iterator[bytes]:
             yield block
 
 
-def tar_stream(files: Sequence[tuple[AnyPath, ModelFile, str]], mtime: int) -> Iterator[bytes]:
-    """The blocks of a tar file that holds `files` (as in `archive_response`), all of the time `mtime`."""
-    for path, model, name in files:
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime = model.bytes, mtime
-        # GNU's format, because USTAR has no room for sizes of 8 GiB and more. With names as short as these,
-        # its header is one record as well.
-        yield info.tobuf(tarfile.GNU_FORMAT)
-        yield from _blocks(path, 0, model.bytes)
-        yield bytes(_padded(model.bytes) - model.bytes)
-    yield bytes(2 * _TAR_RECORD)
+def _gone(path: AnyPath) -> ProblemError:
+    return ProblemError(404, f"the file {path.name} is gone from storage")
 
 
 def _padded(size: int) -> int:

@@ -10,6 +10,8 @@ from fastapi.security import HTTPBearer
 
 from rpg.client.schema import (
     Centre,
+    CompanionFile,
+    FileName,
     GenerateRequest,
     GeneratorDetail,
     GeneratorList,
@@ -25,7 +27,14 @@ from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.caller import Caller
 from serve.dispatch.store import JobStore
 from serve.errors import ProblemError
-from serve.http.downloads import MODEL_TYPE, TAR_TYPE, archive_response, model_response
+from serve.http.downloads import (
+    MODEL_TYPE,
+    TAR_TYPE,
+    StoredModel,
+    archive_response,
+    file_response,
+    model_response,
+)
 from serve.http.problems import problem_responses
 
 _GENERATE_SECONDS = 60.0
@@ -81,11 +90,9 @@ _EVENT = {
 }
 
 
-def _binary(description: str, media_type: str) -> dict[str, Any]:
-    return {
-        "description": description,
-        "content": {media_type: {"schema": {"type": "string", "format": "binary"}}},
-    }
+def _binary(description: str, *media_types: str) -> dict[str, Any]:
+    schema = {"schema": {"type": "string", "format": "binary"}}
+    return {"description": description, "content": {media_type: schema for media_type in media_types}}
 
 
 def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
@@ -154,7 +161,7 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
         "/v1/generate", response_class=Response, operation_id="generate",
         responses={
             **problem_responses(422, 429, 500, 507),
-            200: _binary("The network, a .safetensors file", MODEL_TYPE),
+            200: _binary("The network, as `get_model` answers", MODEL_TYPE, TAR_TYPE),
             202: {
                 "description": f"Not made within {_GENERATE_SECONDS:.0f} s: the job that goes on",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}},
@@ -162,7 +169,7 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
         },
     )  # fmt: skip
     async def generate(request: GenerateRequest, caller: Submitter) -> Response:
-        """Make one model and answer with its file. It is a job like any other, and stays as one."""
+        """Make one model and answer with it. It is a job like any other, and stays as one."""
         asked = request.model_dump(exclude={"condition", "description"})
         conditions = None if request.condition is None else [request.condition]
         descriptions = None if request.description is None else [request.description]
@@ -180,8 +187,8 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
         if not job.state.is_end:
             return JSONResponse(job.model_dump(mode="json"), 202, headers)
         model = await api.model(caller, job.id, 0)
-        path = store.model(job.id, 0)
-        response = await asyncio.to_thread(model_response, path, model, {}, path.name)
+        stored = await asyncio.to_thread(_stored, store, job, model)
+        response = await asyncio.to_thread(model_response, stored, job.created, {}, "")
         response.headers.update(headers)
         return response
 
@@ -200,22 +207,50 @@ def add_models(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
         limit: Annotated[int, Query(ge=1, le=_PAGE)] = _PAGE,
     ) -> ModelPage:
         """The finished models of a job, with the SHA-256 of their files."""
-        return await api.models(caller, id, start, limit)
+        job, page = await asyncio.gather(api.job(caller, id), api.models(caller, id, start, limit))
+        companions = await asyncio.to_thread(store.companions, job.digest)
+        if not companions:
+            return page
+        beside = [
+            CompanionFile(name=name, sha256=companions.digests[name], bytes=len(content))
+            for name, content in companions.files.items()
+        ]
+        return page.model_copy(update={"weights": companions.weights_name, "companions": beside})
 
     @app.get(
         "/v1/jobs/{id}/models/{index}", response_class=Response, operation_id="get_model",
         responses={
             **problem_responses(404, 409, 416, 422),
-            200: _binary("The network, a .safetensors file; its ETag is the file's SHA-256", MODEL_TYPE),
-            206: _binary("The part that was asked for", MODEL_TYPE),
+            200: _binary(
+                "The network: a .safetensors file, whose ETag is its SHA-256, or a tar of its directory",
+                MODEL_TYPE, TAR_TYPE,
+            ),
+            206: _binary("The part that was asked for", MODEL_TYPE, TAR_TYPE),
             304: {"description": "If-None-Match named it"},
         },
     )  # fmt: skip
     async def model(caller: Reader, id: JobId, index: Index, request: Request) -> Response:
         """One finished model; understands Range, If-Range and If-None-Match."""
-        found = await api.model(caller, id, index)
-        path = store.model(id, index)
-        return await asyncio.to_thread(model_response, path, found, request.headers, f"{id}_{path.name}")
+        job, found = await asyncio.gather(api.job(caller, id), api.model(caller, id, index))
+        stored = await asyncio.to_thread(_stored, store, job, found)
+        return await asyncio.to_thread(model_response, stored, job.created, request.headers, f"{id}_")
+
+    @app.get(
+        "/v1/jobs/{id}/models/{index}/files/{name}", response_class=Response, operation_id="get_model_file",
+        responses={
+            **problem_responses(404, 409, 416, 422),
+            200: _binary("The file; its ETag is its SHA-256", MODEL_TYPE),
+            206: _binary("The part that was asked for", MODEL_TYPE),
+            304: {"description": "If-None-Match named it"},
+        },
+    )  # fmt: skip
+    async def model_file(
+        caller: Reader, id: JobId, index: Index, name: FileName, request: Request
+    ) -> Response:
+        """One file of a finished model; understands Range, If-Range and If-None-Match."""
+        job, found = await asyncio.gather(api.job(caller, id), api.model(caller, id, index))
+        stored = await asyncio.to_thread(_stored, store, job, found)
+        return await asyncio.to_thread(file_response, stored, name, request.headers)
 
     @app.get(
         "/v1/jobs/{id}/archive", response_class=StreamingResponse, operation_id="get_archive",
@@ -232,9 +267,12 @@ def add_models(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
             page = await api.models(caller, id, start, 10 * _PAGE)
             found += page.models
             start = page.next
-        paths = [store.model(id, each.index) for each in found]
-        files = [(path, each, f"{id}/{path.name}") for path, each in zip(paths, found, strict=True)]
-        return archive_response(files, job.created, f"{id}.tar")
+        models = await asyncio.to_thread(lambda: [_stored(store, job, each) for each in found])
+        return archive_response(models, job.created, id)
+
+
+def _stored(store: JobStore, job: Job, model: ModelFile) -> StoredModel:
+    return StoredModel(store.model(job.id, model.index), model, store.companions(job.digest))
 
 
 def add_generators(app: FastAPI, api: DispatcherAPI) -> None:

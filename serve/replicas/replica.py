@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
+from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
@@ -75,7 +76,7 @@ class Replica:
             batch_metrics: makes, for a generator's name, what is told (rows, places, seconds) of every batch.
 
         Raises:
-            RPGError: naming what is wrong with the generator's files.
+            RPGError: naming what is wrong with the generator's files, or the storage that refuses.
         """
         torch.set_num_threads(1)
         device = torch.device("cuda" if entry.num_gpus else "cpu")
@@ -83,6 +84,7 @@ class Replica:
         self._name = entry.name
         self._store = JobStore(location(storage))
         self._digest = self.generator.digest()
+        self._store.keep_companions(self._digest, self.generator.layout.companions)
         self.generator.to(device)
         # An encoder that cannot be used shall end the start, and not the first request that needs it.
         self._encoder = self.generator.text_encoder() if self.generator.config.condition.encoder else None
@@ -202,7 +204,8 @@ class Replica:
                 f"generator '{self._name}' was replaced by one with another text encoder than the "
                 "descriptions were read with"
             )
-        plan = JobPlan(self.generator, manifest.job, self._digest)
+        # The models of a job are kept as weights alone, since they have the same companions.
+        plan = JobPlan(self.generator, manifest.job, self._digest, Companions())
         if not manifest.evaluate:
             return _Plan(plan, None, manifest.description_of)
         if self._judge is None:

@@ -11,23 +11,26 @@ const HEADER = 1e6;
 export class Card {
   // `index` is asked for; where it is not made yet, the first one after it stands in.
   static async load(job, index) {
-    const { models } = await ask(`v1/jobs/${job.id}/models?start=${index}&limit=1`);
+    const { models, weights } = await ask(`v1/jobs/${job.id}/models?start=${index}&limit=1`);
     if (!models.length) return null;
-    const card = new Card(job, models[0]);
+    const card = new Card(job, models[0], weights);
     await card.read();
     return card;
   }
 
-  constructor(job, model) {
+  // `weights` is what the file of weights is called in the model's directory; null where a model is one file.
+  constructor(job, model, weights) {
     this.job = job;
     this.model = model;
     this.path = `v1/jobs/${job.id}/models/${model.index}`;
-    this.name = `${job.id}_model_${String(model.index).padStart(6, "0")}.safetensors`;
+    this.weights = weights ? `${this.path}/files/${weights}` : this.path;
+    this.isDirectory = Boolean(weights);
+    this.name = `${job.id}_model_${String(model.index).padStart(6, "0")}.${weights ? "tar" : "safetensors"}`;
     this.whole = model.bytes <= LARGEST;
   }
 
   async read() {
-    const buffer = this.whole ? await (await call(this.path)).arrayBuffer() : await this.header();
+    const buffer = this.whole ? await (await call(this.weights)).arrayBuffer() : await this.header();
     this.checked = false;
     // Browsers hash only where the connection is secure or local.
     if (this.whole && crypto.subtle) {
@@ -35,7 +38,7 @@ export class Card {
         throw new Error(`model ${this.model.index}: the file that arrived has another SHA-256 than the service's`);
       this.checked = true;
     }
-    if (this.whole) this.blob = new Blob([buffer], { type: "application/octet-stream" });
+    if (this.whole && !this.isDirectory) this.blob = new Blob([buffer], { type: "application/octet-stream" });
     this.file = new ModelFile(buffer);
   }
 
@@ -47,7 +50,7 @@ export class Card {
   }
 
   async beginning(size) {
-    return (await call(this.path, { headers: { Range: `bytes=0-${size - 1}` } })).arrayBuffer();
+    return (await call(this.weights, { headers: { Range: `bytes=0-${size - 1}` } })).arrayBuffer();
   }
 
   // [name, value, whether it is code] of everything that is known.

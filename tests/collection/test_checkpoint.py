@@ -161,12 +161,12 @@ class TestPicklesAreNeverExecuted:
     @pytest.mark.parametrize("zipped", [True, False])
     def test_pickled_modules_are_refused(self, tmp_path: Path, zipped: bool) -> None:
         torch.save(nn.Linear(2, 2), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-        assert_refused(tmp_path / "x.pt", "Python objects besides tensors")
+        assert_refused(tmp_path / "x.pt", "torch.nn.modules.linear.Linear", "never executes a pickle")
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_torchscript_archives_are_refused(self, tmp_path: Path) -> None:
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "x.pt")
-        assert_refused(tmp_path / "x.pt", "Python objects besides tensors")
+        assert_refused(tmp_path / "x.pt", "is a TorchScript archive")
 
 
 class TestBadFiles:
@@ -207,11 +207,10 @@ class TestBadFiles:
             (torch.ones(1), "Tensor"),
             ({}, "empty"),
             ({"state_dict": {}}, "empty"),
-            ({"a": torch.ones(1), "epoch": 3}, "'epoch'"),
-            ({"a": torch.ones(1), "b": None}, "'b'"),
-            ({"a": {"b": torch.ones(1)}}, "'a'"),
+            ({"epoch": 3, "loss": 0.5}, "no tensors by their names, but 'epoch', 'loss'"),
+            ({"a": torch.ones(1), "b": [torch.ones(1)]}, "'b': expected a tensor, found a list"),
             ({3: torch.ones(1)}, "key 3"),
-            ({"model": {"a": torch.ones(1)}, "state_dict": {"a": torch.ones(1)}}, "'state_dict' and 'model'"),
+            ({"model": {"a": torch.ones(1)}, "state_dict": {"a": torch.ones(1)}}, "'model' (1 "),
             ({"a": torch.ones(2, 2).to_sparse()}, "sparse"),
             ({"a": torch.ones(1, dtype=torch.complex64)}, "'a'"),
         ],
@@ -235,10 +234,6 @@ class TestBadFiles:
     def test_an_adapter_without_weights_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text("{}")
         assert_refused(tmp_path, "adapter_model.safetensors", "adapter_model.bin")
-
-    def test_another_suffix_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "x.bin").write_bytes(b"\x80")
-        assert_refused(tmp_path / "x.bin", ".safetensors, .pt, .pth")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
     def test_permission_denied(self, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_a_path_that_is_none_of_these_is_refused(tmp_path: Path, shards: Path) -
     torch.save(state_dict(), plain / "x.pt")
     for path, token_size, words in [
         (tmp_path / "nowhere", None, "not found"),
-        (empty, None, "not a collection, shards, a generator or a PEFT adapter"),
+        (empty, None, "not a collection, shards, a generator or a checkpoint"),
         (plain, None, "`rpg register` makes a collection of it"),
         (plain / "x.pt", 0, "--token-size: expected at least 1, got 0"),
         (shards, 16, "has a layout of its own"),

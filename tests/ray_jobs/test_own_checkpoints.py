@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,73 @@ def test_a_command_that_is_not_there_is_refused_before_anything_is_done(call_job
     assert result.stderr.strip() == (
         "ray_jobs.pipeline: error: evaluate.command: there is no program 'no-such-program'"
     )
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Twelve LoRA adapters along a short training, as PEFT saves them, with a tokenizer beside the first."""
+    from peft import LoraConfig, get_peft_model
+
+    directory = tmp_path / "adapters"
+    network = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
+    words = torch.randint(32, (4, 16), generator=torch.Generator().manual_seed(0))
+    for i in range(12):
+        optimiser.zero_grad()
+        network(input_ids=words, labels=words).loss.backward()
+        optimiser.step()
+        network.save_pretrained(directory / f"adapter_{i:02d}")
+    (directory / "adapter_00" / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def test_adapters_become_a_generator_of_adapters(join_job, adapters, tmp_path):
+    from peft import PeftModel, get_peft_model_state_dict
+
+    assert rpg("register", adapters).returncode == 0
+    output = tmp_path / "run"
+    settings = [OWN, *TINY, f"collect.directory={adapters}", f"output={output}"]
+    result = join_job("pipeline", settings)
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "new"
+    made = rpg("generate", output / "generator", "--number", 2, "--seed", 1, "--out", out)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.split() == [str(out / f"model_{i:06d}") for i in range(2)]
+    job = json.loads((output / "generated" / "job.json").read_text())
+    staged = [output / "generated" / model["file"] for model in job["models"]]
+    assert [path.name for path in staged] == [f"model_{i:06d}" for i in range(3)]
+    for path in [*sorted(out.iterdir()), *staged]:
+        assert sorted(file.name for file in path.iterdir()) == [
+            "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
+        ]  # fmt: skip
+        for name in ("adapter_config.json", "tokenizer.json"):
+            assert (path / name).read_bytes() == (adapters / "adapter_00" / name).read_bytes()
+        loaded = PeftModel.from_pretrained(llama(), str(path))
+        weights = load_file(path / "adapter_model.safetensors")
+        found = get_peft_model_state_dict(loaded)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        assert loaded(input_ids=torch.arange(8)[None]).logits.isfinite().all()
+    assert rpg("inspect", out / "model_000000").returncode == 0
+    # Shards follow the files beside the weights, which a checkpoint's digest does not tell of.
+    before = json.loads((output / "shards" / "layout.json").read_text())
+    (adapters / "adapter_00" / "tokenizer.json").write_text('{"version": "1.0"}')
+    (output / "stages" / "shard.json").unlink()
+    assert join_job("shard", settings).returncode == 0
+    after = json.loads((output / "shards" / "layout.json").read_text())
+    assert after["companions"].pop("tokenizer.json") != before["companions"].pop("tokenizer.json")
+    assert after == before
+    assert not (output / "shards" / "pending").exists()
 
 
 def test_a_checkpoint_changed_after_registering_is_refused(join_job, checkpoints, tmp_path):

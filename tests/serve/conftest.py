@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -44,6 +44,7 @@ from serve.http.application import http_app
 from serve.metrics import JobMetrics
 from serve.replicas.replica import Replica
 
+Calling = Callable[[Callable[[Any], Awaitable[None]]], None]
 ROOT = Path(__file__).parents[2]
 CONDITIONS = [[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]
 TOKENS = {"alice": ["submit", "read"], "bob": ["submit", "read"], "reader": ["read"], "root": ["admin"]}
@@ -228,6 +229,20 @@ def in_process() -> Callable[..., AbstractAsyncContextManager[Service]]:
     `wrap` may put something around the replica; the options are the dispatcher's.
     """
     return _service
+
+
+@pytest.fixture
+def calling(config: ServeConfig, in_process: Callable[..., Any]) -> Calling:
+    """Run a coroutine function with the service."""
+
+    def call(function: Callable[[Any], Awaitable[None]]) -> None:
+        async def run() -> None:
+            async with in_process(config) as service:
+                await function(service)
+
+        asyncio.run(run())
+
+    return call
 
 
 @dataclass

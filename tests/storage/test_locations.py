@@ -1,5 +1,6 @@
 """Locations and files behind URIs, on a real S3 server and in fsspec's memory."""
 
+import json
 import os
 import sys
 import time
@@ -201,6 +202,30 @@ class TestCheckpoints:
         assert list(found) == list(expected)
         assert all(torch.equal(found[key], expected[key]) for key in found)
         assert digest == checkpoint_sha256(location(bucket) / name) == checkpoint_sha256(local)
+
+    def test_of_a_models_directory_only_its_own_files_are_transferred(self, s3, bucket, proxy, tmp_path):
+        local, remote = tmp_path / "model", location(bucket) / "model"
+        local.mkdir()
+        weight_map = {}
+        for i in (1, 2):
+            name = f"model-{i:05d}-of-00002.safetensors"
+            save_file({f"w{i}": torch.full((3,), float(i))}, local / name)
+            weight_map[f"w{i}"] = name
+        (local / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (local / "config.json").write_text("{}")
+        for file in local.iterdir():
+            copy_file(file, remote / file.name)
+        for other in ("optimizer.pt", "pytorch_model.bin", "onnx/model.safetensors"):
+            write_text(remote / other, "other")
+        proxy.refuses = lambda method, path: (
+            method == "GET" and path.endswith((".pt", ".bin", "onnx/model.safetensors"))
+        )
+        found, digest = read_checkpoint_and_sha256(remote)
+        assert {name: tensor[0].item() for name, tensor in found.items()} == {"w1": 1, "w2": 2}
+        assert digest == checkpoint_sha256(local)
+        s3.client.delete_object(Bucket=bucket[5:], Key="model/model-00002-of-00002.safetensors")
+        with pytest.raises(RPGError, match=rf"^{remote}: 'model-00002-of-00002.safetensors' is missing"):
+            read_checkpoint(remote)
 
     def test_written_as_locally(self, s3, bucket, tmp_path):
         tensors = {"x": torch.randn(3), "y": torch.zeros(())}

@@ -56,7 +56,7 @@ def api(saved_config: ServeConfig, in_process: Callable[..., Any]) -> Iterator[t
 
 OPERATIONS = (
     "submit_job", "list_jobs", "get_job", "delete_job", "job_events", "generate", "list_models", "get_model",
-    "get_archive", "list_generators", "get_generator", "get_centre", "health", "metrics",
+    "get_model_file", "get_archive", "list_generators", "get_generator", "get_centre", "health", "metrics",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import tarfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from rpg.client.schema import ModelFile
 from serve.config import ServeConfig
-from serve.http.downloads import archive_response, tar_stream
-from tests.serve.conftest import CONDITIONS, bearer, token_entry
+from serve.http.downloads import Content, tar_size, tar_stream
+from tests.serve.conftest import CONDITIONS, Calling, bearer, token_entry
 
 InProcess = Callable[..., Any]
 ALICE = bearer("alice")
 JOB = {"generator": "small", "conditions": CONDITIONS, "number": 2}
-
-
-@pytest.fixture
-def calling(config: ServeConfig, in_process: InProcess) -> Callable[[Callable[[Any], Awaitable[None]]], None]:
-    """Run a coroutine function with the service."""
-
-    def call(function: Callable[[Any], Awaitable[None]]) -> None:
-        async def run() -> None:
-            async with in_process(config) as service:
-                await function(service)
-
-        asyncio.run(run())
-
-    return call
-
-
-Calling = Callable[[Callable[[Any], Awaitable[None]]], None]
 
 
 def problem(answer: httpx.Response, status: int) -> str:
@@ -252,14 +234,9 @@ class Zeros:
 
 
 def test_an_archive_of_a_large_network_can_be_unpacked(tmp_path: Path) -> None:
-    unknown: Any = {
-        "index": 0, "sha256": "0" * 64, "accuracy": None, "similarity": None, "description": None
-    }  # fmt: skip
     sizes = {"small": 1000, "large": 9 * 2**30 + 5}
-    files: list[Any] = [
-        (Zeros(), ModelFile(bytes=size, **unknown), f"{'a' * 22}/{name}.safetensors")
-        for name, size in sizes.items()
-    ]
+    zeros: Any = Zeros()
+    files = [(f"{'a' * 22}/{name}.safetensors", Content(zeros, size)) for name, size in sizes.items()]
     archive = tmp_path / "archive.tar"
     with archive.open("wb") as file:
         for block in tar_stream(files, 1_700_000_000):
@@ -269,8 +246,7 @@ def test_an_archive_of_a_large_network_can_be_unpacked(tmp_path: Path) -> None:
             else:
                 file.write(block)
         file.truncate()
-    length = int(archive_response(files, 1_700_000_000, "a.tar").headers["content-length"])
-    assert archive.stat().st_size == length
+    assert archive.stat().st_size == tar_size(files)
     listed = subprocess.run(["tar", "tvf", archive], capture_output=True, text=True, check=True)
     assert [int(line.split()[2]) for line in listed.stdout.splitlines()] == list(sizes.values())
 

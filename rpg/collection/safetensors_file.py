@@ -1,0 +1,68 @@
+"""Writing `.safetensors` files of known tensors piece by piece, so that no model is held in memory.
+
+The format lets every tensor's place be known beforehand: an 8-byte length, a JSON header, the raw values.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """The beginning of a file, and what follows it.
+
+    Attributes:
+        content: all bytes before the first value.
+        starts: where each tensor's values begin in the file, by name, in their order there.
+        file_size: bytes of the whole file.
+    """
+
+    content: bytes
+    starts: Mapping[str, int]
+    file_size: int
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    ) -> "SafetensorsHeader":
+        """The header of a file with these tensors, of which dtype and shape are given by name."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        offsets: dict[str, int] = {}
+        end = 0
+        # Wide types first keeps every tensor aligned to its element size.
+        for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+            dtype, shape = tensors[name]
+            size = prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]
+            }  # fmt: skip
+            offsets[name] = end
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        content = struct.pack("<Q", len(text)) + text
+        starts = {name: len(content) + offset for name, offset in offsets.items()}
+        return cls(content, starts, len(content) + end)
+
+
+def write_tensors(path: Path, header: SafetensorsHeader, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a whole file, given the values of each of the header's tensors, in any order."""
+    with path.open("wb") as file:
+        file.write(header.content)
+        file.truncate(header.file_size)
+        for name, tensor in tensors:
+            file.seek(header.starts[name])
+            file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
