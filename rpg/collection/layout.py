@@ -85,12 +85,7 @@ class Layout:
             raise RPGError(
                 f"shard.token_size: expected 1 to {values}, the values in the whole network, got {token_size}"
             )
-        specs, next_token = [], 0
-        for spec in self.specs:
-            tokens = count_tokens(spec.numel, token_size) if spec.tokens else 0
-            specs.append(replace(spec, first_token=next_token, tokens=tokens))
-            next_token += tokens
-        return Layout(self.normalisation, token_size, specs, self.centre)
+        return Layout(self.normalisation, token_size, placed(self.specs, token_size), self.centre)
 
     def check_fits(self, state_dict: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint that the layout was not computed from can be stored with it without loss.
@@ -287,6 +282,17 @@ class Layout:
             "centre_sha256": self._centre_digest,
             "tensors": [spec.to_json() for spec in self.specs],
         }
+
+
+def placed(specs: Sequence[TensorSpec], token_size: int) -> list[TensorSpec]:
+    """The same tensors, cut into tokens of `token_size` values: `first_token` and `tokens` are set anew."""
+    result, next_token = [], 0
+    for spec in specs:
+        tokenised = spec.kind != TensorKind.constant and spec.alias_of is None
+        tokens = count_tokens(spec.numel, token_size) if tokenised else 0
+        result.append(replace(spec, first_token=next_token, tokens=tokens))
+        next_token += tokens
+    return result
 
 
 def _is_constant(spec: TensorSpec) -> bool:
