@@ -73,13 +73,13 @@ def assert_equal_networks(found: StateDict, expected: StateDict) -> None:
     ("preset", "draws_states"),
     [
         (UNCONDITIONAL, None),
-        (UNCONDITIONAL, False),
+        (replace(UNCONDITIONAL, timesteps=30), False),
         (TOKENS_16384, None),
         (CLASS, None),
         (CLASS, True),
         (replace(CLASS, sampler="ddpm", timesteps=80), None),
         (FULL, None),
-        (replace(UNCONDITIONAL, trainable_positions=True, layers=1), None),
+        (replace(UNCONDITIONAL, timesteps=30, trainable_positions=True, layers=1), None),
     ],
 )
 def test_from_the_same_noise_it_makes_the_same_networks(
@@ -90,7 +90,7 @@ def test_from_the_same_noise_it_makes_the_same_networks(
     generator.save_pretrained(tmp_path / "generator")
     generator = Generator.from_pretrained(tmp_path / "generator")
     conditions = None if preset.condition is None else [CONDITION]
-    sampling = generator.config.sampling
+    sampling = replace(generator.config.sampling, token_batch=32)
     paths = generate_models(generator, conditions, 2, SEED, tmp_path / "out", sampling)
     made = []
     for model, path in enumerate(paths):
@@ -99,7 +99,7 @@ def test_from_the_same_noise_it_makes_the_same_networks(
             state = permutation_state(SEED, model, preset.permutations)
         condition = None if conditions is None else torch.tensor(CONDITION)
         tokens = sample(saved.tensors, saved.noise(model, preset), condition, state)
-        assert tokens.abs().max() < 50  # else the tolerance would say little
+        assert 0.1 < tokens.abs().median() < 10  # else the tolerance would say little
         made.append(load_file(path))
         assert_equal_networks(made[-1], postprocess(tokens, saved.structure))
     assert not torch.equal(made[0]["head.weight"], made[1]["head.weight"])
@@ -153,7 +153,7 @@ def test_the_command_makes_a_generator_that_generates(
     saved = Saved(tmp_path, replace(CLASS, sampler="ddpm", timesteps=4))
     out = tmp_path / "generator"
     assert main(["import-upstream", str(saved.checkpoint), str(saved.cache), str(out)]) == 0
-    assert "9 tensors in 15 tokens of 64 values, condition vector of 10" in capsys.readouterr().out
+    assert "9 tensors in 14 tokens of 64 values, condition vector of 10" in capsys.readouterr().out
     models = tmp_path / "models"
     assert main(["generate", str(out), "--condition", "0110100010", "--out", str(models)]) == 0
     (path,) = models.iterdir()
@@ -193,12 +193,12 @@ def with_tensor(key: str, value: Tensor) -> Callable[[StateDict], Any]:
         ),
         (
             CLASS,
-            with_tensor("model.pe", torch.zeros(1, 14, 64)),
-            "tensor 'model.pe': expected 15 tokens of 64 values",
+            with_tensor("model.pe", torch.zeros(1, 15, 64)),
+            "tensor 'model.pe': expected 14 tokens of 64 values",
         ),
         (
             CLASS,
-            with_tensor("to_condition_gate", torch.ones(1, 15, 1) / 2),
+            with_tensor("to_condition_gate", torch.ones(1, 14, 1) / 2),
             "tensor 'to_condition_gate': expected zeros",
         ),
         (
