@@ -101,9 +101,6 @@ class RecurrentConfig:
     kind: RecurrentKind = RecurrentKind.mamba2
     width: Annotated[int, Ge(1), MultipleOf(4)] = 256
     """Width of position embeddings and prototypes (`d_model`)."""
-    output_width: Annotated[int, Ge(0)] = 0
-    """Mamba-2: width of the last layer, and so of the prototypes; 0: `width` (`post_d_model`)."""
-    positions: Positions = Positions.sinusoid_2d
     depth: Count = 1
     state_size: Count = 32
     """Mamba-2: `d_state`."""
@@ -113,6 +110,9 @@ class RecurrentConfig:
     """Mamba-2: inner width over `width`."""
     head_size: Count = 64
     """Mamba-2 and Transformer: width of one head."""
+    output_width: Annotated[int, Ge(0)] = 0
+    """Mamba-2: width of the last layer, and so of the prototypes; 0: `width` (`post_d_model`)."""
+    positions: Positions = Positions.sinusoid_2d
 
     @property
     def prototype_width(self) -> int:
@@ -144,9 +144,6 @@ class ConditionConfig:
     """Values in the condition vector, or number of permutation states; 0: taken from the collection."""
     states: Annotated[int, Ge(-1)] = 0
     """Permutation states beside the vector; 0: none, -1: as many as the collection has."""
-    form: ConditionForm = ConditionForm.mlp
-    last_tokens: Count = 8
-    """Form `gated`: the vector reaches only so many tokens, the last ones."""
     width: Count = 256
     """Hidden width of the condition's network (`d_condition`)."""
     dropout: Annotated[Finite, Interval(ge=0, lt=1)] = 0.0
@@ -154,6 +151,9 @@ class ConditionConfig:
     encoder: str = ""
     """Digest of the text encoder whose embeddings of descriptions the conditions are; empty: taken from the
     collection, where there is one."""
+    form: ConditionForm = ConditionForm.mlp
+    last_tokens: Count = 8
+    """Form `gated`: the vector reaches only so many tokens, the last ones."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ mean over the training checkpoints. Source: github.com/NUS-HPC-AI-Lab/Recurrent-
 import io
 import math
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -130,7 +131,9 @@ def _shape(sizes: Any = ()) -> tuple[int, ...]:
 
 def _storage(content: Any) -> Any:
     # A tensor in a plain pickle keeps its values as a file of their own, which is read like a checkpoint.
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a damaged file's version
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
