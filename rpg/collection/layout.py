@@ -82,9 +82,7 @@ class Layout:
         self._first_tokens = [spec.first_token for spec in self._tokenised]
         # Where the tensors begin in the row of all values.
         self._starts = [0, *accumulate(spec.numel for spec in self._tokenised)]
-        self.tokens = sum(spec.tokens for spec in self._tokenised)
-        if cut == TokenCut.flat:
-            self.tokens = count_tokens(self._starts[-1], token_size)
+        self.tokens = total_tokens(self.specs, token_size, cut)
 
     @property
     def constants(self) -> dict[str, Tensor]:
@@ -373,6 +371,13 @@ def placed(
     return result
 
 
+def total_tokens(specs: Sequence[TensorSpec], token_size: int, cut: TokenCut) -> int:
+    """How many tokens `placed` tensors have together."""
+    if cut == TokenCut.flat:
+        return count_tokens(sum(spec.numel for spec in specs if spec.tokens), token_size)
+    return sum(spec.tokens for spec in specs)
+
+
 def _is_constant(spec: TensorSpec) -> bool:
     return spec.kind == TensorKind.constant and spec.alias_of is None
 
@@ -431,8 +436,6 @@ def _check_consistent(
                 f"{(expected.first_token, expected.tokens)}, got {(spec.first_token, spec.tokens)}"
             )
         earlier[spec.name] = spec
-    total = sum(spec.tokens for spec in specs)
-    if cut == TokenCut.flat:
-        total = count_tokens(sum(spec.numel for spec in specs if spec.tokens), token_size)
+    total = total_tokens(specs, token_size, cut)
     if tokens != total:
         raise RPGError(f"{source}: tokens: expected {total}, the sum over tensors, got {tokens!r}")

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.collection.layout import Layout, placed
+from rpg.collection.layout import Layout, placed, total_tokens
 from rpg.collection.state_dicts import DTYPES
 from rpg.collection.tensor_spec import TensorKind, TensorSpec
 from rpg.collection.tokens import LOG_SHIFT
-from rpg.config import Normalisation
+from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError, one_line
 from rpg.storage.locations import AnyPath, fetched
 
@@ -64,17 +64,27 @@ def read_structure(path: AnyPath) -> dict[str, tuple[TensorSpec, Tensor]]:
     return result
 
 
-def layout_of(structure: dict[str, tuple[TensorSpec, Tensor]], token_size: int) -> Layout:
-    """The layout of a structure that `read_structure` returned, cut into tokens of `token_size` values.
+def layout_of(structure: dict[str, tuple[TensorSpec, Tensor]], token_size: int, tokens: int) -> Layout | None:
+    """The layout of a structure that `read_structure` returned, cut into `tokens` of `token_size` values.
 
-    The cache has no mean checkpoint. Every weight of the layout's centre is its tensor's mean.
+    The cache does not say how tokens are cut: they are cut by tensor, unless only another cut makes as many.
+    It has no mean checkpoint either. Every weight of the layout's centre is its tensor's mean.
+
+    Returns:
+        None if no cut makes `tokens` tokens.
     """
-    specs = placed([spec for spec, _ in structure.values()], token_size)
+    specs = [spec for spec, _ in structure.values()]
+    for cut in (TokenCut.by_tensor, TokenCut.flat, TokenCut.by_output_channel):
+        cut_specs = placed(specs, token_size, cut)
+        if total_tokens(cut_specs, token_size, cut) == tokens:
+            break
+    else:
+        return None
     centre = {
         spec.name: value if spec.kind == TensorKind.constant else torch.full(spec.shape, float(value))
         for spec, value in structure.values()
     }
-    return Layout(Normalisation.zscore, token_size, specs, centre)
+    return Layout(Normalisation.zscore, token_size, cut_specs, centre, cut)
 
 
 class _WrongEntryError(Exception):

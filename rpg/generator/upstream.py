@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.layout import Layout
-from rpg.collection.tensor_spec import TensorKind
 from rpg.config import (
     ConditionConfig,
     ConditionForm,
@@ -69,18 +68,14 @@ def import_upstream(checkpoint: AnyPath, structure: AnyPath, draws_states: bool 
         RPGError: naming the file and the key that is missing or does not fit, in one line.
     """
     weights = _Weights(checkpoint)
-    described = read_structure(structure)
     token_size = weights.shape(f"{_NET}condi_embedder.weight", 2)[0]
     positions = weights.of("model.pe", 3)[0]
-    tokens = sum(
-        -(-spec.numel // token_size) for spec, _ in described.values() if spec.kind != TensorKind.constant
-    )
-    if tokens != len(positions):
+    layout = layout_of(read_structure(structure), token_size, len(positions))
+    if layout is None:
         raise RPGError(
-            f"{checkpoint}: tensor 'model.pe': expected {tokens} tokens of {token_size} values, as "
-            f"{structure} has them, found {len(positions)}"
+            f"{checkpoint}: tensor 'model.pe': expected as many tokens of {token_size} values as the tensors "
+            f"of {structure} fill, found {len(positions)}"
         )
-    layout = layout_of(described, token_size)
     form = _form(weights)
     states = form is None if draws_states is None else draws_states
     config = GeneratorConfig(

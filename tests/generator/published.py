@@ -38,9 +38,10 @@ class Preset:
     d_condition: int = 24
     classes: int = 10
     trainable_positions: bool = False
+    flat: bool = False
 
 
-UNCONDITIONAL = Preset(timesteps=100)
+UNCONDITIONAL = Preset(timesteps=50)
 CLASS = Preset(condition="class", sampler="ddim")
 FULL = Preset(condition="full", timesteps=60)
 TOKENS_16384 = Preset(
@@ -87,9 +88,10 @@ def structure_of(checkpoints: list[StateDict]) -> Structure:
     return structure
 
 
-def tokens_of(structure: Structure, size: int) -> list[int]:
-    """How many tokens each tensor has that is not constant."""
-    return [-(-math.prod(entry[0]) // size) for entry in structure.values() if entry[-1] is not None]
+def tokens_of(structure: Structure, size: int, flat: bool = False) -> list[int]:
+    """How many tokens each tensor has that is not constant; `flat`: all together."""
+    counts = [math.prod(entry[0]) for entry in structure.values() if entry[-1] is not None]
+    return [-(-count // size) for count in ([sum(counts)] if flat else counts)]
 
 
 def write_structure(path: Path, structure: Structure) -> None:
@@ -97,8 +99,8 @@ def write_structure(path: Path, structure: Structure) -> None:
     path.write_bytes(pickle.dumps(content))
 
 
-def postprocess(tokens: Tensor, structure: Structure) -> StateDict:
-    """Tokens [tokens, size] as a network."""
+def postprocess(tokens: Tensor, structure: Structure, flat: bool = False) -> StateDict:
+    """Tokens [tokens, size] as a network; `flat`: without padding at the end of tensors."""
     network = {}
     size = tokens.shape[1]
     for name, entry in structure.items():
@@ -106,12 +108,12 @@ def postprocess(tokens: Tensor, structure: Structure) -> StateDict:
             network[name] = entry[1]
             continue
         count = math.prod(entry[0])
-        used = -(-count // size)
-        values = tokens[:used].flatten()[:count].view(entry[0]) * entry[-1] + entry[-2]
+        used = count if flat else size * -(-count // size)
+        values = tokens.flatten()[:count].view(entry[0]) * entry[-1] + entry[-2]
         if "running_var" in name:
             values = torch.clip(torch.exp(values) - 0.05, min=0.001) * entry[1]
         network[name] = values
-        tokens = tokens[used:]
+        tokens = tokens.flatten()[used:]
     return network
 
 
@@ -146,7 +148,7 @@ def checkpoint_of(preset: Preset, structure: Structure, seed: int = 0) -> StateD
         normal(f"{name}.weight", outputs, inputs)
         normal(f"{name}.bias", outputs, scale=0.1)
 
-    counts = tokens_of(structure, preset.token_size)
+    counts = tokens_of(structure, preset.token_size, preset.flat)
     length, width = sum(counts), preset.d_model
     last_width = preset.post_d_model or width
     linear("criteria.net.time_embedder.mlp.0", preset.token_size, 256)
@@ -222,6 +224,9 @@ def checkpoint_of(preset: Preset, structure: Structure, seed: int = 0) -> StateD
         normal(f"{name}.norm.weight", inner, scale=0.1, around=1.0)
         normal(f"{name}.out_proj.weight", outputs, inner)
     saved["model.pe"] = positions_2d(counts, width)[None]
+    if preset.flat:
+        # Its positions are 1-D: the first half of the 2-D ones of a single tensor and twice the width.
+        saved["model.pe"] = positions_2d(counts, 2 * width)[None, :, :width]
     if preset.trainable_positions:
         saved["model.pe"] = saved["model.pe"] + 0.1 * torch.randn(1, length, width, generator=random)
     return saved

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.commands.main import main
-from rpg.config import ConditionForm, ConditionKind, Positions, SamplingConfig, Solver
+from rpg.config import ConditionForm, ConditionKind, Positions, SamplingConfig, Solver, TokenCut
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.generator.structure_cache import read_structure
@@ -32,7 +32,6 @@ from tests.generator.published import (
     StateDict,
     checkpoint_of,
     networks,
-    positions_2d,
     postprocess,
     sample,
     structure_of,
@@ -57,7 +56,7 @@ class Saved:
         write_structure(self.cache, self.structure)
 
     def noise(self, model: int, preset: Preset) -> Noise:
-        tokens = torch.arange(sum(tokens_of(self.structure, preset.token_size)))
+        tokens = torch.arange(sum(tokens_of(self.structure, preset.token_size, preset.flat)))
         models = torch.full_like(tokens, model)
         return lambda draw: gaussian(SEED, models, tokens, draw, preset.token_size)
 
@@ -79,6 +78,7 @@ def assert_equal_networks(found: StateDict, expected: StateDict) -> None:
         (CLASS, True),
         (replace(CLASS, sampler="ddpm", timesteps=80), None),
         (FULL, None),
+        (replace(UNCONDITIONAL, timesteps=30, flat=True), None),
         (replace(UNCONDITIONAL, timesteps=30, trainable_positions=True, layers=1), None),
     ],
 )
@@ -101,7 +101,7 @@ def test_from_the_same_noise_it_makes_the_same_networks(
         tokens = sample(saved.tensors, saved.noise(model, preset), condition, state)
         assert 0.1 < tokens.abs().median() < 10  # else the tolerance would say little
         made.append(load_file(path))
-        assert_equal_networks(made[-1], postprocess(tokens, saved.structure))
+        assert_equal_networks(made[-1], postprocess(tokens, saved.structure, preset.flat))
     assert not torch.equal(made[0]["head.weight"], made[1]["head.weight"])
 
 
@@ -136,14 +136,10 @@ def test_positions_that_are_no_sinusoids_are_kept_as_they_are(tmp_path: Path) ->
     assert torch.equal(generator.positions, saved.tensors["model.pe"][0])
 
 
-def test_one_dimensional_positions_are_recognised(tmp_path: Path) -> None:
-    def change(tensors: StateDict) -> None:
-        length, width = tensors["model.pe"].shape[1:]
-        # The first half of the 2-D embedding of one tensor is the 1-D embedding of half the width.
-        tensors["model.pe"] = positions_2d([length], 2 * width)[None, :, :width]
-
-    saved = Saved(tmp_path, UNCONDITIONAL, change)
+def test_flat_tokens_and_one_dimensional_positions_are_recognised(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, replace(UNCONDITIONAL, flat=True))
     generator = import_upstream(saved.checkpoint, saved.cache)
+    assert generator.layout.cut is TokenCut.flat
     assert generator.config.recurrent.positions is Positions.sinusoid_1d
 
 
@@ -194,7 +190,7 @@ def with_tensor(key: str, value: Tensor) -> Callable[[StateDict], Any]:
         (
             CLASS,
             with_tensor("model.pe", torch.zeros(1, 15, 64)),
-            "tensor 'model.pe': expected 14 tokens of 64 values",
+            "tensor 'model.pe': expected as many tokens of 64 values as the tensors .* fill, found 15",
         ),
         (
             CLASS,
