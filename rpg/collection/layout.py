@@ -201,10 +201,10 @@ class Layout:
             where in the flattened tensor the values start, and the values, in the tensor's dtype.
         """
         values = values.detach().to("cpu")
-        decoded = []
-        for spec, start, at, length in self._parts(index):
-            decoded.append((spec, start, self._decode_slice(spec, start, values[at : at + length])))
-        return decoded
+        return [
+            (spec, start, self._decode_slice(spec, start, values[at : at + length]))
+            for spec, start, at, length in self._parts(index)
+        ]
 
     def spec_of(self, index: int) -> TensorSpec:
         """The tensor that a token is part of; of a flat token that holds several, the first."""
@@ -362,10 +362,8 @@ def placed(
             # The next tensor goes on in the last of this one's tokens, unless that is full.
             tokens, next_token = count_tokens(values, token_size) - first, values // token_size
         else:
-            first, tokens = (
-                next_token,
-                count_tokens(spec.numel, values_per_token(spec.shape, token_size, cut)),
-            )
+            held = values_per_token(spec.shape, token_size, cut)
+            first, tokens = next_token, count_tokens(spec.numel, held)
             next_token += tokens
         result.append(replace(spec, first_token=first, tokens=tokens))
     return result

@@ -76,15 +76,13 @@ def values_per_token(shape: Sequence[int], token_size: int, cut: TokenCut) -> in
     numel = math.prod(shape)
     if cut != TokenCut.by_output_channel:
         return token_size
+    while numel > token_size and numel // shape[0] > token_size:
+        numel, shape = numel // shape[0], shape[1:]
     if numel <= token_size:
         return max(numel, 1)
     channels, each = shape[0], numel // shape[0]
-    if each > token_size:
-        return values_per_token(shape[1:], token_size, cut)
-    needed = count_tokens(numel, token_size)
-    divisors = [n for n in range(1, math.isqrt(channels) + 1) if channels % n == 0]
-    tokens = min(n for small in divisors for n in (small, channels // small) if n >= needed)
-    return channels // tokens * each
+    held = next(n for n in range(token_size // each, 0, -1) if channels % n == 0)
+    return held * each
 
 
 def cut(values: Tensor, token_size: int, held: int | None = None) -> Tensor:
