@@ -139,11 +139,13 @@ def _measure(config: Config, device: torch.device) -> Measured:
     """Measure the run's networks for the report."""
     paths = RunPaths.of(config)
     collection, settings = load_collection(paths.collection), _judge_settings(config)
-    judge = settings.open(device, on_ray=True) if isinstance(settings, JudgeSettings) else None
+    shards = open_shards(paths.shards, config.ray)
+    judge = None
+    if isinstance(settings, JudgeSettings):
+        judge = settings.open(device, shards.layout.companions, on_ray=True)
     originals, generated, left_out = _networks(config, collection, paths)
     if judge is None:
         left_out.append(f"scores: {settings}")
-    shards = open_shards(paths.shards, config.ray)
     measured = measure(
         shards.layout, _training_set(shards), originals, generated,
         judge=judge,

@@ -12,12 +12,15 @@ import torch
 
 from ray_jobs.run_paths import RunPaths
 from rpg.collection.collection import Collection
+from rpg.collection.companions import Companions
 from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.evaluation.command_judge import CommandJudge, MeasureOne
 from rpg.evaluation.judge import Candidate, FamilyJudge, Judge, Measurement
 from rpg.storage.files import sha256
 from rpg.tasks.families import Metric, family_of, load_family, uses_gpu
+
+_NO_COMPANIONS = Companions()
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,17 @@ class JudgeSettings:
             tasks, paths.images, "", metric, evaluate.time_limit, config.ray.use_gpu and uses_gpu(tasks)
         )
 
-    def open(self, device: torch.device | None = None, on_ray: bool = False) -> Judge:
+    def open(
+        self,
+        device: torch.device | None = None,
+        companions: Companions = _NO_COMPANIONS,
+        on_ray: bool = False,
+    ) -> Judge:
         """The judge.
 
         Args:
             device: where networks of a task family run; None: the CPU.
+            companions: what a command finds beside the weights of a network.
             on_ray: whether a command is run in Ray tasks, and not in threads of this process.
 
         Raises:
@@ -70,7 +79,7 @@ class JudgeSettings:
         """
         if self.command:
             run_all = self._run_on_ray if on_ray else None
-            return CommandJudge(self.command, self.metric, self.time_limit, run_all)
+            return CommandJudge(self.command, self.metric, self.time_limit, companions, run_all)
         return FamilyJudge(self.tasks, self.images, device, self.time_limit)
 
     @property

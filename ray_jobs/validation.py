@@ -61,7 +61,7 @@ class ValidationTasks:
 
     def validate(self, generator: Generator) -> Validation:
         """Mean score, on validation data, of networks that `generator` makes for the tasks."""
-        judge = self.judge.open(generator.positions.device)
+        judge = self.judge.open(generator.positions.device, generator.layout.companions)
         asked = [*(self.descriptions or self.conditions or [None])]
         with tempfile.TemporaryDirectory() as directory:
             sampling = generator.config.sampling

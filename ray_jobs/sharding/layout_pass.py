@@ -40,7 +40,7 @@ def compute_layout(
     Args:
         collection: where the checkpoints are.
         entries: the training checkpoints, in order; the first is the reference for names and shapes.
-        config: token size and normalisation.
+        config: token size, normalisation and cut.
         companions: the files beside the first one's weights.
         display: shows how many checkpoints have been read, as the first half of the stage.
         part_limits: fewest and most checkpoints of a part.
@@ -90,7 +90,8 @@ def compute_layout(
         )
     if layout.tokens == 0:
         raise RPGError(f"{collection.root}: all training checkpoints are equal: there is nothing to learn")
-    return layout.with_companions(companions)
+    layout = layout.with_companions(companions)
+    return layout.with_token_size(config.token_size, config.cut) if config.cut != layout.cut else layout
 
 
 def _part_size(state_dict: dict[str, Tensor], limits: tuple[int, int]) -> int:

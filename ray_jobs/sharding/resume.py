@@ -75,7 +75,7 @@ def plan_digest(
     """SHA-256 of all that a layout depends on."""
     checkpoints = [(entry.file, entry.sha256) for entry in entries]
     inputs = [
-        __version__, config.token_size, config.normalisation, checkpoints, reading.to_json(),
+        __version__, config.token_size, config.normalisation, config.cut, checkpoints, reading.to_json(),
         companions.digests,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from rpg.collection.checkpoint import write_checkpoint
+from rpg.collection.companions import Companions
 from rpg.errors import RPGError
 from rpg.evaluation.judge import Candidate, Measurement, finite_metrics
 from rpg.tasks.families import Asked, Metric
@@ -40,17 +41,19 @@ class CommandJudge:
     """Measures networks by a command.
 
     Attributes:
-        command: with `{checkpoint}` where the network's file is to be named; `{condition}` (its numbers, with
-            commas between, or its description) and `{split}` (`validation` or `test`) may be there too.
-            `python` as the first word is the interpreter that runs the job.
+        command: with `{checkpoint}` where the network's file or directory is to be named; `{condition}` (its
+            numbers, with commas between, or its description) and `{split}` (`validation` or `test`) may be
+            there too. `python` as the first word is the interpreter that runs the job.
         metric: the metric that counts; without a name it is the first one that the command prints.
         time_limit: seconds that the command may take for one network.
+        companions: what lies beside the weights of a network that is a directory.
         run_all: measures networks side by side; the default does in as many threads as there are CPUs.
     """
 
     command: str
     metric: Metric
     time_limit: float = 600.0
+    companions: Companions = field(default_factory=Companions)
     run_all: RunAll | None = None
 
     @property
@@ -73,7 +76,9 @@ class CommandJudge:
 
     def measure(self, networks: Sequence[Candidate], split: str) -> list[Measurement]:
         """Run the command for each network. How it failed is told in the network's measurement."""
-        run = _MeasureOne(self._words(), self.metric, self.time_limit, split, str(Path.cwd()))
+        run = _MeasureOne(
+            self._words(), self.metric, self.time_limit, self.companions, split, str(Path.cwd())
+        )
         if self.run_all is not None:
             return self.run_all(run, networks)
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
@@ -97,6 +102,7 @@ class _MeasureOne:
     words: list[str]
     metric: Metric
     time_limit: float
+    companions: Companions
     split: str
     directory: str
     """Where the command runs, if the machine has it."""
@@ -104,11 +110,23 @@ class _MeasureOne:
     def __call__(self, network: Candidate) -> Measurement:
         try:
             with tempfile.TemporaryDirectory() as directory:
-                path = Path(directory) / f"{Path(network.name).stem or 'model'}.safetensors"
-                write_checkpoint(path, network.state_dict, {"format": "pt"})
+                path = self._write(network, Path(directory))
                 return Measurement(self._result(self._run(path, network.asked)))
         except RPGError as error:
             return Measurement({}, None, f"{network.name}: {error}")
+
+    def _write(self, network: Candidate, directory: Path) -> Path:
+        """Write the network as generated ones are written, in a file or a directory."""
+        name = Path(network.name).name.removesuffix(".safetensors") or "model"
+        if not self.companions:
+            path = directory / f"{name}.safetensors"
+            write_checkpoint(path, network.state_dict, {"format": "pt"})
+            return path
+        path = directory / name
+        path.mkdir()
+        self.companions.write(path)
+        write_checkpoint(path / self.companions.weights_name, network.state_dict, {"format": "pt"})
+        return path
 
     def _run(self, path: Path, asked: Asked) -> str:
         """The end of what the command printed.

@@ -89,7 +89,7 @@ class Replica:
         # An encoder that cannot be used shall end the start, and not the first request that needs it.
         self._encoder = self.generator.text_encoder() if self.generator.config.condition.encoder else None
         self._embedding = asyncio.Lock()
-        self._judge = _load_judge(entry, device)
+        self._judge = _load_judge(entry, self.generator, device)
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
         self.engine = Engine(self.generator, observe=batch_metrics(entry.name))
         self._sampling = threading.Thread(target=self.engine.run, name="sample", daemon=True)
@@ -255,9 +255,13 @@ def _load(entry: GeneratorEntry, cache: CacheConfig) -> tuple[Generator, str]:
         return generator, generator.card()
 
 
-def _load_judge(entry: GeneratorEntry, device: torch.device) -> "SingleNetworkJudge | None":
+def _load_judge(
+    entry: GeneratorEntry, generator: Generator, device: torch.device
+) -> "SingleNetworkJudge | None":
     """What measures the generator's models, where the configuration says what could."""
-    if not (entry.collection or entry.tasks or entry.evaluate.command):
+    has_test = bool(entry.tasks or entry.evaluate.command)
+    takes_conditions = generator.config.condition.kind == ConditionKind.vector
+    if not has_test and not (entry.collection and takes_conditions):
         return None
     # Imported where they are needed, because few services measure.
     from rpg.evaluation.command_judge import CommandJudge
@@ -268,7 +272,8 @@ def _load_judge(entry: GeneratorEntry, device: torch.device) -> "SingleNetworkJu
     collection, test = entry.collection and Collection.load(location(entry.collection)), entry.evaluate
     judge: Judge
     if test.command:
-        judge = CommandJudge(test.command, Metric(test.metric, test.higher_is_better), test.time_limit)
+        metric = Metric(test.metric, test.higher_is_better)
+        judge = CommandJudge(test.command, metric, test.time_limit, generator.layout.companions)
     else:
         family = entry.tasks or (family_of(collection) if collection else "")
         judge = FamilyJudge(family, entry.images, device, test.time_limit)

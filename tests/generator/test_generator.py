@@ -20,6 +20,7 @@ from rpg.config import (
     DenoiserConfig,
     DenoiserKind,
     GeneratorConfig,
+    Positions,
     Prediction,
     RecurrentConfig,
     RecurrentKind,
@@ -234,6 +235,33 @@ def test_a_loaded_generator_equals_the_saved_one(
         assert torch.equal(tensor, expected[name])
     row = torch.tensor(2) if condition == ConditionKind.permutation else torch.ones(loaded.condition.size)
     assert torch.equal(sampled(loaded, row), sampled(generator, row))
+
+
+def test_learned_positions_begin_as_sinusoids_are_trained_and_saved(
+    tmp_path: Path, make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
+    layout = make_layout(16)
+    config = make_generator(layout).config
+    recurrent = dataclasses.replace(config.recurrent, positions=Positions.learned)
+    generator = Generator(dataclasses.replace(config, recurrent=recurrent), layout)
+    fixed = Generator(config, layout)
+    assert torch.equal(generator.positions, fixed.positions)
+    # The gates of a fresh AdaLN MLP let no gradient through.
+    for parameter in generator.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    (gradient,) = torch.autograd.grad(
+        generator.loss(random_batch(layout, tokens=layout.tokens)).sum(), generator.positions
+    )
+    assert (gradient != 0).any(1).all()
+    with torch.no_grad():
+        generator.positions.add_(0.1)
+    generator.save_pretrained(tmp_path / "generator")
+    loaded = Generator.from_pretrained(tmp_path / "generator")
+    assert torch.equal(loaded.positions, generator.positions)
+    assert loaded.digest() == generator.digest()
+    change_weights(tmp_path / "generator", lambda weights: weights.pop("positions"))
+    with pytest.raises(RPGError, match="tensor 'positions' is missing"):
+        Generator.from_pretrained(tmp_path / "generator")
 
 
 def test_the_digest_covers_everything_that_determines_the_models(

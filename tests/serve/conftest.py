@@ -210,7 +210,9 @@ async def _service(
         return "# HELP ray_rpg_models Models made\n"
 
     await dispatcher.start()
-    served = ServedGenerator("small", replica.generator.config, 1, bool(config.generators[0].collection))
+    entry = config.generators[0]
+    has_test = bool(entry.tasks or entry.evaluate.command)
+    served = ServedGenerator("small", replica.generator.config, 1, bool(entry.collection), has_test)
     (await dispatcher.add_generator(served)).start(wrap(replica))
     app = http_app(DispatcherAPI(dispatcher), store, config, metrics)
     transport = httpx.ASGITransport(app)

@@ -143,7 +143,7 @@ def test_models_are_measured_where_that_is_asked_for(
             models = (await service.client.get(f"/v1/jobs/{id}/models", headers=bearer("alice"))).json()[
                 "models"
             ]
-            labels = BinaryDigits().labels(asked["conditions"], "test")  # type: ignore[arg-type]
+            labels = [BinaryDigits().labels(each, "test") for each in (condition, condition[::-1])]
             images = digits_images()["test"].images
             for model, path in zip(
                 models, sorted(JobStore(Path(config.storage)).models(id).iterdir()), strict=True
@@ -179,7 +179,10 @@ def test_networks_without_conditions_are_not_measured(
     layout = make_layout(576, DigitsNet().state_dict())
     make_generator(layout, RecurrentKind.lstm, condition=kind).save_pretrained(tmp_path / "roots" / "other")
     config.generators[0].path = str(tmp_path / "roots" / "other")
-    reason = "evaluate: generator 'small' takes no conditions, and without one nothing says what is right"
+    reason = (
+        "evaluate: generator 'small' is served without a test: with neither a task family, nor a command, nor a "
+        "collection whose conditions say what is right"
+    )
     manifest = JobManifest(
         new_id(), "alice", "small", 0, time.time(), GenerationJob(None, 2, 0, SamplingConfig()), evaluate=True
     )
@@ -193,6 +196,45 @@ def test_networks_without_conditions_are_not_measured(
             assert listed.json()["evaluates"] is False
             job = await service.ended(manifest.id)
             assert (job["state"], job["error"]) == ("failed", reason)
+
+    asyncio.run(run())
+
+
+def test_a_command_measures_networks_without_conditions(
+    config: ServeConfig,
+    in_process: InProcess,
+    make_generator: Callable[..., Generator],
+    make_layout: Callable[..., Layout],
+    tmp_path: Path,
+) -> None:
+    """A network that it cannot measure is there all the same, with the reason."""
+    layout = make_layout(576, DigitsNet().state_dict())
+    path = tmp_path / "roots" / "other"
+    make_generator(layout, RecurrentKind.lstm, condition=ConditionKind.none).save_pretrained(path)
+    script = tmp_path / "test.py"
+    script.write_text(
+        "import json, sys\n"
+        "from safetensors.torch import load_file\n"
+        "if 'model 1' in sys.argv[1]: sys.exit('odd one')\n"
+        "print(json.dumps({'norm': float(load_file(sys.argv[1])['head.bias'].norm())}))\n"
+    )
+    entry = config.generators[0]
+    entry.path, entry.evaluate.command = str(path), f"python '{script}' {{checkpoint}}"
+
+    async def run() -> None:
+        async with in_process(config) as service:
+            listed = await service.client.get("/v1/generators/small", headers=bearer("alice"))
+            assert listed.json()["evaluates"] is True
+            id = (await submit(service, conditions=None, number=2, evaluate=True)).json()["id"]
+            job = await service.ended(id)
+            assert job["state"] == "succeeded", job
+            answer = await service.client.get(f"/v1/jobs/{id}/models", headers=bearer("alice"))
+            first, second = answer.json()["models"]
+            file = sorted(JobStore(Path(config.storage)).models(id).iterdir())[0]
+            assert first["metrics"] == {"norm": pytest.approx(float(load_file(file)["head.bias"].norm()))}
+            assert (first["accuracy"], first["similarity"], first["failure"]) == (None, None, None)
+            assert second["metrics"] is None
+            assert second["failure"] == "model 1: evaluate.command: exit status 1: odd one"
 
     asyncio.run(run())
 
