@@ -18,6 +18,7 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
+from rpg.config import ConditionKind
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.generator.saving import CARD_FILE

@@ -180,8 +180,8 @@ def test_networks_without_conditions_are_not_measured(
     make_generator(layout, RecurrentKind.lstm, condition=kind).save_pretrained(tmp_path / "roots" / "other")
     config.generators[0].path = str(tmp_path / "roots" / "other")
     reason = (
-        "evaluate: generator 'small' is served without a test: with neither a task family, nor a command, nor a "
-        "collection whose conditions say what is right"
+        "evaluate: generator 'small' is served without a test: with neither a task family, nor a "
+        "command, nor a collection whose conditions say what is right"
     )
     manifest = JobManifest(
         new_id(), "alice", "small", 0, time.time(), GenerationJob(None, 2, 0, SamplingConfig()), evaluate=True

@@ -101,7 +101,10 @@ def test_progress_is_read_as_it_was_written() -> None:
     made = {3: Made(3, "a" * 64, 7, 0.5, None), 1: Made(1, "b" * 64, 8)}
     progress = JobProgress(JobState.running, "c" * 64, None, 1.5, None, made=made)
     assert list(progress.to_json()) == ["state", "digest", "error", "started", "ended", "made"]
-    assert progress.to_json()["made"] == [[3, "a" * 64, 7, 0.5, None], [1, "b" * 64, 8, None, None]]
+    assert progress.to_json()["made"] == [
+        [3, "a" * 64, 7, 0.5, None, None, None],
+        [1, "b" * 64, 8, None, None, None, None],
+    ]
     assert JobProgress.from_json(as_parsed(progress.to_json()), 4) == progress
 
 
