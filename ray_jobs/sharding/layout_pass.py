@@ -78,6 +78,8 @@ def compute_layout(
     # The sum of a large tensor depends on how many threads share it, and the layout must not.
     with one_thread():
         total = LayoutStatistics(first)
+        # The statistics have a copy.
+        del first
         for row in map_in_order(rows, statistics):
             total.merge(StatisticsPart(row["reference"], row["count"], row["sums"], row["means"]))
             display.update(total.count, 2 * len(entries), "layout")

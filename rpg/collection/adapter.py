@@ -85,7 +85,7 @@ def canonical_factors(
         # A decomposition of the r×r core is cheap, and as exact as one of the product itself.
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.T)
-        u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+        u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         left, right = q_b @ u, vt @ q_a.T
         largest = left.abs().argmax(dim=0, keepdim=True)
         sign = torch.where(left.gather(0, largest) < 0, -1.0, 1.0)

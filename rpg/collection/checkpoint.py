@@ -36,6 +36,7 @@ ORDER_KEY = "tensor_order"
 """Metadata key of written files: JSON list of tensor names, as safetensors itself forgets their order."""
 
 _REPEATED_BYTES = 2**26
+_CHECKED_VALUES = 2**20
 _GGUF_MAGIC = b"GGUF"
 _LARGEST_HEADER = 100_000_000
 """The longest header that safetensors reads."""
@@ -153,9 +154,11 @@ def check_finite(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
     for name, tensor in state_dict.items():
         if not tensor.is_floating_point():
             continue
-        if not bool(torch.isfinite(tensor).all()):
-            nans = int(torch.isnan(tensor).sum())
-            infinities = int((~torch.isfinite(tensor)).sum()) - nans
+        # A block at a time, because the check makes copies, and an embedding may be most of the memory.
+        blocks = tensor.detach().reshape(-1).split(_CHECKED_VALUES)
+        if not all(bool(torch.isfinite(block).all()) for block in blocks):
+            nans = sum(int(torch.isnan(block).sum()) for block in blocks)
+            infinities = sum(int((~torch.isfinite(block)).sum()) for block in blocks) - nans
             raise RPGError(
                 f"{path}: tensor '{name}' holds {nans} NaN and {infinities} Inf; expected finite values"
             )

@@ -20,6 +20,8 @@ MODEL_CONFIG = "config.json"
 INDEX_SUFFIX = ".index.json"
 PART = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.safetensors|\.bin)")
 """Name of a part, whose index is named after its groups: `model-00001-of-00002.safetensors`."""
+_DISTRIBUTED = ".metadata"
+"""The file that says how PyTorch's distributed checkpoints are cut, a pickle."""
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_WEIGHTS = (
     "model.safetensors",
@@ -65,7 +67,7 @@ def is_checkpoint_directory(path: AnyPath) -> bool:
         if not path.is_dir():
             return False
         names = {child.name for child in path.iterdir()}
-    if ADAPTER_CONFIG in names or _weights_name(names, _MODEL_WEIGHTS) is not None:
+    if ADAPTER_CONFIG in names or _DISTRIBUTED in names or _weights_name(names, _MODEL_WEIGHTS) is not None:
         return True
     return MODEL_CONFIG in names and isinstance(path, Path) and _describes_a_model(path / MODEL_CONFIG)
 
@@ -78,6 +80,11 @@ def files_of_directory(path: Path) -> DirectoryFiles:
             missing.
     """
     names = {child.name for child in path.iterdir()}
+    if _DISTRIBUTED in names:
+        raise RPGError(
+            f"{path}: is a sharded checkpoint of torch.distributed.checkpoint; expected a whole one: "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY FILE.pt"
+        )
     is_peft = ADAPTER_CONFIG in names
     known = _ADAPTER_WEIGHTS if is_peft else _MODEL_WEIGHTS
     config = path / (ADAPTER_CONFIG if is_peft else MODEL_CONFIG)
@@ -102,7 +109,7 @@ def needed_files(names: Collection[str]) -> set[str]:
     """Those of the files below a checkpoint's directory that `files_of_directory` may name."""
     is_peft = ADAPTER_CONFIG in names
     chosen = _weights_name(names, _ADAPTER_WEIGHTS if is_peft else _MODEL_WEIGHTS)
-    needed = {ADAPTER_CONFIG if is_peft else MODEL_CONFIG} & set(names)
+    needed = {ADAPTER_CONFIG if is_peft else MODEL_CONFIG, _DISTRIBUTED} & set(names)
     if chosen is None:
         return needed
     if chosen.endswith(INDEX_SUFFIX):

@@ -74,15 +74,18 @@ class Companions:
         return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
 
     def are_in(self, directory: AnyPath) -> bool:
-        """Whether all of them are in `directory`, as far as names and sizes tell."""
+        """Whether all of them are in `directory`."""
         if not self.files:
             return True
         with storage_errors_for(directory):
             if not directory.is_dir():
                 return False
-            there = [path for path in directory.iterdir() if path.name in self.files]
-            sizes = {path.name: path.stat().st_size for path in there}
-        return sizes == {name: len(content) for name, content in self.files.items()}
+            there = [path for path in directory.iterdir() if path.name in self.files and path.is_file()]
+            return len(there) == len(self.files) and all(
+                path.stat().st_size == len(self.files[path.name])
+                and path.read_bytes() == self.files[path.name]
+                for path in there
+            )
 
     def write(self, directory: AnyPath) -> None:
         """Write the files into `directory`, each as a whole or not at all.

@@ -242,7 +242,9 @@ class _Folder:
         return [f"left out: {listed}"] if listed else []
 
     def _is_candidate(self, path: AnyPath) -> bool:
-        if path.name == ENCODER_DIRECTORY and path.is_dir():
+        with storage_errors_for(path):
+            is_encoder = path.name == ENCODER_DIRECTORY and path.is_dir()
+        if is_encoder:
             self._others[f"{path.name}/"] = "the place of a collection's text encoder"
             return False
         if is_remote(path):

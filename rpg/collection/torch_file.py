@@ -140,7 +140,7 @@ def _load(path: Path) -> Any:
     if is_zip:
         _check_archive(path)
     try:
-        return _interpret(path, is_zip)
+        return _interpret(path, is_zip, [])
     # A corrupt file can make the reader fail in any way.
     except Exception as error:
         names = _globals(path, is_zip)
@@ -153,8 +153,7 @@ def _load(path: Path) -> Any:
     while True:
         placeholders = {name: _placeholder(name, form) for name, form in forms.items()}
         try:
-            with _lock, torch.serialization.safe_globals(list(placeholders.values())):
-                return _interpret(path, is_zip)
+            return _interpret(path, is_zip, list(placeholders.values()))
         except Exception as error:
             # PyTorch says which class would have to be a container, since items are put into its object.
             message = str(error)
@@ -168,10 +167,18 @@ def _load(path: Path) -> Any:
             forms[wrong[0]] = _MappingPlaceholder if "Can only SETITEM" in message else _ListPlaceholder
 
 
-def _interpret(path: Path, is_zip: bool) -> Any:
-    with warnings.catch_warnings():
+def _interpret(path: Path, is_zip: bool, placeholders: list[type[Placeholder]]) -> Any:
+    with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
+        # Other packages add classes of theirs to PyTorch's list. A file must be read the same without them.
+        others = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            torch.serialization.add_safe_globals(placeholders)
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(others)
 
 
 def _globals(path: Path, is_zip: bool) -> list[str]:
@@ -253,6 +260,8 @@ def _check_archive(path: Path) -> None:
 def _chosen(loaded: dict[Any, Any], key: str | None, path: Path) -> dict[Any, Any]:
     """The mapping of tensors that `key` names, or the only one."""
     found = list(_mappings(loaded, "", set(), _is_of_weights))
+    if not found and (content := _other_content(loaded)):
+        raise OtherContentError(path, content)
     if not found:
         found = list(_mappings(loaded, "", set(), _has_tensors))
     if key is not None:
@@ -299,7 +308,7 @@ def _mappings(
 def _is_of_weights(value: dict[Any, Any]) -> bool:
     """Whether a mapping holds more than counters and losses."""
     return any(
-        isinstance(item, Tensor) and item.is_floating_point() and Tensor.dim(item) > 0
+        isinstance(item, Tensor) and Tensor.is_floating_point(item) and Tensor.dim(item) > 0
         for item in dict.values(value)
     )
 
@@ -312,6 +321,18 @@ def _is_optimiser(value: dict[Any, Any]) -> bool:
     return dict.keys(value) >= {"state", "param_groups"}
 
 
+def _other_content(loaded: dict[Any, Any]) -> str | None:
+    """What training keeps beside a network, if a file without weights holds that."""
+    inside = [value for value in dict.values(loaded) if isinstance(value, dict)]
+    holds_objects = any(
+        isinstance(value, Placeholder) and _holds_tensors(value) for value in dict.values(loaded)
+    )
+    if (_is_optimiser(loaded) or any(map(_is_optimiser, inside))) and not holds_objects:
+        return "an optimiser's state"
+    keys = {key for key in dict.keys(loaded) if isinstance(key, str)}
+    return next((content for content, some in _BESIDE.items() if keys >= some), None)
+
+
 def _no_weights(loaded: dict[Any, Any], path: Path) -> RPGError:
     """What to say of a file without tensors."""
     for key, value in dict.items(loaded):
@@ -320,13 +341,7 @@ def _no_weights(loaded: dict[Any, Any], path: Path) -> RPGError:
                 f"{path}: holds no state_dict, but an object of class {_class_name(value)} as {key!r:.40}; "
                 f"{_NEVER}"
             )
-    keys = {key for key in dict.keys(loaded) if isinstance(key, str)}
     inside = [value for value in dict.values(loaded) if isinstance(value, dict)]
-    if _is_optimiser(loaded) or any(map(_is_optimiser, inside)):
-        return OtherContentError(path, "an optimiser's state")
-    for content, some in _BESIDE.items():
-        if keys >= some:
-            return OtherContentError(path, content)
     if not loaded or (inside and not any(inside)):
         return RPGError(f"{path}: the state_dict is empty; expected at least one tensor")
     return RPGError(f"{path}: holds no tensors by their names, but {_listed(loaded)}; expected a state_dict")

@@ -153,7 +153,8 @@ class Uniformity:
     def _where(self, files: list[str]) -> str:
         if len(files) == self._total:
             return ""
-        more = f" and {len(files) - 1} others" if len(files) > 1 else " only"
+        rest = len(files) - 1
+        more = f" and {rest} other{'s' if rest > 1 else ''}" if rest else " only"
         return f", in {files[0]}{more} of {self._total}"
 
 

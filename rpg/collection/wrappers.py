@@ -34,10 +34,11 @@ def unwrapped(
     names: dict[str, list[str]] = {}
     for name in state_dict:
         parts = name.split(".")
-        names[name] = [part for part in parts if part not in inner] or parts
-        found |= inner & set(parts)
-    while _OUTERMOST in wrappers and (rest := _without_outermost(names, state_dict)) is not None:
-        names = rest
+        rest = [part for part in parts if part not in inner]
+        names[name] = rest or parts
+        found |= inner & set(parts) if rest else set()
+    while _OUTERMOST in wrappers and (stripped := _without_outermost(names, state_dict)) is not None:
+        names = stripped
         found.add(_OUTERMOST)
     result: dict[str, Tensor] = {}
     origin: dict[str, str] = {}

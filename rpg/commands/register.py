@@ -15,8 +15,8 @@ def add_register_command(commands: Commands) -> None:
         "register",
         help="make a collection of a folder of checkpoints",
         description="Read every checkpoint of a folder, check that all are of one architecture, and write "
-        "collection.json. Whatever is decided here, such as --key or --ignore, holds for all later stages. "
-        "When a folder is registered again, splits, conditions and metrics stay that are not given anew.",
+        "collection.json. What is decided here, such as --key or --ignore, holds for all later stages. When "
+        "a folder is registered again, what is not given anew stays.",
     )
     parser.add_argument(
         "directory",

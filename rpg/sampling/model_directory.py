@@ -23,8 +23,8 @@ class ModelDirectory:
     """A directory that appears as a whole, by `commit`, or not at all, by `discard`, like an `AtomicFile`.
 
     A new local directory is written beside its place and renamed. In an earlier model's directory, and behind
-    a URI, files are replaced one by one: the weights are removed first and put in place last, so that a
-    directory with weights is whole. Other files in it stay.
+    a URI, files are replaced one by one, the weights last. Where the files beside them change, the earlier
+    weights are removed first, so that a directory with weights is always whole. Other files in it stay.
 
     Attributes:
         path: the directory.
@@ -60,8 +60,9 @@ class ModelDirectory:
         """
         try:
             if self._weights is not None:
-                self._remove_earlier()
-                self._companions.write(self.path)
+                if not self._has_companions():
+                    self._remove_earlier()
+                    self._companions.write(self.path)
                 self._weights.commit()
                 return
             self._companions.write(self.temporary.parent)
@@ -95,15 +96,26 @@ class ModelDirectory:
         except OSError:
             if not self.path.is_dir():
                 raise
-            self._remove_earlier()
-            for name in (*self._companions.files, self.temporary.name):
-                (partial / name).replace(self.path / name)
+            if not self._has_companions():
+                self._remove_earlier()
+                for name in self._companions.files:
+                    (partial / name).replace(self.path / name)
+            self.temporary.replace(self.path / self.temporary.name)
+
+    def _has_companions(self) -> bool:
+        """Whether nothing but the weights differs from what is in place."""
+        own = {*self._companions.files, self.temporary.name}
+        return self._companions.are_in(self.path) and self._earlier() <= own
+
+    def _earlier(self) -> set[str]:
+        """The names of an earlier model's files that are in place."""
+        if not exists(self.path):
+            return set()
+        with storage_errors_for(self.path):
+            return {path.name for path in self.path.iterdir()} & _WRITTEN
 
     def _remove_earlier(self) -> None:
         """Remove the files of an earlier model, its weights first."""
-        if not exists(self.path):
-            return
-        with storage_errors_for(self.path, "cannot be written"):
-            names = {path.name for path in self.path.iterdir()} & _WRITTEN
-            for name in sorted(names, key=lambda name: name in COMPANION_NAMES):
+        for name in sorted(self._earlier(), key=lambda name: name in COMPANION_NAMES):
+            with storage_errors_for(self.path, "cannot be written"):
                 (self.path / name).unlink(missing_ok=True)

@@ -1,6 +1,9 @@
 """The merged pass against direct float64 computations with NumPy."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rpg.collection.layout import Layout
@@ -253,3 +257,36 @@ def _ordered() -> Any:
     from collections import OrderedDict
 
     return OrderedDict()
+
+
+@pytest.mark.slow
+def test_the_embedding_of_a_language_model_takes_less_than_3_gb(tmp_path: Path) -> None:
+    """151,936 × 896 values in float32, 545 MB: Qwen2.5-0.5B's, read as stage `shard` does."""
+    values = torch.arange(151_936 * 896, dtype=torch.int32).remainder_(1009).float().view(151_936, 896)
+    for i in range(2):
+        save_file({"embed_tokens.weight": values.mul_(1.5)}, tmp_path / f"{i}.safetensors")
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from rpg.collection.checkpoint import check_finite, read_checkpoint\n"
+        "from rpg.collection.statistics import LayoutStatistics\n"
+        "from rpg.config import Normalisation\n"
+        "torch.set_num_threads(1)\n"
+        "paths = sorted(Path(sys.argv[1]).glob('*.safetensors'))\n"
+        "statistics = LayoutStatistics(read_checkpoint(paths[0]))\n"
+        "for path in paths:\n"
+        "    state_dict = read_checkpoint(path)\n"
+        "    check_finite(state_dict, path)\n"
+        "    statistics.update(state_dict)\n"
+        "    del state_dict\n"
+        "layout = statistics.layout(8192, Normalisation.residual)\n"
+        "print(layout.specs[0].scale, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    scale, peak = map(float, done.stdout.split())
+    # The two are 1.5 v and 2.25 v, so each is 0.375 v from their mean.
+    expected = 0.375 * float(values.div_(2.25).double().square().mean()) ** 0.5
+    assert scale == pytest.approx(expected, rel=1e-6)
+    assert peak < 3e9

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
 from rpg.collection.collection import Collection, Entry
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Encoded
 from rpg.collection.manifest import ENTRIES_FILE, MANIFEST_FILE
+from rpg.collection.register import register
 from rpg.collection.shards import ShardedCollection
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Config, load_config
@@ -322,3 +324,21 @@ def test_a_killed_run_goes_on_where_it_stopped(
     ours, whole = stored(shards), stored(tmp_path / "whole" / "shards")
     # Not compared as a whole: pytest would take minutes to describe what differs in megabytes.
     assert [name for name in ours.keys() | whole.keys() if ours.get(name) != whole.get(name)] == []
+
+
+def test_what_was_decided_at_register_holds_for_the_shards(local_ray: None, tmp_path: Path) -> None:
+    root = tmp_path / "collection"
+    root.mkdir()
+    for i in range(6):
+        network = {f"module.{name}": tensor for name, tensor in make(i).items()}
+        average = {name: tensor * 2 for name, tensor in network.items()}
+        torch.save({"state_dict": network, "ema": average, "args": Namespace(lr=1)}, root / f"{i}.ckpt")
+    config = configured(root, tmp_path / "run")
+    for key, factor in (("ema", 2), ("state_dict", 1)):
+        register(root, key=key, ignore=["steps"])
+        shard.run(config)
+        opened = ShardedCollection.open(tmp_path / "run" / "shards")
+        assert opened.names == [f"{i}.ckpt" for i in range(6)]
+        for i in range(6):
+            expected = {name: tensor * factor for name, tensor in make(i).items() if name != "steps"}
+            torch.testing.assert_close(decoded(opened, i), expected, rtol=1e-5, atol=1e-5)

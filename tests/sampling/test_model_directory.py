@@ -26,7 +26,7 @@ from rpg.sampling.model_directory import ModelDirectory
 from rpg.sampling.model_writer import ModelWriter
 from rpg.storage.directories import replacing_directory
 from rpg.storage.locations import location
-from tests.s3_server import S3Server
+from tests.s3_server import Proxy, S3Server
 
 MakeGenerator = Callable[..., Generator]
 MakeLayout = Callable[..., Layout]
@@ -85,7 +85,8 @@ def test_what_is_there_stays_and_what_is_damaged_is_made_again(generator: Genera
     directories = make(generator, 3, tmp_path)
     expected = [content(directory) for directory in directories]
     shutil.rmtree(directories[0])
-    (directories[1] / "adapter_config.json").unlink()
+    # Another rank, in as many bytes.
+    (directories[1] / "adapter_config.json").write_bytes(b'{"r": 8}')
     (directories[2] / "notes.txt").write_text("mine")
     kept = (directories[2] / "adapter_model.safetensors").stat().st_ino
     assert make(generator, 3, tmp_path) == directories
@@ -195,6 +196,19 @@ def test_directories_behind_a_uri(generator: Generator, tmp_path: Path, s3: S3Se
     other = Generator(generator.config, generator.layout.with_companions(MODEL)).eval()
     generate_models(other, None, 1, 0, out, SAMPLING)
     assert sorted(path.name for path in remote.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_upload_that_fails_leaves_the_earlier_model(
+    generator: Generator, s3: S3Server, proxy: Proxy
+) -> None:
+    out = location(s3.bucket("failing-uploads")) / "new"
+    (remote,) = generate_models(generator, None, 1, 0, out, SAMPLING)
+    before = {path.name: path.read_bytes() for path in remote.iterdir()}
+    proxy.refuses = lambda method, path: method == "PUT"
+    with pytest.raises(RPGError, match=r"model_000000.* cannot be written: permission denied"):
+        generate_models(generator, None, 1, 1, out, SAMPLING)
+    proxy.refuses = lambda method, path: False
+    assert {path.name: path.read_bytes() for path in remote.iterdir()} == before
 
 
 def test_a_saved_generator_contains_the_companions(generator: Generator, tmp_path: Path) -> None:
