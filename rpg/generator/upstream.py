@@ -149,7 +149,7 @@ class _Weights:
 
     def refuse_others(self) -> None:
         """Refuse a tensor that nothing was made of; copies of the denoiser and of its schedule are known."""
-        known = ("criteria.diffusion_trainer.", "criteria.diffusion_sampler.", "to_condition.", _STATES)
+        known = ("criteria.diffusion_trainer.", "criteria.diffusion_sampler.", _STATES)
         for key in self._tensors:
             if key not in self._used and not key.startswith(known):
                 raise RPGError(
@@ -265,5 +265,7 @@ def _embedded_states(weights: _Weights, shape: torch.Size, draws_states: bool) -
 
     The published code adds an embedded condition, a linear layer of zeros. Its bias is what is left of it.
     """
+    # A condition of several values would have to be asked for.
+    weights.shaped("to_condition.weight", torch.Size([shape[1], 1]))
     bias = weights.shaped("to_condition.bias", shape[1:])
     return weights.shaped(_STATES, shape) + bias if draws_states else bias[None]

@@ -14,7 +14,10 @@ _EIGHT_BIT_MULTIPLE = 16
 
 
 def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
-    """Whether `rpg.sampling.gpu.loop` samples; if not, `rpg.sampling.plain_loop` does."""
+    """Whether `rpg.sampling.gpu.loop` samples; if not, `rpg.sampling.plain_loop` does.
+
+    The fused loop takes any condition, positions, prototype width and solver, but not every denoiser.
+    """
     if generator.positions.device.type != "cuda" or sampling.precision == SamplingPrecision.float32:
         return False
     if isinstance(generator.denoiser, DirectPrediction):

@@ -16,6 +16,7 @@ from torch import Tensor
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Layout
 from rpg.config import (
     ConditionConfig,
+    ConditionForm,
     ConditionKind,
     DenoiserConfig,
     DenoiserKind,
@@ -129,14 +130,37 @@ FAST = GeneratorConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("config", "condition"), [(PAPER, torch.tensor([0, 6])), (FAST, torch.zeros(2, 3))], ids=["paper", "fast"]
+CLASS, FULL, NO_DIFFUSION = (
+    dataclasses.replace(
+        PAPER,
+        recurrent=dataclasses.replace(PAPER.recurrent, output_width=48, positions=Positions.learned),
+        denoiser=DenoiserConfig(kind=denoiser),
+        condition=ConditionConfig(size=3, width=8, form=form),
+    )
+    for form, denoiser in (
+        (ConditionForm.gated, DenoiserKind.unet),
+        (ConditionForm.convolutional, DenoiserKind.unet),
+        (ConditionForm.gated, DenoiserKind.direct),
+    )
 )
-def test_shapes_of_both_presets(make_layout: MakeLayout, config: GeneratorConfig, condition: Tensor) -> None:
+
+
+@pytest.mark.parametrize(
+    ("config", "condition"),
+    [
+        (PAPER, torch.tensor([0, 6])),
+        *((each, torch.ones(2, 3)) for each in (FAST, CLASS, FULL, NO_DIFFUSION)),
+    ],
+    ids=["paper", "fast", "class", "full", "no diffusion"],
+)
+def test_shapes_and_gradients_of_presets(
+    make_layout: MakeLayout, config: GeneratorConfig, condition: Tensor
+) -> None:
     layout = make_layout(24)
     generator = Generator(config, layout)
     assert generator.positions.shape == (layout.tokens, 32)
-    assert generator.prototypes(condition).shape == (2, layout.tokens, 32)
+    width = config.recurrent.prototype_width
+    assert generator.prototypes(condition).shape == (2, layout.tokens, width)
     losses = generator.loss(dataclasses.replace(random_batch(layout, batch=2), condition=condition))
     assert losses.shape == (2,)
     assert losses.isfinite().all()

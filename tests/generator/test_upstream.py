@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rpg.commands.main import main
-from rpg.config import ConditionForm, ConditionKind, Positions, SamplingConfig, Solver, TokenCut
+from rpg.config import ConditionForm, ConditionKind, Positions, SamplingConfig, Solver, TokenCut, load_config
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.generator.structure_cache import read_structure
@@ -119,6 +119,20 @@ def test_its_configuration_is_that_of_the_preset(tmp_path: Path) -> None:
     assert (config.condition.kind, config.condition.size) == (ConditionKind.permutation, 5)
 
 
+@pytest.mark.parametrize("name", ["digits_paper", "cifar10-binary-paper"])
+def test_the_presets_describe_the_published_model(tmp_path: Path, name: str) -> None:
+    """At their sizes: what the published code would save is imported as what the preset says."""
+    expected = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml", []).generator
+    width = expected.recurrent.width
+    preset = replace(CLASS, token_size=width, d_model=width, d_state=128, d_condition=width)
+    saved = Saved(tmp_path, preset)
+    found = import_upstream(saved.checkpoint, saved.cache).config
+    # The small networks of this test have seven tokens, and the preset takes its classes from its collection.
+    expected.condition = replace(expected.condition, last_tokens=7, size=10)
+    expected.sampling = replace(expected.sampling, token_batch=found.sampling.token_batch)
+    assert found == expected
+
+
 def test_a_class_condition_reaches_the_last_eight_tokens(tmp_path: Path) -> None:
     saved = Saved(tmp_path, CLASS)
     generator = import_upstream(saved.checkpoint, saved.cache)
@@ -206,6 +220,11 @@ def with_tensor(key: str, value: Tensor) -> Callable[[StateDict], Any]:
             UNCONDITIONAL,
             with_tensor("model.mamba_forward.0.D", torch.tensor([1.0, torch.nan])),
             "tensor 'model.mamba_forward.0.D' holds NaN",
+        ),
+        (
+            UNCONDITIONAL,
+            with_tensor("to_condition.weight", torch.zeros(64, 4)),
+            r"tensor 'to_condition.weight': expected shape \[64, 1\], found \[64, 4\]",
         ),
         (
             UNCONDITIONAL,
