@@ -133,7 +133,8 @@ def measure(root: Path, canonical: bool, steps: int) -> None:
     print(
         f"canonical={canonical}: distance to centre {spread / size**0.5:.2f}; two of a task apart in factors "
         f"{factors:.2f}, in products {products:.2f}; product error: trained {sum(own) / len(own):.3f}, "
-        f"generated, trained tasks {sum(known) / len(known):.3f}, held out {sum(unseen) / len(unseen):.3f}, centre {sum(centre) / len(centre):.3f}; {seconds:.0f} s",
+        f"generated, trained tasks {sum(known) / len(known):.3f}, "
+        f"held out {sum(unseen) / len(unseen):.3f}, centre {sum(centre) / len(centre):.3f}; {seconds:.0f} s",
         flush=True,
     )
 

@@ -153,7 +153,7 @@ def _load(path: Path) -> Any:
     while True:
         placeholders = {name: _placeholder(name, form) for name, form in forms.items()}
         try:
-            return _interpret(path, is_zip, list(placeholders.values()))
+            return _interpret(path, is_zip, placeholders.values())
         except Exception as error:
             # PyTorch says which class would have to be a container, since items are put into its object.
             message = str(error)
@@ -167,14 +167,14 @@ def _load(path: Path) -> Any:
             forms[wrong[0]] = _MappingPlaceholder if "Can only SETITEM" in message else _ListPlaceholder
 
 
-def _interpret(path: Path, is_zip: bool, placeholders: list[type[Placeholder]]) -> Any:
+def _interpret(path: Path, is_zip: bool, placeholders: Collection[type[Placeholder]]) -> Any:
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Other packages add classes of theirs to PyTorch's list. A file must be read the same without them.
         others = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
         try:
-            torch.serialization.add_safe_globals(placeholders)
+            torch.serialization.add_safe_globals(list(placeholders))
             return torch.load(path, weights_only=True, map_location="cpu", mmap=is_zip)
         finally:
             torch.serialization.clear_safe_globals()
