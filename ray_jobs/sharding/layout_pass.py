@@ -83,6 +83,8 @@ def compute_layout(
         for row in map_in_order(rows, statistics):
             total.merge(StatisticsPart(row["reference"], row["count"], row["sums"], row["means"]))
             display.update(total.count, 2 * len(entries), "layout")
+            # The means of a large network are gigabytes of the object store.
+            del row
         layout = total.layout(config.token_size, config.normalisation)
     values = sum(spec.numel for spec in layout.specs)
     if config.token_size > values:
