@@ -126,6 +126,7 @@ def _earlier_shards(
     fits = (
         manifest.layout == layout.digest()
         and (layout.token_size, layout.normalisation) == (config.token_size, config.normalisation)
+        and layout.cut == config.cut
         and manifest.dtype == config.dtype
         and all(len(shard.checkpoints) <= size for shard in manifest.shards)
         and all(digests.get(name) == digest for name, digest in manifest.sha256.items())

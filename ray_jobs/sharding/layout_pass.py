@@ -38,7 +38,7 @@ def compute_layout(
     Args:
         collection: where the checkpoints are.
         entries: the training checkpoints, in order; the first is the reference for names and shapes.
-        config: token size and normalisation.
+        config: token size, normalisation and cut.
         display: shows how many checkpoints have been read, as the first half of the stage.
         part_limits: fewest and most checkpoints of a part.
 
@@ -87,7 +87,7 @@ def compute_layout(
         )
     if layout.tokens == 0:
         raise RPGError(f"{collection.root}: all training checkpoints are equal: there is nothing to learn")
-    return layout
+    return layout.with_token_size(config.token_size, config.cut) if config.cut != layout.cut else layout
 
 
 def _part_size(state_dict: dict[str, Tensor], limits: tuple[int, int]) -> int:

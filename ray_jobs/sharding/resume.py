@@ -76,5 +76,5 @@ class ShardResume:
 def plan_digest(entries: Sequence[Entry], config: ShardConfig) -> str:
     """SHA-256 of all that a layout depends on."""
     checkpoints = [(entry.file, entry.sha256) for entry in entries]
-    inputs = [__version__, config.token_size, config.normalisation, checkpoints]
+    inputs = [__version__, config.token_size, config.normalisation, config.cut, checkpoints]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -3,9 +3,10 @@
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,16 @@ from torch import Tensor
 from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
 from rpg.collection.state_dicts import check_structure, check_ties, owned, same_bits
 from rpg.collection.tensor_spec import TensorKind, TensorSpec, spec_from_json
-from rpg.collection.tokens import count_tokens, cut, denormalise, join, normalise, token_lengths
-from rpg.config import Normalisation
+from rpg.collection.tokens import (
+    count_tokens,
+    cut,
+    denormalise,
+    join,
+    normalise,
+    token_lengths,
+    values_per_token,
+)
+from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath
@@ -50,6 +59,8 @@ class Layout:
         tokens: total number of tokens of a checkpoint.
         centre: the mean checkpoint, a state_dict in weight space and each tensor's own dtype; constants have
             the values of the collection's first checkpoint.
+        cut: what a token may hold. With `flat` tokens a token can hold values of several tensors: the values
+            of all tensors lie in a row, and a tensor's tokens are those that it has a part of.
     """
 
     def __init__(
@@ -58,24 +69,28 @@ class Layout:
         token_size: int,
         specs: Sequence[TensorSpec],
         centre: Mapping[str, Tensor],
+        cut: TokenCut = TokenCut.by_tensor,
     ) -> None:
-        """Put a layout together from `specs` and a `centre` that belongs to them."""
+        """Put a layout together from `specs`, placed with this size and cut, and a `centre` of theirs."""
         self.normalisation = normalisation
         self.token_size = token_size
+        self.cut = cut
         self.specs = tuple(specs)
-        self.tokens = sum(spec.tokens for spec in self.specs)
         self.centre = dict(centre)
         self._ties = [(spec.name, spec.alias_of) for spec in self.specs if spec.alias_of is not None]
         self._tokenised = [spec for spec in self.specs if spec.tokens]
         self._first_tokens = [spec.first_token for spec in self._tokenised]
+        # Where the tensors begin in the row of all values.
+        self._starts = [0, *accumulate(spec.numel for spec in self._tokenised)]
+        self.tokens = total_tokens(self.specs, token_size, cut)
 
     @property
     def constants(self) -> dict[str, Tensor]:
         """The tensors that are not tokens: generated checkpoints get the first checkpoint's values."""
         return {spec.name: self.centre[spec.name] for spec in self.specs if _is_constant(spec)}
 
-    def with_token_size(self, token_size: int) -> "Layout":
-        """The same tensors, equally normalised, cut into tokens of another size.
+    def with_token_size(self, token_size: int, cut: TokenCut | None = None) -> "Layout":
+        """The same tensors, equally normalised, cut into tokens of another size, or by another `cut`.
 
         Raises:
             RPGError: if a token would hold more values than the whole network.
@@ -85,12 +100,9 @@ class Layout:
             raise RPGError(
                 f"shard.token_size: expected 1 to {values}, the values in the whole network, got {token_size}"
             )
-        specs, next_token = [], 0
-        for spec in self.specs:
-            tokens = count_tokens(spec.numel, token_size) if spec.tokens else 0
-            specs.append(replace(spec, first_token=next_token, tokens=tokens))
-            next_token += tokens
-        return Layout(self.normalisation, token_size, specs, self.centre)
+        cut = cut or self.cut
+        specs = placed(self.specs, token_size, cut)
+        return Layout(self.normalisation, token_size, specs, self.centre, cut)
 
     def check_fits(self, state_dict: Mapping[str, Tensor]) -> None:
         """Check that a checkpoint that the layout was not computed from can be stored with it without loss.
@@ -135,10 +147,15 @@ class Layout:
         check_structure(state_dict, {spec.name: (spec.shape, spec.dtype) for spec in self.specs})
         check_ties(state_dict, self._ties)
         tokens = torch.zeros(self.tokens, self.token_size)
-        for spec in self._tokenised:
+        in_a_row = tokens.view(-1)
+        for spec, start in zip(self._tokenised, self._starts, strict=False):
             flat = state_dict[spec.name].detach().to("cpu").reshape(-1)
             values = normalise(spec, flat, self._centre_of(spec))
-            tokens[spec.first_token : spec.first_token + spec.tokens] = cut(values, self.token_size)
+            if self.cut == TokenCut.flat:
+                in_a_row[start : start + spec.numel] = values
+                continue
+            rows = cut(values, self.token_size, self._held(spec))
+            tokens[spec.first_token : spec.first_token + spec.tokens] = rows
         constants = {spec.name: owned(state_dict[spec.name]) for spec in self.specs if _is_constant(spec)}
         return Encoded(tokens, constants)
 
@@ -157,17 +174,22 @@ class Layout:
         constants = {spec.name: (spec.shape, spec.dtype) for spec in self.specs if _is_constant(spec)}
         check_structure(encoded.constants, constants)
         state_dict: dict[str, Tensor] = {}
+        starts = dict(zip((spec.name for spec in self._tokenised), self._starts, strict=False))
         for spec in self.specs:
             if spec.alias_of is not None:
                 state_dict[spec.name] = state_dict[spec.alias_of]
             elif spec.tokens:
-                rows = tokens[spec.first_token : spec.first_token + spec.tokens]
-                state_dict[spec.name] = self._decode_rows(spec, rows).reshape(spec.shape)
+                if self.cut == TokenCut.flat:
+                    values = tokens.reshape(-1)[starts[spec.name] :][: spec.numel]
+                else:
+                    rows = tokens[spec.first_token : spec.first_token + spec.tokens]
+                    values = join(rows, spec.numel, self._held(spec))
+                state_dict[spec.name] = self._decode_values(spec, values).reshape(spec.shape)
             else:
                 state_dict[spec.name] = owned(encoded.constants[spec.name])
         return state_dict
 
-    def decode_token(self, index: int, values: Tensor) -> tuple[TensorSpec, int, Tensor]:
+    def decode_token(self, index: int, values: Tensor) -> list[tuple[TensorSpec, int, Tensor]]:
         """Turn one token into weights without reading any other; the bits are those that `decode` gives.
 
         Args:
@@ -175,22 +197,50 @@ class Layout:
             values: [token_size], of any float dtype.
 
         Returns:
-            The tensor's spec, where in the flattened tensor the values start, and the values without padding,
-            in the tensor's dtype.
+            For each tensor that the token holds values of, which is one unless tokens are flat: its spec,
+            where in the flattened tensor the values start, and the values, in the tensor's dtype.
         """
-        spec = self.spec_of(index)
-        start = (index - spec.first_token) * self.token_size
-        values = values.detach().to("cpu")[: spec.numel - start]
-        return spec, start, self._decode_slice(spec, start, values)
+        values = values.detach().to("cpu")
+        return [
+            (spec, start, self._decode_slice(spec, start, values[at : at + length]))
+            for spec, start, at, length in self._parts(index)
+        ]
 
     def spec_of(self, index: int) -> TensorSpec:
-        """The tensor that a token is part of."""
+        """The tensor that a token is part of; of a flat token that holds several, the first."""
+        return next(self._parts(index))[0]
+
+    def _parts(self, index: int) -> Iterator[tuple[TensorSpec, int, int, int]]:
+        """Which values a token holds: a tensor, where in it they start, where in the token, and how many."""
         if not 0 <= index < self.tokens:
             raise IndexError(f"token {index}: the layout has {self.tokens} tokens")
-        return self._tokenised[bisect.bisect_right(self._first_tokens, index) - 1]
+        if self.cut != TokenCut.flat:
+            spec = self._tokenised[bisect.bisect_right(self._first_tokens, index) - 1]
+            held = self._held(spec)
+            start = (index - spec.first_token) * held
+            yield spec, start, 0, min(held, spec.numel - start)
+            return
+        first = index * self.token_size
+        tensor = bisect.bisect_right(self._starts, first) - 1
+        while tensor < len(self._tokenised) and self._starts[tensor] < first + self.token_size:
+            begin = max(first, self._starts[tensor])
+            end = min(first + self.token_size, self._starts[tensor + 1])
+            yield self._tokenised[tensor], begin - self._starts[tensor], begin - first, end - begin
+            tensor += 1
+
+    def _held(self, spec: TensorSpec) -> int:
+        """Values of a tensor in each of its tokens, unless tokens are flat."""
+        return values_per_token(spec.shape, self.token_size, self.cut)
 
     def positions(self) -> Tensor:
-        """Int64 [tokens, 2]: index among the tokenised tensors, and index of the token within its tensor."""
+        """Int64 [tokens, 2]: index among the tokenised tensors, and index of the token within its tensor.
+
+        Flat tokens belong to no tensor: the first index is 0, and the second counts all tokens.
+        """
+        if self.cut == TokenCut.flat:
+            return torch.stack(
+                [torch.zeros(self.tokens, dtype=torch.int64), torch.arange(self.tokens)], dim=1
+            )
         counts = torch.tensor([spec.tokens for spec in self._tokenised], dtype=torch.int64)
         tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
         first = torch.tensor(self._first_tokens, dtype=torch.int64)
@@ -198,7 +248,9 @@ class Layout:
 
     def lengths(self) -> Tensor:
         """Int64 [tokens]: values in each token, without padding."""
-        lengths = [token_lengths(spec.numel, self.token_size) for spec in self._tokenised]
+        if self.cut == TokenCut.flat:
+            return token_lengths(self._starts[-1], self.token_size)
+        lengths = [token_lengths(spec.numel, self._held(spec)) for spec in self._tokenised]
         return torch.cat([torch.empty(0, dtype=torch.int64), *lengths])
 
     def mask(self) -> Tensor:
@@ -239,7 +291,9 @@ class Layout:
         centre: dict[str, Tensor] = {}
         for spec in specs:
             centre[spec.name] = stored[spec.name] if spec.alias_of is None else centre[spec.alias_of]
-        layout = cls(Normalisation(content["normalisation"]), content["token_size"], specs, centre)
+        layout = cls(
+            Normalisation(content["normalisation"]), content["token_size"], specs, centre, _cut_of(content)
+        )
         if layout._centre_digest != content["centre_sha256"]:
             raise RPGError(
                 f"{centre_path}: expected the centre that {LAYOUT_FILE} was written with, found another"
@@ -251,14 +305,16 @@ class Layout:
             return None
         return self.centre[spec.name].view(-1)
 
-    def _decode_rows(self, spec: TensorSpec, rows: Tensor) -> Tensor:
-        values = join(rows, spec.numel)
+    def _decode_values(self, spec: TensorSpec, values: Tensor) -> Tensor:
         if spec.kind != TensorKind.running_var:
             return self._decode_slice(spec, 0, values)
         # exp and log may round differently at the end of a vector than within it. Tokens are decoded one by
         # one, so that the bits are those of decode_token.
-        starts = range(0, spec.numel, self.token_size)
-        return torch.cat([self._decode_slice(spec, i, values[i : i + self.token_size]) for i in starts])
+        tokens = range(spec.first_token, spec.first_token + spec.tokens)
+        parts = [part for token in tokens for part in self._parts(token) if part[0] is spec]
+        return torch.cat(
+            [self._decode_slice(spec, start, values[start : start + length]) for _, start, _, length in parts]
+        )
 
     def _decode_slice(self, spec: TensorSpec, start: int, values: Tensor) -> Tensor:
         centre = self._centre_of(spec)
@@ -279,7 +335,10 @@ class Layout:
         return hashlib.sha256(json.dumps(self._to_json(), sort_keys=True).encode()).hexdigest()
 
     def _to_json(self) -> dict[str, Any]:
+        # Layouts of earlier versions have no key for how they are cut.
+        cut = {} if self.cut == TokenCut.by_tensor else {"cut": self.cut.value}
         return {
+            **cut,
             "version": VERSION,
             "normalisation": self.normalisation.value,
             "token_size": self.token_size,
@@ -287,6 +346,34 @@ class Layout:
             "centre_sha256": self._centre_digest,
             "tensors": [spec.to_json() for spec in self.specs],
         }
+
+
+def placed(
+    specs: Sequence[TensorSpec], token_size: int, cut: TokenCut = TokenCut.by_tensor
+) -> list[TensorSpec]:
+    """The same tensors, cut into tokens of `token_size` values: `first_token` and `tokens` are set anew."""
+    result, next_token, values = [], 0, 0
+    for spec in specs:
+        if spec.kind == TensorKind.constant or spec.alias_of is not None or not spec.numel:
+            result.append(replace(spec, first_token=next_token, tokens=0))
+            continue
+        if cut == TokenCut.flat:
+            first, values = values // token_size, values + spec.numel
+            # The next tensor goes on in the last of this one's tokens, unless that is full.
+            tokens, next_token = count_tokens(values, token_size) - first, values // token_size
+        else:
+            held = values_per_token(spec.shape, token_size, cut)
+            first, tokens = next_token, count_tokens(spec.numel, held)
+            next_token += tokens
+        result.append(replace(spec, first_token=first, tokens=tokens))
+    return result
+
+
+def total_tokens(specs: Sequence[TensorSpec], token_size: int, cut: TokenCut) -> int:
+    """How many tokens `placed` tensors have together."""
+    if cut == TokenCut.flat:
+        return count_tokens(sum(spec.numel for spec in specs if spec.tokens), token_size)
+    return sum(spec.tokens for spec in specs)
 
 
 def _is_constant(spec: TensorSpec) -> bool:
@@ -301,27 +388,34 @@ def _read_specs(content: Any, source: str) -> list[TensorSpec]:
     keys = {"version", "normalisation", "token_size", "tokens", "centre_sha256", "tensors"}
     if missing := sorted(keys - set(content)):
         raise RPGError(f"{source}: key '{missing[0]}' is missing")
-    if unknown := sorted(set(content) - keys):
+    if unknown := sorted(set(content) - keys - {"cut"}):
         raise RPGError(f"{source}: unknown key '{unknown[0]}'")
     if content["normalisation"] not in list(Normalisation):
         raise RPGError(
             f"{source}: normalisation: expected one of {', '.join(Normalisation)}, "
             f"got {content['normalisation']!r}"
         )
+    if content.get("cut", TokenCut.by_tensor) not in list(TokenCut):
+        raise RPGError(f"{source}: cut: expected one of {', '.join(TokenCut)}, got {content['cut']!r}")
     token_size = content["token_size"]
     if type(token_size) is not int or token_size < 1:
         raise RPGError(f"{source}: token_size: expected an integer of at least 1, got {token_size!r}")
     if not isinstance(content["tensors"], list) or not content["tensors"]:
         raise RPGError(f"{source}: tensors: expected a list of at least one tensor")
     specs = [spec_from_json(value, source) for value in content["tensors"]]
-    _check_consistent(specs, token_size, content["tokens"], source)
+    _check_consistent(specs, token_size, _cut_of(content), content["tokens"], source)
     return specs
 
 
-def _check_consistent(specs: list[TensorSpec], token_size: int, tokens: Any, source: str) -> None:
+def _cut_of(content: dict[str, Any]) -> TokenCut:
+    return TokenCut(content.get("cut", TokenCut.by_tensor))
+
+
+def _check_consistent(
+    specs: list[TensorSpec], token_size: int, cut: TokenCut, tokens: Any, source: str
+) -> None:
     earlier: dict[str, TensorSpec] = {}
-    next_token = 0
-    for spec in specs:
+    for spec, expected in zip(specs, placed(specs, token_size, cut), strict=True):
         if spec.name in earlier:
             raise RPGError(f"{source}: tensor '{spec.name}' is listed twice")
         if spec.alias_of is not None:
@@ -334,13 +428,12 @@ def _check_consistent(specs: list[TensorSpec], token_size: int, tokens: Any, sou
         tokenised = spec.kind != TensorKind.constant and spec.alias_of is None
         if tokenised and not spec.dtype.is_floating_point:
             raise RPGError(f"{source}: tensor '{spec.name}': kind: expected constant, got {spec.kind}")
-        expected = (next_token, count_tokens(spec.numel, token_size) if tokenised else 0)
-        if (spec.first_token, spec.tokens) != expected:
+        if spec != expected:
             raise RPGError(
-                f"{source}: tensor '{spec.name}': expected first_token and tokens {expected}, "
-                f"got {(spec.first_token, spec.tokens)}"
+                f"{source}: tensor '{spec.name}': expected first_token and tokens "
+                f"{(expected.first_token, expected.tokens)}, got {(spec.first_token, spec.tokens)}"
             )
-        next_token += spec.tokens
         earlier[spec.name] = spec
-    if tokens != next_token:
-        raise RPGError(f"{source}: tokens: expected {next_token}, the sum over tensors, got {tokens!r}")
+    total = total_tokens(specs, token_size, cut)
+    if tokens != total:
+        raise RPGError(f"{source}: tokens: expected {total}, the sum over tensors, got {tokens!r}")

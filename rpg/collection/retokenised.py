@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from rpg.collection.shards import ShardedCollection
+from rpg.config import TokenCut
+from rpg.errors import RPGError
 
 
 class Retokenised:
@@ -28,8 +30,14 @@ class Retokenised:
         """Cut the tokens of `shards` to `token_size` values.
 
         Raises:
-            RPGError: if a token would be larger than the network.
+            RPGError: if a token would be larger than the network, or if tokens are cut by output channel, for
+                then they are padded within tensors.
         """
+        if shards.layout.cut == TokenCut.by_output_channel:
+            raise RPGError(
+                "shard.token_size: cannot be changed for tokens cut by_output_channel; expected shard.cut "
+                "by_tensor or flat"
+            )
         self.layout = shards.layout.with_token_size(token_size)
         self.names = shards.names
         self.conditions = shards.conditions
@@ -43,6 +51,8 @@ class Retokenised:
             for spec in self.layout.specs
             for token in range(spec.tokens)
         ]
+        if self.layout.cut == TokenCut.flat:
+            starts = [token * token_size for token in range(self.layout.tokens)]
         self._starts = np.array(starts, dtype=np.int64)
         self._lengths = self.layout.lengths().numpy()
 

@@ -6,10 +6,14 @@ log(v / pre_mean + 0.05), as published (arXiv 2501.11587, released code). The of
 padded with 0 at the tensor's end.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rpg.collection.tensor_spec import TensorKind, TensorSpec
+from rpg.config import TokenCut
 from rpg.errors import RPGError
 
 LOG_SHIFT = 0.05
@@ -62,20 +66,40 @@ def count_tokens(numel: int, token_size: int) -> int:
     return -(-numel // token_size)
 
 
-def cut(values: Tensor, token_size: int) -> Tensor:
-    """Values [n] as tokens [ceil(n / token_size), token_size], padded with 0."""
-    tokens = count_tokens(values.numel(), token_size)
-    padding = tokens * token_size - values.numel()
-    return torch.nn.functional.pad(values, (0, padding)).view(tokens, token_size)
+def values_per_token(shape: Sequence[int], token_size: int, cut: TokenCut) -> int:
+    """How many of a tensor's values each of its tokens holds; its last one may hold fewer.
+
+    By output channel a token holds as many whole channels (slices along the first dimension) as fit and
+    divide the tensor evenly; a channel that is larger than a token is itself cut so. Source: the published
+    code of arXiv 2501.11587, "split by output".
+    """
+    numel = math.prod(shape)
+    if cut != TokenCut.by_output_channel:
+        return token_size
+    while numel > token_size and numel // shape[0] > token_size:
+        numel, shape = numel // shape[0], shape[1:]
+    if numel <= token_size:
+        return max(numel, 1)
+    channels, each = shape[0], numel // shape[0]
+    held = next(n for n in range(token_size // each, 0, -1) if channels % n == 0)
+    return held * each
 
 
-def join(tokens: Tensor, numel: int) -> Tensor:
+def cut(values: Tensor, token_size: int, held: int | None = None) -> Tensor:
+    """Values [n] as tokens [ceil(n / held), token_size], of which each holds `held` (all), padded with 0."""
+    held = held or token_size
+    tokens = count_tokens(values.numel(), held)
+    rows = torch.nn.functional.pad(values, (0, tokens * held - values.numel())).view(tokens, held)
+    return rows if held == token_size else torch.nn.functional.pad(rows, (0, token_size - held))
+
+
+def join(tokens: Tensor, numel: int, held: int | None = None) -> Tensor:
     """Inverse of `cut`: tokens [t, token_size] to the first `numel` values, padding dropped."""
-    return tokens.reshape(-1)[:numel]
+    return tokens[:, :held].reshape(-1)[:numel]
 
 
 def token_lengths(numel: int, token_size: int) -> Tensor:
-    """Number of values in each of a tensor's tokens, int64 [t]: `token_size`, except for the last."""
+    """Number of values in each token, int64 [t], if a token holds `token_size` and the last what is left."""
     lengths = torch.full((count_tokens(numel, token_size),), token_size, dtype=torch.int64)
     if len(lengths):
         lengths[-1] = numel - token_size * (len(lengths) - 1)

@@ -1,5 +1,6 @@
 """The facts that `rpg inspect` prints about a checkpoint, a collection, shards or a generator."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -254,6 +255,12 @@ def _rows(state_dict: Mapping[str, Tensor], token_size: int) -> list[TensorRow]:
 
 
 def _layout_rows(layout: Layout) -> list[TensorRow]:
+    tokens, padding = Counter[str](), Counter[str]()
+    for index, length in enumerate(layout.lengths().tolist()):
+        # A flat token that holds values of several tensors counts for the first.
+        name = layout.spec_of(index).name
+        tokens[name] += 1
+        padding[name] += layout.token_size - length
     return [
         TensorRow(
             spec.name,
@@ -263,8 +270,8 @@ def _layout_rows(layout: Layout) -> list[TensorRow]:
             spec.alias_of,
             0 if spec.alias_of else spec.numel,
             0 if spec.alias_of else spec.numel * spec.dtype.itemsize,
-            spec.tokens,
-            spec.tokens * layout.token_size - spec.numel if spec.tokens else 0,
+            tokens[spec.name],
+            padding[spec.name],
         )
         for spec in layout.specs
     ]

@@ -18,6 +18,14 @@ class Normalisation(StrEnum):
     zscore = "zscore"
 
 
+class TokenCut(StrEnum):
+    """What a token may hold: values of one tensor, whole output channels of one, or of all in a row."""
+
+    by_tensor = "by_tensor"
+    by_output_channel = "by_output_channel"
+    flat = "flat"
+
+
 class TokenDtype(StrEnum):
     """Type that values are stored in: tokens in shards, tensors in generated networks."""
 
@@ -90,6 +98,7 @@ class ShardConfig:
     """Largest number; a shard holds fewer where it reaches `megabytes_per_shard` before."""
     megabytes_per_shard: Count = 256
     """A shard holds as many checkpoints as fit, and at least one."""
+    cut: TokenCut = TokenCut.by_tensor
 
 
 @dataclass

@@ -115,12 +115,14 @@ class ModelWriter:
             NotFiniteError: naming file and tensor, if the weights are not finite.
             RPGError: naming the file, if it cannot be written.
         """
-        spec, start, weights = self.layout.decode_token(index, values)
-        # What is too large for the file's type becomes infinite here.
-        weights = weights.to(self._dtypes[spec.name])
-        if not _finite(weights):
-            raise NotFiniteError(f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated")
-        self._write(spec.name, start, weights)
+        for spec, start, decoded in self.layout.decode_token(index, values):
+            # What is too large for the file's type becomes infinite here.
+            weights = decoded.to(self._dtypes[spec.name])
+            if not _finite(weights):
+                raise NotFiniteError(
+                    f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated"
+                )
+            self._write(spec.name, start, weights)
 
     def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
         """Write the tokens from `first` on, given their weights.

@@ -1,7 +1,7 @@
 """Any state_dict is turned into tokens and back; layouts are saved and loaded; bad input is named."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Encoded, Layout
+from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Encoded, Layout, placed
 from rpg.collection.statistics import LayoutStatistics
 from rpg.collection.tensor_spec import TensorKind, TensorSpec
-from rpg.config import Normalisation
+from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -30,12 +30,15 @@ class Case:
     checkpoints: list[StateDict]
     token_size: int
     normalisation: Normalisation
+    cut: TokenCut = TokenCut.by_tensor
 
     def layout(self) -> Layout:
         statistics = LayoutStatistics(self.checkpoints[0])
         for state_dict in self.checkpoints:
             statistics.update(state_dict)
-        return statistics.layout(self.token_size, self.normalisation)
+        layout = statistics.layout(self.token_size, self.normalisation)
+        specs = placed(layout.specs, self.token_size, self.cut)
+        return Layout(self.normalisation, self.token_size, specs, layout.centre, self.cut)
 
 
 @st.composite
@@ -68,7 +71,7 @@ def tensors(draw: st.DrawFn) -> tuple[str, Callable[[torch.Generator], Tensor]]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, cuts: Sequence[TokenCut] = tuple(TokenCut)) -> Case:
     drawn = draw(st.lists(tensors(), min_size=1, max_size=6))
     tied = draw(st.lists(st.integers(0, len(drawn) - 1), max_size=2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -80,7 +83,8 @@ def cases(draw: st.DrawFn) -> Case:
             state_dict[f"tied{i}.weight"] = state_dict[names[target]]
         checkpoints.append(state_dict)
     token_size = draw(st.sampled_from([1, 2, 3, 5, 8, 64, 1000]))
-    return Case(checkpoints, token_size, draw(st.sampled_from(list(Normalisation))))
+    normalisation = draw(st.sampled_from(list(Normalisation)))
+    return Case(checkpoints, token_size, normalisation, draw(st.sampled_from(cuts)))
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -129,7 +133,7 @@ def test_every_checkpoint_of_the_collection_comes_back(case: Case) -> None:
         assert_comes_back(state_dict, layout.decode(encoded), layout)
 
 
-@given(cases())
+@given(cases([TokenCut.by_tensor]))
 @settings(max_examples=50, deadline=None)
 def test_positions_lengths_and_mask_describe_the_tokens(case: Case) -> None:
     layout = case.layout()
@@ -168,12 +172,15 @@ def test_one_token_decodes_bit_for_bit_as_the_whole_checkpoint(case: Case) -> No
     whole = layout.decode(Encoded(tokens, layout.constants))
     pieces: dict[str, dict[int, Tensor]] = {}
     for index in range(layout.tokens):
-        spec, start, values = layout.decode_token(index, tokens[index])
-        assert values.dtype == spec.dtype
-        assert len(values) == layout.lengths()[index]
-        pieces.setdefault(spec.name, {})[start] = values
-    for name, parts in pieces.items():
-        assert bits(torch.cat([parts[start] for start in sorted(parts)])) == bits(whole[name])
+        parts = layout.decode_token(index, tokens[index])
+        assert parts[0][0] is layout.spec_of(index)
+        assert sum(len(values) for _, _, values in parts) == layout.lengths()[index]
+        for spec, start, values in parts:
+            assert values.dtype == spec.dtype
+            pieces.setdefault(spec.name, {})[start] = values
+    assert pieces.keys() == {spec.name for spec in layout.specs if spec.tokens}
+    for name, found in pieces.items():
+        assert bits(torch.cat([found[start] for start in sorted(found)])) == bits(whole[name])
 
 
 def test_long_running_variance_decodes_bit_for_bit_by_token() -> None:
@@ -181,8 +188,63 @@ def test_long_running_variance_decodes_bit_for_bit_by_token() -> None:
     checkpoints = [{"bn.running_var": torch.rand(10_007, generator=generator) + 0.1} for _ in range(3)]
     layout = Case(checkpoints, 77, Normalisation.residual).layout()
     tokens = torch.randn(layout.tokens, 77, generator=generator)
-    pieces = [layout.decode_token(i, tokens[i])[2] for i in range(layout.tokens)]
+    pieces = [layout.decode_token(i, tokens[i])[0][2] for i in range(layout.tokens)]
     assert bits(torch.cat(pieces)) == bits(layout.decode(Encoded(tokens, {}))["bn.running_var"])
+
+
+def split_by_output(values: Tensor, size: int) -> list[list[float]]:
+    """The published code's tokens by output channel, without their padding."""
+    if values.numel() <= size:
+        return [values.flatten().tolist()]
+    channels, each = len(values), values[0].numel()
+    if each > size:
+        return [token for channel in values for token in split_by_output(channel, size)]
+    count = int(channels / (size / each))
+    while channels % count or channels // count * each > size:
+        count += 1
+    return values.reshape(count, -1).tolist()
+
+
+SHAPES = [(33,), (16, 9), (6, 2, 3), (7, 5), (2, 50), (3, 4, 5, 2), (1, 30), (97,)]
+
+
+@given(
+    shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4), token_size=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_tokens_by_output_channel_and_flat_ones_are_the_published_ones(
+    shapes: list[tuple[int, ...]], token_size: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    checkpoints = [
+        {f"{i}.weight": torch.randn(shape, generator=random) for i, shape in enumerate(shapes)}
+        for _ in range(3)
+    ]
+    by_tensor = Case(checkpoints, token_size, Normalisation.zscore).layout()
+    normalised = []
+    for spec in by_tensor.specs:
+        rows = by_tensor.encode(checkpoints[0]).tokens[spec.first_token : spec.first_token + spec.tokens]
+        normalised.append(rows.flatten()[: spec.numel].reshape(spec.shape))
+
+    channels = Case(checkpoints, token_size, Normalisation.zscore, TokenCut.by_output_channel).layout()
+    split = [split_by_output(values, token_size) for values in normalised]
+    expected = [token for tokens in split for token in tokens]
+    tokens, lengths = channels.encode(checkpoints[0]).tokens, channels.lengths().tolist()
+    assert lengths == [len(token) for token in expected]
+    assert [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)] == expected
+    assert (tokens[~channels.mask()] == 0).all()
+    places = [[i, k] for i, tokens in enumerate(split) for k in range(len(tokens))]
+    assert channels.positions().tolist() == places
+
+    flat = Case(checkpoints, token_size, Normalisation.zscore, TokenCut.flat).layout()
+    in_a_row = torch.cat([values.flatten() for values in normalised])
+    rows = flat.encode(checkpoints[0]).tokens
+    assert len(rows) == flat.tokens == -(-len(in_a_row) // token_size)
+    assert torch.equal(rows.flatten()[: len(in_a_row)], in_a_row)
+    assert (rows[~flat.mask()] == 0).all()
+    assert flat.mask().sum() == len(in_a_row)
+    assert flat.positions().tolist() == [[0, k] for k in range(flat.tokens)]
 
 
 @given(cases())
@@ -194,6 +256,7 @@ def test_saved_layout_is_the_same(tmp_path_factory: pytest.TempPathFactory, case
     loaded = Layout.load(directory)
     assert loaded.specs == layout.specs
     assert (loaded.normalisation, loaded.token_size) == (layout.normalisation, layout.token_size)
+    assert (loaded.cut, loaded.tokens) == (layout.cut, layout.tokens)
     assert loaded.digest() == layout.digest()
     assert list(loaded.centre) == list(layout.centre)
     for name, tensor in layout.centre.items():

@@ -16,7 +16,7 @@ from rpg.collection.retokenised import Retokenised
 from rpg.collection.shard_file import write_shard
 from rpg.collection.shards import ShardedCollection
 from rpg.collection.statistics import LayoutStatistics
-from rpg.config import Normalisation, TokenDtype
+from rpg.config import Normalisation, TokenCut, TokenDtype
 from rpg.errors import RPGError
 
 SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "scalar": (), "b.weight": (3, 2, 11), "b.bias": (3,)}
@@ -34,16 +34,18 @@ def checkpoints(count: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def layout_at(token_size: int, state_dicts: list[dict[str, Tensor]]) -> Layout:
+def layout_at(token_size: int, state_dicts: list[dict[str, Tensor]], cut: TokenCut) -> Layout:
     statistics = LayoutStatistics(state_dicts[0])
     for state_dict in state_dicts:
         statistics.update(state_dict)
-    return statistics.layout(token_size, Normalisation.residual)
+    return statistics.layout(token_size, Normalisation.residual).with_token_size(token_size, cut)
 
 
-def sharded(directory: Path, token_size: int, dtype: TokenDtype) -> ShardedCollection:
+def sharded(
+    directory: Path, token_size: int, dtype: TokenDtype, cut: TokenCut = TokenCut.by_tensor
+) -> ShardedCollection:
     state_dicts = checkpoints(5)
-    layout = layout_at(token_size, state_dicts)
+    layout = layout_at(token_size, state_dicts, cut)
     named = [(f"{i}.pt", state_dict) for i, state_dict in enumerate(state_dicts)]
     shards = [
         write_shard(directory / f"{i}.arrow", layout, part, dtype)
@@ -59,13 +61,19 @@ def sharded(directory: Path, token_size: int, dtype: TokenDtype) -> ShardedColle
     old=st.integers(1, VALUES),
     new=st.integers(1, VALUES),
     dtype=st.sampled_from(list(TokenDtype)),
+    how=st.sampled_from([TokenCut.by_tensor, TokenCut.flat]),
     data=st.data(),
 )
 def test_equals_a_collection_cut_at_that_size(
-    tmp_path_factory: pytest.TempPathFactory, old: int, new: int, dtype: TokenDtype, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    old: int,
+    new: int,
+    dtype: TokenDtype,
+    how: TokenCut,
+    data: st.DataObject,
 ) -> None:
-    seen = Retokenised(sharded(tmp_path_factory.mktemp("old"), old, dtype), new)
-    cut = sharded(tmp_path_factory.mktemp("new"), new, dtype)
+    seen = Retokenised(sharded(tmp_path_factory.mktemp("old"), old, dtype, how), new)
+    cut = sharded(tmp_path_factory.mktemp("new"), new, dtype, how)
     assert seen.layout.digest() == cut.layout.digest()
     assert seen.names == cut.names
     assert len(seen) == len(cut)
@@ -83,6 +91,12 @@ def test_equals_a_collection_cut_at_that_size(
 def test_a_token_larger_than_the_network_is_refused(tmp_path: Path, token_size: int) -> None:
     with pytest.raises(RPGError, match=f"shard.token_size: expected 1 to {VALUES}"):
         Retokenised(sharded(tmp_path, 8, TokenDtype.float32), token_size)
+
+
+def test_tokens_by_output_channel_are_read_as_they_are_alone(tmp_path: Path) -> None:
+    shards = sharded(tmp_path, 8, TokenDtype.float32, TokenCut.by_output_channel)
+    with pytest.raises(RPGError, match=r"shard\.token_size: cannot be changed"):
+        Retokenised(shards, 9)
 
 
 def test_unknown_tokens_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rpg.collection.manifest import write_manifest
 from rpg.collection.shard_file import write_shard
 from rpg.collection.statistics import LayoutStatistics
 from rpg.commands.inspection import Inspection, inspect
-from rpg.config import GeneratorConfig, Normalisation, TokenDtype, save_config
+from rpg.config import GeneratorConfig, Normalisation, TokenCut, TokenDtype, save_config
 from rpg.errors import RPGError
 
 
@@ -165,6 +165,21 @@ def test_shards(shards: Path) -> None:
     expected = {row.name: row for row in inspect_checkpoint(shards).tensors}
     for row in report.tensors:
         assert row == expected[row.name]
+
+
+@pytest.mark.parametrize("cut", list(TokenCut))
+def test_tokens_of_every_cut_are_counted_once(tmp_path: Path, cut: TokenCut) -> None:
+    statistics = LayoutStatistics(state_dict(0))
+    for seed in (0, 1):
+        statistics.update(state_dict(seed))
+    layout = statistics.layout(6, Normalisation.residual).with_token_size(6, cut)
+    generator = tmp_path / "generator"
+    layout.save(generator)
+    save_config(GeneratorConfig(), generator / "config.yaml")
+    write_checkpoint(generator / "generator.safetensors", {"w": torch.zeros(3)}, {})
+    totals = inspect(generator).totals
+    assert totals["tokens"] == layout.tokens
+    assert totals["padding_share"] == pytest.approx(1 - layout.mask().float().mean().item(), abs=1e-6)
 
 
 def inspect_checkpoint(shards: Path) -> Inspection:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rpg.collection.layout import Encoded, Layout
 from rpg.collection.statistics import LayoutStatistics
-from rpg.config import Normalisation
+from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError
 from rpg.sampling.model_writer import ModelWriter
 from rpg.tasks.digits import DigitsNet
@@ -77,19 +77,24 @@ def assert_is_decoded(path: Path, layout: Layout, tokens: Tensor) -> None:
         assert found[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
 
 
-@settings(deadline=None, max_examples=15)
-@given(token_size=st.integers(1, 40), normalisation=st.sampled_from(list(Normalisation)))
+@settings(deadline=None, max_examples=25)
+@given(
+    token_size=st.integers(1, 40),
+    normalisation=st.sampled_from(list(Normalisation)),
+    cut=st.sampled_from(list(TokenCut)),
+)
 def test_reads_back_as_the_layout_decodes(
     tmp_path_factory: pytest.TempPathFactory,
     make_checkpoints: Callable[..., list[dict[str, Tensor]]],
     token_size: int,
     normalisation: Normalisation,
+    cut: TokenCut,
 ) -> None:
     checkpoints = tied(make_checkpoints(4, template=mixed()))
     statistics = LayoutStatistics(checkpoints[0])
     for checkpoint in checkpoints:
         statistics.update(checkpoint)
-    layout = statistics.layout(token_size, normalisation)
+    layout = statistics.layout(token_size, normalisation).with_token_size(token_size, cut)
     assert [spec.alias_of for spec in layout.specs if spec.alias_of] == ["wörter.weight"]
     tokens = torch.randn(layout.tokens, token_size, generator=torch.Generator().manual_seed(token_size))
     path = tmp_path_factory.mktemp("models") / "model.safetensors"

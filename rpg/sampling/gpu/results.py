@@ -8,7 +8,7 @@ from torch import Tensor
 from rpg.collection.layout import Layout
 from rpg.collection.tensor_spec import TensorKind
 from rpg.collection.tokens import LOG_SHIFT, cut, log_ratio
-from rpg.config import Normalisation
+from rpg.config import Normalisation, TokenCut
 from rpg.sampling.model_writer import ModelWriter
 
 
@@ -45,7 +45,9 @@ class TokenDecoder:
 
     @staticmethod
     def serves(layout: Layout) -> bool:
-        """Whether all tensors are computed in float32."""
+        """Whether all tensors are computed in float32, and tokens are full but for a tensor's last."""
+        if layout.cut != TokenCut.by_tensor:
+            return False
         return all(spec.compute_dtype == torch.float32 for spec in layout.specs if spec.tokens)
 
     def decode(self, tokens: Tensor, values: Tensor) -> Tensor:
