@@ -175,12 +175,14 @@ def make_generator() -> Callable[..., Generator]:
         denoiser: DenoiserKind = DenoiserKind.adaln_mlp,
         condition: ConditionKind = ConditionKind.vector,
         dropout: float = 0.0,
-        prediction: Prediction = Prediction.v,
+        prediction: Prediction | None = None,
         width: int = 32,
         timesteps: int = 1000,
         condition_size: int = 3,
         states: int = 0,
     ) -> Generator:
+        if prediction is None:
+            prediction = Prediction.x0 if denoiser == DenoiserKind.direct else Prediction.v
         config = GeneratorConfig(
             recurrent=RecurrentConfig(kind=recurrent, width=16, depth=2, state_size=8, head_size=8),
             denoiser=DenoiserConfig(kind=denoiser, width=width, depth=2, channels=[1, 4, 6, 4, 1]),

@@ -29,11 +29,20 @@ class RecurrentKind(StrEnum):
     none = "none"
 
 
+class Positions(StrEnum):
+    """How a token's place in the network is embedded; `learned` starts as the 2-D sinusoids."""
+
+    sinusoid_2d = "sinusoid_2d"
+    sinusoid_1d = "sinusoid_1d"
+    learned = "learned"
+
+
 class DenoiserKind(StrEnum):
-    """The network that denoises a token given its prototype."""
+    """The network that denoises a token given its prototype; `direct` predicts it without diffusion."""
 
     unet = "unet"
     adaln_mlp = "adaln_mlp"
+    direct = "direct"
 
 
 class ConditionKind(StrEnum):
@@ -42,6 +51,14 @@ class ConditionKind(StrEnum):
     permutation = "permutation"
     vector = "vector"
     none = "none"
+
+
+class ConditionForm(StrEnum):
+    """What a condition vector goes through; `gated` and `convolutional` are as published."""
+
+    mlp = "mlp"
+    gated = "gated"
+    convolutional = "convolutional"
 
 
 class Schedule(StrEnum):
@@ -60,10 +77,11 @@ class Prediction(StrEnum):
 
 
 class Solver(StrEnum):
-    """Sampler of the reverse diffusion."""
+    """Sampler of the reverse diffusion; `ddim_leading` is DDIM at the timesteps of the published code."""
 
     ddpm = "ddpm"
     ddim = "ddim"
+    ddim_leading = "ddim_leading"
     dpmpp_2m = "dpmpp_2m"
 
 
@@ -92,6 +110,14 @@ class RecurrentConfig:
     """Mamba-2: inner width over `width`."""
     head_size: Count = 64
     """Mamba-2 and Transformer: width of one head."""
+    output_width: Annotated[int, Ge(0)] = 0
+    """Mamba-2: width of the last layer, and so of the prototypes; 0: `width` (`post_d_model`)."""
+    positions: Positions = Positions.sinusoid_2d
+
+    @property
+    def prototype_width(self) -> int:
+        """Width of the prototypes."""
+        return self.output_width or self.width
 
 
 @dataclass
@@ -119,12 +145,15 @@ class ConditionConfig:
     states: Annotated[int, Ge(-1)] = 0
     """Permutation states beside the vector; 0: none, -1: as many as the collection has."""
     width: Count = 256
-    """Hidden width of the condition's MLP."""
+    """Hidden width of the condition's network (`d_condition`)."""
     dropout: Annotated[Finite, Interval(ge=0, lt=1)] = 0.0
     """Share of training samples whose condition is dropped, for classifier-free guidance."""
     encoder: str = ""
     """Digest of the text encoder whose embeddings of descriptions the conditions are; empty: taken from the
     collection, where there is one."""
+    form: ConditionForm = ConditionForm.mlp
+    last_tokens: Count = 8
+    """Form `gated`: the vector reaches only so many tokens, the last ones."""
 
 
 @dataclass
@@ -185,11 +214,21 @@ def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
     """
     check_bounds(config, prefix)
     recurrent, denoiser, diffusion = config.recurrent, config.denoiser, config.diffusion
-    inner = recurrent.expand * recurrent.width
-    if recurrent.kind == RecurrentKind.mamba2 and inner % recurrent.head_size:
+    if recurrent.kind == RecurrentKind.mamba2:
+        # Every layer but the last has `width`, the last one that of the prototypes.
+        widths = {recurrent.prototype_width: "output_width" if recurrent.output_width else "width"}
+        if recurrent.depth > 1:
+            widths[recurrent.width] = "width"
+        for width, key in widths.items():
+            if recurrent.expand * width % recurrent.head_size:
+                raise RPGError(
+                    f"{prefix}recurrent.head_size: expected a divisor of expand * {key} = "
+                    f"{recurrent.expand * width}, got {recurrent.head_size}"
+                )
+    elif recurrent.output_width not in (0, recurrent.width):
         raise RPGError(
-            f"{prefix}recurrent.head_size: expected a divisor of expand * width = {inner}, "
-            f"got {recurrent.head_size}"
+            f"{prefix}recurrent.output_width: expected 0 beside kind '{recurrent.kind}', "
+            f"got {recurrent.output_width}: it is for kind 'mamba2'"
         )
     if recurrent.kind == RecurrentKind.transformer and recurrent.width % recurrent.head_size:
         raise RPGError(
@@ -211,6 +250,21 @@ def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:
             f"{prefix}condition.states: expected 0 beside kind '{config.condition.kind}', "
             f"got {config.condition.states}: they are for kind 'vector'"
         )
+    form = config.condition.form
+    if form != ConditionForm.mlp and config.condition.kind != ConditionKind.vector:
+        raise RPGError(
+            f"{prefix}condition.form: expected mlp beside kind '{config.condition.kind}', got {form}: "
+            "the others are for kind 'vector'"
+        )
+    if form != ConditionForm.mlp and config.condition.dropout:
+        raise RPGError(
+            f"{prefix}condition.dropout: expected 0 beside form '{form}', got {config.condition.dropout}"
+        )
+    if denoiser.kind == DenoiserKind.direct and diffusion.prediction != Prediction.x0:
+        raise RPGError(
+            f"{prefix}diffusion.prediction: expected x0 beside denoiser.kind direct, "
+            f"got {diffusion.prediction}"
+        )
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         raise RPGError(
             f"{prefix}diffusion.beta_start, beta_end: expected 0 < start <= end < 1, "
@@ -230,6 +284,11 @@ def validate_sampling(sampling: SamplingConfig, generator: GeneratorConfig, pref
         raise RPGError(
             f"{prefix}steps: expected at most diffusion.timesteps = {generator.diffusion.timesteps}, "
             f"got {sampling.steps}"
+        )
+    if sampling.solver == Solver.ddim_leading and sampling.steps == generator.diffusion.timesteps:
+        raise RPGError(
+            f"{prefix}steps: expected less than diffusion.timesteps = {generator.diffusion.timesteps} "
+            f"with ddim_leading, got {sampling.steps}"
         )
     if sampling.precision == SamplingPrecision.float8 and generator.denoiser.kind != DenoiserKind.adaln_mlp:
         raise RPGError(

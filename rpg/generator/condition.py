@@ -1,9 +1,14 @@
-"""Conditions: what the user asks for, as a vector added to every position's embedding (arXiv 2501.11587)."""
+"""Conditions: what the user asks for, as a vector added to every position's embedding (arXiv 2501.11587).
+
+Every condition is called with the rows of B checkpoints, and for classifier-free guidance with a bool [B] of
+those to leave out. It returns [B, 1, width], the same vector for all tokens, or [B, tokens, width].
+"""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rpg.config import ConditionConfig, ConditionKind
+from rpg.config import ConditionConfig, ConditionForm, ConditionKind
 from rpg.errors import RPGError
 
 
@@ -44,7 +49,7 @@ class VectorCondition(nn.Module):
         self.scale.copy_(torch.where(varies, deviation, torch.ones_like(deviation)))
 
     def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Embed `condition` as [B, width]; rows with `dropped` [B] true become the null vector.
+        """Embed `condition` as [B, 1, width]; rows with `dropped` [B] true become the null vector.
 
         `condition` is [B, size], or with permutation states [B, size + 1].
         """
@@ -52,9 +57,67 @@ class VectorCondition(nn.Module):
         if self.state is not None:
             hidden = hidden + self.state(condition[:, self.size].long())
         embedding: Tensor = self.mlp[1:](hidden)
-        if dropped is None:
-            return embedding
-        return torch.where(dropped[:, None], self.null, embedding)
+        if dropped is not None:
+            embedding = torch.where(dropped[:, None], self.null, embedding)
+        return embedding[:, None]
+
+
+class GatedCondition(nn.Module):
+    """A class vector that reaches the last tokens only, the classifier's (arXiv 2501.11587).
+
+    Source: the published code, which takes the last eight tokens. With permutation states a condition's last
+    value is the number of one, whose embedding is added to all tokens.
+    """
+
+    def __init__(
+        self, size: int, hidden: int, width: int, tokens: int, last_tokens: int, states: int = 0
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.tokens = tokens
+        self.last_tokens = min(last_tokens, tokens)
+        self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.state = nn.Embedding(states, width) if states else None
+
+    def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Embed `condition`, [B, size] or with states [B, size + 1], as [B, tokens, width]; drops none."""
+        embedding: Tensor = self.mlp(condition[:, : self.size])[:, None]
+        gated = F.pad(embedding.expand(-1, self.last_tokens, -1), (0, 0, self.tokens - self.last_tokens, 0))
+        return _with_state(gated, self.state, condition)
+
+
+class ConvolutionalCondition(nn.Module):
+    """A class vector that becomes another vector for every token: the published code's full variant.
+
+    Its embedding is normalised and widened. A convolution makes a channel of it for each token, and another
+    mixes them. States are as in `GatedCondition`.
+    """
+
+    def __init__(self, size: int, hidden: int, width: int, tokens: int, states: int = 0) -> None:
+        super().__init__()
+        self.size = size
+        self.embedding = nn.Sequential(
+            nn.Linear(size, hidden), nn.LayerNorm(hidden), nn.Linear(hidden, width)
+        )
+        self.convolutions = nn.Sequential(
+            nn.Conv1d(1, tokens, 9, padding=4),
+            nn.GroupNorm(1, tokens),
+            nn.Conv1d(tokens, tokens, 9, padding=4),
+        )
+        self.state = nn.Embedding(states, width) if states else None
+
+    def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Embed `condition`, [B, size] or with states [B, size + 1], as [B, tokens, width]; drops none."""
+        embedding = self.embedding(condition[:, : self.size])[:, None]
+        return _with_state(self.convolutions(embedding), self.state, condition)
+
+
+def _with_state(embedding: Tensor, state: nn.Embedding | None, condition: Tensor) -> Tensor:
+    """Add to [B, tokens, width] the embedding of the state that is the last value of each condition."""
+    if state is None:
+        return embedding
+    added: Tensor = embedding + state(condition[:, -1].long())[:, None]
+    return added
 
 
 class PermutationState(nn.Module):
@@ -66,11 +129,11 @@ class PermutationState(nn.Module):
         self.embedding = nn.Embedding(size, width)
 
     def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Embed the states `condition` (int64 [B]) as [B, width]; dropped ones become zero."""
+        """Embed the states `condition` (int64 [B]) as [B, 1, width]; dropped ones become zero."""
         embedding: Tensor = self.embedding(condition)
-        if dropped is None:
-            return embedding
-        return embedding * ~dropped[:, None]
+        if dropped is not None:
+            embedding = embedding * ~dropped[:, None]
+        return embedding[:, None]
 
 
 class NoCondition(nn.Module):
@@ -83,12 +146,15 @@ class NoCondition(nn.Module):
         self.width = width
 
     def forward(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Zeros [B, width] for any `condition` of B rows."""
-        return torch.zeros(len(condition), self.width, device=condition.device)
+        """Zeros [B, 1, width] for any `condition` of B rows."""
+        return torch.zeros(len(condition), 1, self.width, device=condition.device)
 
 
-def build_condition(config: ConditionConfig, width: int) -> VectorCondition | PermutationState | NoCondition:
-    """The condition's embedding of `width`, by kind.
+Condition = VectorCondition | GatedCondition | ConvolutionalCondition | PermutationState | NoCondition
+
+
+def build_condition(config: ConditionConfig, width: int, tokens: int) -> Condition:
+    """The condition's embedding of `width` for networks of `tokens` tokens, by kind and form.
 
     Raises:
         RPGError: if the kind needs `config.size` and it is not set, or `config.states` is not set.
@@ -101,4 +167,10 @@ def build_condition(config: ConditionConfig, width: int) -> VectorCondition | Pe
         return PermutationState(config.size, width)
     if config.states < 0:
         raise RPGError(f"condition.states: expected at least 0, got {config.states}")
-    return VectorCondition(config.size, config.width, width, config.states)
+    match config.form:
+        case ConditionForm.mlp:
+            return VectorCondition(config.size, config.width, width, config.states)
+        case ConditionForm.gated:
+            return GatedCondition(config.size, config.width, width, tokens, config.last_tokens, config.states)
+        case ConditionForm.convolutional:
+            return ConvolutionalCondition(config.size, config.width, width, tokens, config.states)

@@ -5,9 +5,22 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rpg.collection.layout import Layout
+from rpg.config import Positions
 from rpg.errors import RPGError
 
 MAX_PERIOD = 10000
+
+
+def embedded_positions(kind: Positions, layout: Layout, width: int) -> Tensor:
+    """The embeddings of the places of a layout's tokens, float32 [tokens, width]; learned ones as they start.
+
+    Raises:
+        RPGError: if `width` is not a positive multiple of 4.
+    """
+    if kind == Positions.sinusoid_1d:
+        return sinusoids(torch.arange(layout.tokens), width)
+    return position_embedding(layout.positions(), width)
 
 
 def position_embedding(positions: Tensor, width: int) -> Tensor:
@@ -29,12 +42,17 @@ def position_embedding(positions: Tensor, width: int) -> Tensor:
     """
     if width < 4 or width % 4:
         raise RPGError(f"position embedding: width: expected a positive multiple of 4, got {width}")
-    half = width // 2
+    return sinusoids(positions.flip(-1), width // 2).flatten(1)
+
+
+def sinusoids(indices: Tensor, width: int) -> Tensor:
+    """Integers [...] as float32 [..., width]: channel 2k is sin(index · f_k) and channel 2k + 1 is
+    cos(index · f_k), with f_k = 10000^(-2k / width); `width` is even."""
     # float32 would lose the phase of indices in the tens of thousands.
-    even = torch.arange(0, half, 2, dtype=torch.float64, device=positions.device)
-    frequencies = torch.exp(-even * (math.log(MAX_PERIOD) / half))
-    angles = positions.flip(-1).to(torch.float64).unsqueeze(-1) * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(torch.float32)
+    even = torch.arange(0, width, 2, dtype=torch.float64, device=indices.device)
+    frequencies = torch.exp(-even * (math.log(MAX_PERIOD) / width))
+    angles = indices.to(torch.float64).unsqueeze(-1) * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(torch.float32)
 
 
 class TimestepEmbedding(nn.Module):

@@ -3,14 +3,14 @@
 import dataclasses
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg.collection.layout import Layout
-from rpg.config import ConditionKind, GeneratorConfig
+from rpg.config import ConditionKind, GeneratorConfig, Positions
 from rpg.errors import RPGError
 from rpg.generator.condition import VectorCondition
 from rpg.generator.diffusion import Diffusion
-from rpg.generator.embeddings import position_embedding
+from rpg.generator.embeddings import embedded_positions
 from rpg.generator.networks import build_networks
 from rpg.generator.saving import PretrainedMixin
 from rpg.storage.locations import AnyPath
@@ -55,7 +55,7 @@ class Generator(PretrainedMixin):
         recurrent: turns embeddings into prototypes; see `rpg.generator.recurrent`.
         denoiser: predicts what to remove from noised tokens; see `rpg.generator.denoiser`.
         diffusion: the noise schedule.
-        positions: float32 [tokens, width], the embeddings of the tokens' places.
+        positions: float32 [tokens, width], the embeddings of the tokens' places; a parameter if learned.
     """
 
     positions: Tensor
@@ -65,11 +65,15 @@ class Generator(PretrainedMixin):
         self.config = config
         self.layout = layout
         self.encoder_directory: AnyPath | None = None
-        width = config.recurrent.width
-        self.condition, self.recurrent, self.denoiser = build_networks(config, layout.token_size)
+        self.condition, self.recurrent, self.denoiser = build_networks(
+            config, layout.token_size, layout.tokens
+        )
         self.diffusion = Diffusion(config.diffusion)
-        embedding = position_embedding(layout.positions(), width)
-        self.register_buffer("positions", embedding, persistent=False)
+        embedding = embedded_positions(config.recurrent.positions, layout, config.recurrent.width)
+        if config.recurrent.positions == Positions.learned:
+            self.positions = nn.Parameter(embedding)
+        else:
+            self.register_buffer("positions", embedding, persistent=False)
 
     @classmethod
     def for_collection(
@@ -134,11 +138,11 @@ class Generator(PretrainedMixin):
             indices: int64 [B, K], tokens whose prototypes are wanted; None: all.
 
         Returns:
-            [B, K or tokens, width].
+            [B, K or tokens, prototype_width].
         """
         embedded = self.condition(condition, dropped)
         prototypes: Tensor
-        prototypes, _ = self.recurrent(self.positions + embedded[:, None], keep_state=False, at=indices)
+        prototypes, _ = self.recurrent(self.positions + embedded, keep_state=False, at=indices)
         return prototypes
 
     def loss(self, batch: Batch) -> Tensor:

@@ -5,14 +5,14 @@ from typing import NamedTuple
 from torch import nn
 
 from rpg.config import GeneratorConfig
-from rpg.generator.condition import NoCondition, PermutationState, VectorCondition, build_condition
+from rpg.generator.condition import Condition, build_condition
 from rpg.generator.denoiser import build_denoiser
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
+from rpg.generator.denoiser.direct import DirectPrediction
 from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.recurrent import build_recurrent
 
-Condition = VectorCondition | PermutationState | NoCondition
-Denoiser = ConditionalUNet | AdaLNMLP
+Denoiser = ConditionalUNet | AdaLNMLP | DirectPrediction
 
 
 class Networks(NamedTuple):
@@ -23,15 +23,14 @@ class Networks(NamedTuple):
     denoiser: Denoiser
 
 
-def build_networks(config: GeneratorConfig, token_size: int) -> Networks:
-    """Fresh networks for tokens of `token_size` values, with random weights.
+def build_networks(config: GeneratorConfig, token_size: int, tokens: int) -> Networks:
+    """Fresh networks for `tokens` tokens of `token_size` values, with random weights.
 
     Raises:
         RPGError: if the configuration is not consistent in itself.
     """
-    width = config.recurrent.width
     return Networks(
-        build_condition(config.condition, width),
+        build_condition(config.condition, config.recurrent.width, tokens),
         build_recurrent(config.recurrent),
-        build_denoiser(config.denoiser, token_size, width),
+        build_denoiser(config.denoiser, token_size, config.recurrent.prototype_width),
     )

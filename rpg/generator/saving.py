@@ -17,6 +17,7 @@ from rpg.config import (
     ConditionKind,
     DenoiserKind,
     GeneratorConfig,
+    Positions,
     RecurrentKind,
     generator_config_from_yaml,
     save_config,
@@ -57,6 +58,11 @@ sampling = generator.config.sampling
 files = generate_models(generator, {argument}, number=5, seed=0, out=Path("generated"), sampling=sampling)
 ```
 {accuracy}"""
+_LATER_KEYS = {
+    "condition": ("encoder", "states", "form", "last_tokens"),
+    "recurrent": ("output_width", "positions"),
+}
+"""What `config.yaml` has not always had, by section."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What floating-point weights may be stored as."""
 
@@ -195,7 +201,7 @@ class PretrainedMixin(nn.Module):
         if metadata.get(ENCODER_KEY, "") != config.condition.encoder:
             raise RPGError(f"{path}: was saved with another text encoder than {CONFIG_FILE} names")
         with _building(directory / CONFIG_FILE):
-            expected = _expected(config, layout.token_size, len(weights))
+            expected = _expected(config, layout, len(weights))
         _check_weights(path, expected, weights)
         # Checked after the shapes, because an error about a shape says more exactly what does not fit.
         if not _holds(metadata.get(CONFIG_KEY, "{}"), config):
@@ -211,9 +217,11 @@ def _architecture(config: GeneratorConfig) -> str:
     architecture = to_plain(config)
     del architecture["sampling"]
     # Older versions did not know these keys: without them, digests stay what they were.
-    for key in ("encoder", "states"):
-        if not getattr(config.condition, key):
-            del architecture["condition"][key]
+    defaults = to_plain(GeneratorConfig())
+    for part, keys in _LATER_KEYS.items():
+        for key in keys:
+            if architecture[part][key] == defaults[part][key]:
+                del architecture[part][key]
     return json.dumps(architecture, sort_keys=True)
 
 
@@ -231,14 +239,14 @@ def _holds(saved: str, config: GeneratorConfig) -> bool:
         return False
 
 
-def _expected(config: GeneratorConfig, token_size: int, tensors: int) -> dict[str, Tensor]:
+def _expected(config: GeneratorConfig, layout: Layout, tensors: int) -> dict[str, Tensor]:
     """The tensors, on the meta device, that weights for a configuration consist of, by name.
 
     A configuration that somebody else wrote may ask for sizes beyond all memory, so nothing is allocated.
 
     Args:
         config: the configuration beside the weights.
-        token_size: of the layout beside the weights.
+        layout: beside the weights.
         tensors: how many tensors the file of weights holds.
 
     Raises:
@@ -256,12 +264,14 @@ def _expected(config: GeneratorConfig, token_size: int, tensors: int) -> dict[st
                 f"got {depth}"
             )
     with torch.device("meta"):
-        networks = build_networks(config, token_size)
-    return {
+        networks = build_networks(config, layout.token_size, layout.tokens)
+        positions = torch.empty(layout.tokens, config.recurrent.width)
+    expected = {
         f"{part}.{name}": tensor
         for part, network in networks._asdict().items()
         for name, tensor in network.state_dict().items()
     }
+    return expected | ({"positions": positions} if config.recurrent.positions == Positions.learned else {})
 
 
 @contextmanager

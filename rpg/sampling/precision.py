@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from rpg.config import SamplingConfig, SamplingPrecision
+from rpg.generator.denoiser.direct import DirectPrediction
 from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 
@@ -13,8 +14,14 @@ _EIGHT_BIT_MULTIPLE = 16
 
 
 def samples_on_gpu(generator: Generator, sampling: SamplingConfig) -> bool:
-    """Whether `rpg.sampling.gpu.loop` samples; if not, `rpg.sampling.plain_loop` does."""
+    """Whether `rpg.sampling.gpu.loop` samples; if not, `rpg.sampling.plain_loop` does.
+
+    The fused loop takes any condition, positions, prototype width and solver, but not every denoiser.
+    """
     if generator.positions.device.type != "cuda" or sampling.precision == SamplingPrecision.float32:
+        return False
+    if isinstance(generator.denoiser, DirectPrediction):
+        # One product a token: nothing to fuse.
         return False
     try:
         import triton  # noqa: F401

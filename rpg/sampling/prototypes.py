@@ -49,7 +49,7 @@ class Prototypes:
         self._piece = GPU_PROTOTYPE_PIECE if self._device.type == "cuda" else PROTOTYPE_PIECE
         self._recurrent = _half_products(generator.recurrent) if self._half else generator.recurrent
         self._latest: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        width = generator.config.recurrent.width
+        width = generator.config.recurrent.prototype_width
         values = len(generator.positions) * width * (2 if self._guided else 1)
         each = (values + generator.config.condition.size) * torch.float32.itemsize + _ENTRY_BYTES
         self._remembered = remembered_bytes // each
@@ -66,14 +66,18 @@ class Prototypes:
         row = condition[None].to(self._device)
         with self._arithmetic():
             embedded = self._generator.condition(row)
-            null = self._generator.condition(row, torch.ones(1, dtype=torch.bool, device=self._device))
+            null = embedded
+            if self._guided:
+                null = self._generator.condition(row, torch.ones(1, dtype=torch.bool, device=self._device))
         state = null_state = None
-        for piece in torch.split(positions, self._piece):
+        # A condition is the same for all tokens, or each has its own.
+        own = torch.split(embedded.expand(1, len(positions), -1), self._piece, dim=1)
+        for piece, each in zip(torch.split(positions.detach(), self._piece), own, strict=True):
             with self._arithmetic():
-                prototypes, state = self._recurrent(piece[None] + embedded[:, None], state)
+                prototypes, state = self._recurrent(piece[None] + each, state)
                 unconditional = prototypes
                 if self._guided:
-                    unconditional, null_state = self._recurrent(piece[None] + null[:, None], null_state)
+                    unconditional, null_state = self._recurrent(piece[None] + null, null_state)
             known = prototypes[0].float()
             result = known, unconditional[0].float() if self._guided else known
             if len(positions) <= self._piece:

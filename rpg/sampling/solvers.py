@@ -8,7 +8,8 @@ the estimate x̂' of the step before and fresh noise z,
 so a solver is a table of (t, a, b, c, s), computed once in float64; the sampling loop is the same for all.
 
 Sources: DDPM, Ho et al., arXiv 2006.11239 eq. 7; DDIM, Song et al., arXiv 2010.02502 eq. 12 and 16 (η = 1
-on all timesteps is DDPM); DPM-Solver++(2M), Lu et al., arXiv 2211.01095 algorithm 2.
+on all timesteps is DDPM), also at the timesteps of the published code of arXiv 2501.11587; DPM-Solver++(2M),
+Lu et al., arXiv 2211.01095 algorithm 2.
 """
 
 import math
@@ -32,8 +33,13 @@ class SolverStep(NamedTuple):
 def solver_steps(alpha_bar: Tensor, sampling: SamplingConfig) -> list[SolverStep]:
     """The table of `sampling.solver` on the schedule `alpha_bar` (float64 [timesteps]).
 
-    Timesteps are spaced evenly and end with the noisiest ("trailing"); the last row lands on clean values.
+    Timesteps are spaced evenly. They begin with the noisiest ("trailing"), and the last row lands on clean
+    values; `ddim_leading` begins earlier and lands on values with the noise of timestep 0.
     """
+    if sampling.solver == Solver.ddim_leading:
+        timesteps = leading_timesteps(len(alpha_bar), sampling.steps)
+        powers = [float(alpha_bar[t]) for t in (*timesteps, 0)]
+        return _ddim(timesteps, powers, sampling.eta)
     timesteps = spaced_timesteps(len(alpha_bar), sampling.steps)
     powers = [float(alpha_bar[t]) for t in timesteps] + [1.0]
     if sampling.solver == Solver.dpmpp_2m:
@@ -45,6 +51,11 @@ def solver_steps(alpha_bar: Tensor, sampling: SamplingConfig) -> list[SolverStep
 def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
     """`steps` timesteps from `timesteps - 1` down, evenly spaced."""
     return [round(timesteps * (steps - i) / steps) - 1 for i in range(steps)]
+
+
+def leading_timesteps(timesteps: int, steps: int) -> list[int]:
+    """`steps` < `timesteps` of them, ⌊timesteps / steps⌋ apart, down to 1: the published code's."""
+    return [1 + i * (timesteps // steps) for i in reversed(range(steps))]
 
 
 def _ddim(timesteps: list[int], powers: list[float], eta: float) -> list[SolverStep]:

@@ -1,6 +1,7 @@
 """Bounds and combinations: what a config may hold, and with which words it is refused."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,42 @@ def test_guidance_needs_dropped_conditions() -> None:
         validate_sampling(SamplingConfig(guidance=2.0), generator, prefix="--")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["generator.recurrent.kind=mamba2", "generator.recurrent.output_width=100"],
+            "head_size: expected a divisor of expand * output_width",
+        ),
+        (
+            ["generator.recurrent.kind=lstm", "generator.recurrent.output_width=512"],
+            "output_width: expected 0 beside kind 'lstm'",
+        ),
+        (
+            ["generator.condition.kind=none", "generator.condition.form=gated"],
+            "condition.form: expected mlp beside kind 'none'",
+        ),
+        (
+            ["generator.condition.form=convolutional", "generator.condition.dropout=0.1"],
+            "condition.dropout: expected 0 beside form 'convolutional'",
+        ),
+        (
+            ["generator.denoiser.kind=direct", "generator.diffusion.prediction=v"],
+            "diffusion.prediction: expected x0 beside denoiser.kind direct",
+        ),
+        (
+            ["generator.sampling.solver=ddim_leading", "generator.sampling.steps=1000"],
+            "sampling.steps: expected less than diffusion.timesteps = 1000 with ddim_leading",
+        ),
+    ],
+)
+def test_settings_of_the_published_model_that_do_not_go_together(
+    preset: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RPGError, match=re.escape(message)):
+        load_config(preset, overrides)
+
+
 def test_the_defaults_are_valid() -> None:
     validate(Config())
 
@@ -103,7 +140,7 @@ def test_the_published_model_can_be_described(preset: Path) -> None:
             "generator.denoiser.kind=unet",
             "generator.condition.kind=permutation",
             "generator.diffusion.prediction=noise",
-            "generator.sampling.solver=ddim",
+            "generator.sampling.solver=ddim_leading",
             "generator.sampling.steps=60",
             "shard.token_size=8192",
             "shard.normalisation=zscore",
@@ -111,7 +148,7 @@ def test_the_published_model_can_be_described(preset: Path) -> None:
     )
     assert config.generator.condition.kind is ConditionKind.permutation
     assert config.generator.diffusion.prediction is Prediction.noise
-    assert config.generator.sampling.solver is Solver.ddim
+    assert config.generator.sampling.solver is Solver.ddim_leading
 
 
 def test_no_two_sections_share_their_lists() -> None:

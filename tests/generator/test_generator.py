@@ -16,10 +16,12 @@ from torch import Tensor
 from rpg.collection.layout import CENTRE_FILE, LAYOUT_FILE, Layout
 from rpg.config import (
     ConditionConfig,
+    ConditionForm,
     ConditionKind,
     DenoiserConfig,
     DenoiserKind,
     GeneratorConfig,
+    Positions,
     Prediction,
     RecurrentConfig,
     RecurrentKind,
@@ -128,14 +130,37 @@ FAST = GeneratorConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("config", "condition"), [(PAPER, torch.tensor([0, 6])), (FAST, torch.zeros(2, 3))], ids=["paper", "fast"]
+CLASS, FULL, NO_DIFFUSION = (
+    dataclasses.replace(
+        PAPER,
+        recurrent=dataclasses.replace(PAPER.recurrent, output_width=48, positions=Positions.learned),
+        denoiser=DenoiserConfig(kind=denoiser),
+        condition=ConditionConfig(size=3, width=8, form=form),
+    )
+    for form, denoiser in (
+        (ConditionForm.gated, DenoiserKind.unet),
+        (ConditionForm.convolutional, DenoiserKind.unet),
+        (ConditionForm.gated, DenoiserKind.direct),
+    )
 )
-def test_shapes_of_both_presets(make_layout: MakeLayout, config: GeneratorConfig, condition: Tensor) -> None:
+
+
+@pytest.mark.parametrize(
+    ("config", "condition"),
+    [
+        (PAPER, torch.tensor([0, 6])),
+        *((each, torch.ones(2, 3)) for each in (FAST, CLASS, FULL, NO_DIFFUSION)),
+    ],
+    ids=["paper", "fast", "class", "full", "no diffusion"],
+)
+def test_shapes_and_gradients_of_presets(
+    make_layout: MakeLayout, config: GeneratorConfig, condition: Tensor
+) -> None:
     layout = make_layout(24)
     generator = Generator(config, layout)
     assert generator.positions.shape == (layout.tokens, 32)
-    assert generator.prototypes(condition).shape == (2, layout.tokens, 32)
+    width = config.recurrent.prototype_width
+    assert generator.prototypes(condition).shape == (2, layout.tokens, width)
     losses = generator.loss(dataclasses.replace(random_batch(layout, batch=2), condition=condition))
     assert losses.shape == (2,)
     assert losses.isfinite().all()
@@ -234,6 +259,33 @@ def test_a_loaded_generator_equals_the_saved_one(
         assert torch.equal(tensor, expected[name])
     row = torch.tensor(2) if condition == ConditionKind.permutation else torch.ones(loaded.condition.size)
     assert torch.equal(sampled(loaded, row), sampled(generator, row))
+
+
+def test_learned_positions_begin_as_sinusoids_are_trained_and_saved(
+    tmp_path: Path, make_generator: MakeGenerator, make_layout: MakeLayout
+) -> None:
+    layout = make_layout(16)
+    config = make_generator(layout).config
+    recurrent = dataclasses.replace(config.recurrent, positions=Positions.learned)
+    generator = Generator(dataclasses.replace(config, recurrent=recurrent), layout)
+    fixed = Generator(config, layout)
+    assert torch.equal(generator.positions, fixed.positions)
+    # The gates of a fresh AdaLN MLP let no gradient through.
+    for parameter in generator.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    (gradient,) = torch.autograd.grad(
+        generator.loss(random_batch(layout, tokens=layout.tokens)).sum(), generator.positions
+    )
+    assert (gradient != 0).any(1).all()
+    with torch.no_grad():
+        generator.positions.add_(0.1)
+    generator.save_pretrained(tmp_path / "generator")
+    loaded = Generator.from_pretrained(tmp_path / "generator")
+    assert torch.equal(loaded.positions, generator.positions)
+    assert loaded.digest() == generator.digest()
+    change_weights(tmp_path / "generator", lambda weights: weights.pop("positions"))
+    with pytest.raises(RPGError, match="tensor 'positions' is missing"):
+        Generator.from_pretrained(tmp_path / "generator")
 
 
 def test_the_digest_covers_everything_that_determines_the_models(

@@ -1,14 +1,17 @@
 """Position embeddings against the formula, written as a loop."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpg.collection.layout import Layout
+from rpg.config import Positions
 from rpg.errors import RPGError
-from rpg.generator.embeddings import position_embedding
+from rpg.generator.embeddings import embedded_positions, position_embedding
 
 
 @settings(deadline=None, max_examples=30)
@@ -27,6 +30,19 @@ def test_equals_the_formula(positions: list[tuple[int, int]], quarter: int) -> N
                 angle = index * math.exp(-pair * math.log(10000) / half)
                 assert actual[row, offset + pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
                 assert actual[row, offset + pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_one_dimensional_embeddings_count_tokens_through_all_tensors(
+    make_layout: Callable[..., Layout],
+) -> None:
+    layout = make_layout(16)
+    actual = embedded_positions(Positions.sinusoid_1d, layout, 12)
+    assert actual.shape == (layout.tokens, 12)
+    for index in range(layout.tokens):
+        for pair in range(0, 12, 2):
+            angle = index * 10000 ** (-pair / 12)
+            assert actual[index, pair].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert actual[index, pair + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
 def test_distinct_positions_are_distinct() -> None:

@@ -5,14 +5,17 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import rpg.sampling.prototypes
 from rpg.collection.layout import Layout
 from rpg.config import (
+    ConditionForm,
     ConditionKind,
     DenoiserKind,
     Prediction,
@@ -225,7 +228,7 @@ def plainly(generator: Generator, sampling: SamplingConfig, request: Asked, seed
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
-@pytest.mark.parametrize("denoiser", list(DenoiserKind))
+@pytest.mark.parametrize("denoiser", [DenoiserKind.adaln_mlp, DenoiserKind.unet])
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -253,6 +256,38 @@ def test_packed_equals_plain(
         expected = plainly(generator, sampling, request)
         scale = expected.abs().max().item()
         torch.testing.assert_close(together[request.index], expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+def test_without_diffusion_the_prediction_is_the_token(
+    make_generator: MakeGenerator, make_layout: MakeLayout, solver: Solver
+) -> None:
+    generator = make_generator(make_layout(16), denoiser=DenoiserKind.direct)
+    (request,) = requests_for(generator, 1)
+    expected = generator.prototypes(request.condition[None])[0] @ generator.denoiser.output.weight.T
+    expected = expected + generator.denoiser.output.bias
+    for seed in (1, 2):
+        found = sample(generator, SamplingConfig(solver=solver, steps=3, eta=0.5), [request], seed=seed)
+        torch.testing.assert_close(found[request.index], expected)
+
+
+@pytest.mark.parametrize("form", [ConditionForm.gated, ConditionForm.convolutional])
+def test_pieces_take_their_own_part_of_a_condition(
+    make_generator: MakeGenerator,
+    make_layout: MakeLayout,
+    monkeypatch: pytest.MonkeyPatch,
+    form: ConditionForm,
+) -> None:
+    monkeypatch.setattr(rpg.sampling.prototypes, "PROTOTYPE_PIECE", 6)
+    layout = make_layout(4)
+    config = make_generator(layout).config
+    config = replace(config, condition=replace(config.condition, form=form))
+    torch.manual_seed(0)
+    generator = Generator(config, layout).eval()
+    assert layout.tokens % 6
+    pieces = [known for known, _ in Prototypes(generator, SamplingConfig()).pieces(torch.ones(3))]
+    assert len(pieces) > 2
+    torch.testing.assert_close(torch.cat(pieces), generator.prototypes(torch.ones(1, 3))[0])
 
 
 def test_seed_index_and_condition_all_matter(make_generator: MakeGenerator, make_layout: MakeLayout) -> None:

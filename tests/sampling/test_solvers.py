@@ -15,7 +15,7 @@ from rpg.collection.layout import Layout
 from rpg.config import ConditionKind, DiffusionConfig, Prediction, SamplingConfig, Schedule, Solver
 from rpg.generator.diffusion import Diffusion, signal_power
 from rpg.generator.generator import Generator
-from rpg.sampling.solvers import SolverStep, solver_steps, spaced_timesteps
+from rpg.sampling.solvers import SolverStep, leading_timesteps, solver_steps, spaced_timesteps
 from tests.sampling.packing import Asked, sampled_tokens
 
 
@@ -106,6 +106,31 @@ def dpm_solver_plus_plus_2m(
     return x
 
 
+def test_the_published_code_takes_every_sixteenth_timestep_from_945_down_to_1() -> None:
+    assert leading_timesteps(1000, 60) == list(range(945, 0, -16))
+    powers = schedule()
+    table = solver_steps(powers, SamplingConfig(solver=Solver.ddim_leading, steps=60, eta=0.05))
+    assert [row.t for row in table] == list(range(945, 0, -16))
+    # Its last values are those of timestep 0, with the noise that belongs to them.
+    after = [float(powers[row.t]) for row in table[1:]] + [float(powers[0])]
+    for row, power in zip(table, after, strict=True):
+        now = float(powers[row.t])
+        # Mean and variance of a step from x_t = signal · x_0 + noise · ε, for a denoiser that knows x_0.
+        assert row.current * now**0.5 + row.estimate == pytest.approx(power**0.5)
+        assert row.current**2 * (1 - now) + row.noise**2 == pytest.approx(1 - power)
+        assert row.noise**2 == pytest.approx(0.05**2 * (1 - power) / (1 - now) * (1 - now / power))
+
+
+@given(timesteps=st.integers(2, 3000), steps=st.integers(1, 3000))
+def test_leading_timesteps_are_within_the_schedule(timesteps: int, steps: int) -> None:
+    steps = min(steps, timesteps - 1)
+    found = leading_timesteps(timesteps, steps)
+    assert len(found) == steps
+    assert found[-1] == 1
+    assert found[0] < timesteps
+    assert sorted(set(found), reverse=True) == found
+
+
 @pytest.mark.parametrize("kind", list(Schedule))
 @pytest.mark.parametrize("steps", [3, 8, 20, 100])
 def test_dpm_solver_plus_plus_is_algorithm_2(kind: Schedule, steps: int) -> None:
@@ -129,7 +154,7 @@ def test_dpm_solver_plus_plus_is_algorithm_2(kind: Schedule, steps: int) -> None
     assert x == estimate
 
 
-@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("solver", [Solver.ddpm, Solver.ddim, Solver.dpmpp_2m])
 def test_one_step_is_the_estimate_itself(solver: Solver) -> None:
     (row,) = solver_steps(schedule(), SamplingConfig(solver=solver, steps=1))
     assert row.t == 999

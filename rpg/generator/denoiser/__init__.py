@@ -13,12 +13,13 @@ and a step of the sampler has one group.
 
 from rpg.config import DenoiserConfig, DenoiserKind
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
+from rpg.generator.denoiser.direct import DirectPrediction
 from rpg.generator.denoiser.unet import ConditionalUNet
 
 
 def build_denoiser(
     config: DenoiserConfig, token_size: int, prototype_width: int
-) -> ConditionalUNet | AdaLNMLP:
+) -> ConditionalUNet | AdaLNMLP | DirectPrediction:
     """The denoiser that a configuration asks for, for tokens and prototypes of the given sizes."""
     match config.kind:
         case DenoiserKind.unet:
@@ -35,3 +36,5 @@ def build_denoiser(
                 depth=config.depth,
                 prototype_width=prototype_width,
             )
+        case DenoiserKind.direct:
+            return DirectPrediction(token_size, prototype_width)

@@ -1,10 +1,10 @@
 """Recurrent networks: from a sequence of positions and conditions to one prototype a token.
 
 Every network is causal. `forward(x: [B, L, width], state=None, keep_state=True, at=None)` returns the
-outputs, [B, L, width], and the state after the last element. A sequence may be fed in pieces, each with the
-state that the piece before returned; the outputs are those of the whole sequence. Without `keep_state` the
-returned state is None, which saves its cost. With `at`, int64 [B, K], only the outputs of these elements are
-computed, [B, K, width].
+outputs, [B, L, prototype_width], and the state after the last element. A sequence may be fed in pieces, each
+with the state that the piece before returned; the outputs are those of the whole sequence. Without
+`keep_state` the returned state is None, which saves its cost. With `at`, int64 [B, K], only the outputs of
+these elements are computed, [B, K, prototype_width].
 """
 
 from torch import nn
@@ -25,6 +25,7 @@ def build_recurrent(config: RecurrentConfig) -> nn.Module:
                 d_conv=config.conv_width,
                 expand=config.expand,
                 headdim=config.head_size,
+                output_width=config.prototype_width,
             )
         case RecurrentKind.lstm:
             return LSTM(config.width, config.depth)

@@ -49,7 +49,8 @@ class Mamba2(nn.Module):
 
     Names, shapes and initial values of the parameters are those of `mamba_ssm.Mamba2`; so are the arguments'
     names. The result does not depend on `chunk_size`, only speed and memory do: memory grows with
-    sequence · chunk_size. On a CPU 64 was fastest for sequences of 10 to 1,000.
+    sequence · chunk_size. On a CPU 64 was fastest for sequences of 10 to 1,000. `input_width` is for a layer
+    whose input is not of its own width, `d_model`.
 
     Raises:
         RPGError: if `headdim` does not divide expand · d_model, or `ngroups` the number of heads.
@@ -64,6 +65,7 @@ class Mamba2(nn.Module):
         headdim: int = 64,
         ngroups: int = 1,
         chunk_size: int = 64,
+        input_width: int | None = None,
     ) -> None:
         super().__init__()
         self.d_inner = expand * d_model
@@ -80,7 +82,8 @@ class Mamba2(nn.Module):
         if self.nheads % ngroups:
             raise RPGError(f"Mamba2: ngroups: expected a divisor of {self.nheads} heads, got {ngroups}")
         self.conv_channels = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_channels + self.nheads, bias=False)
+        projected = self.d_inner + self.conv_channels + self.nheads
+        self.in_proj = nn.Linear(input_width or d_model, projected, bias=False)
         self.conv1d = nn.Conv1d(self.conv_channels, self.conv_channels, d_conv, groups=self.conv_channels)
         step = torch.empty(self.nheads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(step.expm1().log())  # the inverse of softplus: the layer starts at `step`
@@ -99,7 +102,7 @@ class Mamba2(nn.Module):
         """Scan a sequence, or its continuation.
 
         Args:
-            u: [B, L, d_model], L at least 1.
+            u: [B, L, d_model or input_width], L at least 1.
             state: what the call for the previous piece returned; None at the start of a sequence.
             keep_state: False saves the time and memory of the final state, B · d_state · expand · d_model
                 values, which is more than the activations of a short sequence.
@@ -191,14 +194,24 @@ class Mamba2Stack(nn.Module):
     """The published recurrent network: Mamba-2 layers one after the other, no residual connections, no norms.
 
     Source: the published code of arXiv 2501.11587, an `nn.Sequential` of `mamba_ssm.Mamba2`; its names behind
-    the prefix are these behind `layers.`: `0.in_proj.weight` and so on.
+    the prefix are these behind `layers.`: `0.in_proj.weight` and so on. As in its presets with tokens of
+    16,384 values, the last layer may have a width of its own, `output_width`.
     """
 
-    def __init__(self, width: int, depth: int, d_state: int, d_conv: int, expand: int, headdim: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        headdim: int,
+        output_width: int | None = None,
+    ) -> None:
         super().__init__()
+        widths = [width] * (depth - 1) + [output_width or width]
         self.layers = nn.ModuleList(
-            Mamba2(width, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim)
-            for _ in range(depth)
+            Mamba2(each, d_state, d_conv, expand, headdim, input_width=width) for each in widths
         )
 
     def forward(
@@ -208,7 +221,7 @@ class Mamba2Stack(nn.Module):
         keep_state: bool = True,
         at: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Mamba2State, ...] | None]:
-        """[B, L, width] -> [B, L or K, width] and one state a layer, or None without `keep_state`."""
+        """[B, L, width] -> [B, L or K, output_width], one state a layer or None without `keep_state`."""
         states = []
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)

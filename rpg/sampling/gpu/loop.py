@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rpg.config import Prediction
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
+from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 from rpg.sampling.gpu.adaln_mlp import AdaLNMLPOnGPU
 from rpg.sampling.gpu.kernels.gaussian import write_gaussian
@@ -60,8 +61,9 @@ class GPULoop:
         if isinstance(generator.denoiser, AdaLNMLP):
             self._denoiser = AdaLNMLPOnGPU(generator.denoiser, timesteps, dtype, eight_bits)
         else:
+            assert isinstance(generator.denoiser, ConditionalUNet)
             self._denoiser = UNetOnGPU(generator.denoiser, timesteps, dtype)
-        width = generator.config.recurrent.width
+        width = generator.config.recurrent.prototype_width
         self._seeds, self._models, self._tokens = torch.zeros(3, size, dtype=torch.int64, device=device)
         self._prototypes, self._without = torch.zeros(2, size, width, device=device)
         self._x = torch.empty(size, token_size, device=device)
