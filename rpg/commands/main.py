@@ -8,6 +8,7 @@ from rpg import __version__
 from rpg.commands.config import add_config_command
 from rpg.commands.exit_status import run_command
 from rpg.commands.generate import add_generate_command
+from rpg.commands.import_upstream import add_import_upstream_command
 from rpg.commands.inspect import add_inspect_command
 from rpg.commands.jobs import add_jobs_command
 from rpg.commands.register import add_register_command
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect_command(commands)
     add_generate_command(commands)
     add_config_command(commands)
+    add_import_upstream_command(commands)
     add_jobs_command(commands)
     # Packages that build on this one, such as the service, add their commands as entry points: the library
     # does not import them.
