@@ -61,6 +61,14 @@ TINY = (
 )  # fmt: skip
 
 
+MEASURED_PAPER = (
+    "generator.condition.form=mlp", "generator.sampling.solver=ddim", "generator.sampling.eta=0",
+    "generator.sampling.clip=5",
+)  # fmt: skip
+"""What the measured `paper` has that the published generator does not: its condition reaches all tokens, DDIM
+begins with the noisiest timestep, and estimates are clipped, without which its variances became infinite."""
+
+
 @dataclass(frozen=True)
 class Session:
     """The settings of one call of this script."""
@@ -80,6 +88,7 @@ class Session:
             f"output={self.runs / kind}",
         ]
         if kind != "fast":
+            changes += MEASURED_PAPER
             changes.append(f"collect.directory={self.runs / 'fast' / 'collection'}")
         return changes
 
