@@ -272,7 +272,7 @@ def write_figure(evaluation: dict[str, Any], output: Path) -> None:
     noised_points = {
         float(name.split()[1]): points(name) for name in evaluation["accuracy"] if name.startswith("noised ")
     }
-    figure = similarity_scatter(points("originals"), points("generated"), noised_points)
+    figure = similarity_scatter(points("originals"), points("generated"), noised_points, "accuracy")
     for form, drawn in (("svg", to_svg(figure)), ("png", to_png(figure))):
         (output / f"cifar10_resnet18.{form}").write_bytes(drawn)
 

@@ -85,6 +85,7 @@ def run(config: Config) -> None:
             baselines=measured.baselines,
             sibling_distances=measured.sibling_distances,
             generated_distances=measured.generated_distances,
+            noised_distances=measured.noised_distances,
             metric=measured.metric,
             other_metrics=measured.other_metrics,
             left_out=measured.left_out,

@@ -4,7 +4,7 @@ Distances in weight space need the weights alone. What networks are worth is mea
 is one."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from rpg.collection.layout import Encoded, Layout
 from rpg.errors import RPGError
 from rpg.evaluation.baselines import centre, nearest_tasks, ridge
-from rpg.evaluation.distance import weight_distances
+from rpg.evaluation.distance import nearest_checkpoint, spread, weight_distances
 from rpg.evaluation.judge import Candidate, Judge, Measurement, metric_that_counts
 from rpg.evaluation.results import Evaluated, TaskSplit
 from rpg.evaluation.similarity import add_noise
@@ -25,6 +25,8 @@ TaskName = Callable[[Condition | None], str]
 """Maps a condition to the name of its task; different tasks have different names."""
 
 RIDGE_ORDERS = (1, 2, 3)
+_MOST_COPIES = 20
+"""Noised training checkpoints whose distance to the training set is measured, for each level."""
 _BYTES_AT_ONCE = 2**30
 """A judge is given networks of about so many bytes at a time, which it may run side by side."""
 
@@ -67,6 +69,7 @@ class Measured:
     baselines: dict[str, dict[str, float]]
     sibling_distances: list[float]
     generated_distances: list[float]
+    noised_distances: dict[float, list[float]]
     metric: Metric | None
     other_metrics: list[Metric]
     left_out: list[str]
@@ -140,14 +143,22 @@ def measure(
     noise = torch.Generator().manual_seed(seed)
     of_originals = _measurements(judge, originals, data_split)
     of_networks = _measurements(judge, generated, data_split)
-    of_noised = {
-        level: _measurements(
-            judge,
-            (replace(n, state_dict=add_noise(n.state_dict, level, noise)) for n in originals),
-            data_split,
-        )
-        for level in noise_levels
-    }
+    of_noised, noised_distances = {}, {}
+    copies = _evenly_spaced([n.name for n in originals if n.split == TaskSplit.seen])
+    for level in noise_levels:
+        values: list[Tensor] = []
+
+        def noised(level: float = level, values: list[Tensor] = values) -> Iterator[Network]:
+            for network in originals:
+                state_dict = add_noise(network.state_dict, level, noise)
+                if network.name in copies:
+                    values.append(flatten(layout, state_dict))
+                yield replace(network, state_dict=state_dict)
+
+        of_noised[level] = _measurements(judge, noised(), data_split)
+        if values and spread(training.values):
+            near = nearest_checkpoint(torch.stack(values), training.values).distance
+            noised_distances[level] = (near / spread(training.values)).tolist()
     metric = metric_that_counts(judge, [*of_originals, *of_networks]) if judge else None
 
     def evaluated(
@@ -194,10 +205,16 @@ def measure(
         baselines=baselines,
         sibling_distances=among[0],
         generated_distances=among[1],
+        noised_distances=noised_distances,
         metric=metric,
         other_metrics=[each for each in judge.metrics if each != metric] if judge else [],
         left_out=left_out,
     )
+
+
+def _evenly_spaced(names: Sequence[str]) -> set[str]:
+    count = min(len(names), _MOST_COPIES)
+    return {names[len(names) * i // count] for i in range(count)}
 
 
 def _measurements(judge: Judge | None, networks: Iterable[Network], data_split: str) -> list[Measurement]:

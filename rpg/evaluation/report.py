@@ -56,7 +56,7 @@ DISTANCES = {
     "generated_to_centre": "generated, to the mean checkpoint",
     "heldout_to_centre": "originals of unseen tasks, to the mean checkpoint",
 }
-"""Names of the distances in weight space, in the order of the tables."""
+"""Names of the distances in weight space, in the order of the tables; noised networks come after them."""
 
 STAGES = ("collect", "shard", "train", "generate", "evaluate")
 
@@ -222,7 +222,7 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, tuple[bytes, by
         ],
         condition_label=condition_label,
         title=_title(report["metric"]) if report["metric"] else "Score",
-        distance_names=DISTANCES,
+        distance_names=_distance_names(report),
         noise_levels=_noise_levels(report["similarity"]),
         config=json.dumps(report["config"], indent=2, ensure_ascii=False),
     )
@@ -250,7 +250,7 @@ def _distance_table(report: Mapping[str, Any]) -> Table:
     table.add_column("networks", no_wrap=True)
     for heading in ("median", "min", "max", "n"):
         table.add_column(heading, justify="right")
-    for key, name in DISTANCES.items():
+    for key, name in _distance_names(report).items():
         row = report["distance"][key]
         if row["n"]:
             cells = [_number(row["median"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
@@ -406,7 +406,18 @@ def _distance_json(results: Results) -> dict[str, Any]:
         "heldout_to_centre": _statistics(
             _finite([n.centre_distance for n in of_split(results.originals, TaskSplit.unseen)])
         ),
+        **{
+            f"noised_{level:g}": _statistics(_finite(distances))
+            for level, distances in sorted(results.noised_distances.items())
+        },
     }
+
+
+def _distance_names(report: Mapping[str, Any]) -> dict[str, str]:
+    """What each row of distances is called, in the order of the tables."""
+    levels = [key for key in report["distance"] if key.startswith("noised_")]
+    noised = {key: f"a training checkpoint with noise {key.removeprefix('noised_')}" for key in levels}
+    return {**DISTANCES, **noised}
 
 
 def _per_task(results: Results) -> list[dict[str, Any]]:

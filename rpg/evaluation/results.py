@@ -80,6 +80,8 @@ class Results:
     """Relative distances of training checkpoints to the nearest other one of their task."""
     generated_distances: Sequence[float] = ()
     """Relative distances of generated networks to the nearest other generated one of their task."""
+    noised_distances: Mapping[float, Sequence[float]] = field(default_factory=dict)
+    """Per noise level, relative distances of noised training checkpoints to the training set."""
     losses: Sequence[tuple[int, float]] = ()
     """Training curve: (step, loss)."""
     metric: Metric | None = ACCURACY

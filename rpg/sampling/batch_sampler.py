@@ -135,6 +135,6 @@ class BatchSampler:
 
             return GPULoop(
                 generator, steps, sampling.guidance, sampling.temperature, self.size, sampling.clip,
-                eight_bits=precision == SamplingPrecision.float8,
+                float8=precision == SamplingPrecision.float8,
             )  # fmt: skip
         return PlainLoop(generator, steps, sampling.guidance, sampling.temperature, sampling.clip)

@@ -96,7 +96,7 @@ class JobPlan:
         self.sampling = json.dumps(dataclasses.asdict(job.sampling))
         self.values = sum(spec.numel for spec in generator.layout.specs if spec.tokens)
         self._generator = generator
-        self._conditions = [condition_row(config, condition) for condition in job.conditions or []]
+        self._conditions = [checked_condition(config, condition) for condition in job.conditions or []]
         digest = digest or generator.digest()
         dtype = [] if job.dtype is None else [job.dtype]
         asked = json.dumps([digest, job.conditions, job.number, job.seed, self.sampling, *dtype])
@@ -154,7 +154,7 @@ class JobPlan:
         return ModelWriter(path, layout, self.provenance(index), self._dtype, self.companions).open()
 
 
-def condition_row(config: ConditionConfig, condition: list[float]) -> Tensor:
+def checked_condition(config: ConditionConfig, condition: list[float]) -> Tensor:
     """A user's condition as a generator of this configuration takes it, float32 [size].
 
     Raises:

@@ -38,12 +38,12 @@ def used_precision(generator: Generator, sampling: SamplingConfig) -> SamplingPr
     """The arithmetic of the denoiser's products, where the generator lies now: never `auto`."""
     if not samples_on_gpu(generator, sampling):
         return SamplingPrecision.float32
-    if samples_in_eight_bits(generator, sampling):
+    if samples_in_float8(generator, sampling):
         return SamplingPrecision.float8
     return SamplingPrecision.bfloat16
 
 
-def samples_in_eight_bits(generator: Generator, sampling: SamplingConfig) -> bool:
+def samples_in_float8(generator: Generator, sampling: SamplingConfig) -> bool:
     """Whether the GPU's loop is to multiply 8-bit floats: asked for, and possible with this GPU, this PyTorch
     (from 2.10 on) and these sizes."""
     sizes = generator.layout.token_size, generator.config.denoiser.width

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from rpg.client.schema import JobRequest
 from rpg.config import SamplingConfig, validate_sampling
 from rpg.errors import RPGError
-from rpg.sampling.job import GenerationJob, condition_row
+from rpg.sampling.job import GenerationJob, checked_condition
 from serve.config import LimitsConfig
 from serve.dispatch.served_generator import ServedGenerator, why_not_evaluated
 from serve.errors import ProblemError
@@ -57,7 +57,7 @@ def checked_job(
     try:
         validate_sampling(sampling, config)
         for condition in conditions or []:
-            condition_row(config.condition, condition)
+            checked_condition(config.condition, condition)
     except RPGError as error:
         raise ProblemError(422, str(error)) from error
     # Whole numbers in JSON are integers in Python, and would be written differently.

@@ -79,7 +79,8 @@ def test_another_dtype_and_evaluation(run: Run, client: Client) -> None:
     assert model["head.weight"].dtype == torch.float16
     assert run("submit", "small", "--condition", "0,1,2", "--evaluate")[::2] == (
         2,
-        "rpg: error: evaluate: generator 'small' is served without a collection to compare with\n",
+        "rpg: error: evaluate: generator 'small' is served without a test: with neither a task family, nor a "
+        "command, nor a collection whose conditions say what is right\n",
     )
 
 

@@ -141,6 +141,17 @@ def test_noised_originals_are_evaluated(measured):
     assert all(evaluated.split in (TaskSplit.seen, TaskSplit.unseen) for evaluated in result.noised[0.02])
 
 
+def test_a_noised_training_checkpoint_is_near_and_the_nearer_the_less_noise_it_has(measured):
+    layout, trained, values, originals, generated, _ = measured
+    seen = [n for n in originals if n.split == TaskSplit.seen]
+    conditions = [condition for condition, _ in trained]
+    found = measure(
+        layout, TrainingSet(values, conditions), seen, generated, None, "test", str, (0.01, 0.04), 1e-3, 0
+    ).noised_distances
+    assert [len(found[level]) for level in (0.01, 0.04)] == [1, 1]
+    assert 0 < found[0.01][0] < found[0.04][0] < 0.5
+
+
 def test_without_a_judge_distances_are_measured_all_the_same(measured):
     layout, trained, values, originals, generated, with_judge = measured
     conditions = [condition for condition, _ in trained]

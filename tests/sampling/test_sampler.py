@@ -26,7 +26,7 @@ from rpg.config import (
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.batch_sampler import BatchSampler
-from rpg.sampling.job import GenerationJob, condition_row
+from rpg.sampling.job import GenerationJob, checked_condition
 from rpg.sampling.noise import gaussian
 from rpg.sampling.prototypes import PROTOTYPE_PIECE, Prototypes
 from rpg.sampling.solvers import solver_steps
@@ -345,7 +345,7 @@ def test_bad_conditions_are_refused(
     message: str,
 ) -> None:
     with pytest.raises(RPGError, match=message):
-        condition_row(make_generator(make_layout(16), condition=kind).config.condition, condition)
+        checked_condition(make_generator(make_layout(16), condition=kind).config.condition, condition)
 
 
 PEAK_MEMORY = """

@@ -23,26 +23,26 @@ class AdaLNMLPOnGPU:
     """
 
     def __init__(
-        self, denoiser: AdaLNMLP, timesteps: Sequence[int], dtype: torch.dtype, eight_bits: bool = False
+        self, denoiser: AdaLNMLP, timesteps: Sequence[int], dtype: torch.dtype, float8: bool = False
     ) -> None:
         """Sample with `denoiser`, on a GPU, at `timesteps`, one a step.
 
-        `eight_bits`: see `rpg.sampling.precision.samples_in_eight_bits`.
+        `float8`: see `rpg.sampling.precision.samples_in_float8`.
         """
         self.dtype = dtype
         self.width = denoiser.width
-        self._eight_bits = eight_bits
+        self._float8 = float8
         t = torch.tensor(timesteps, device=denoiser.input.weight.device)
         with torch.inference_mode():
             self._by_time = denoiser.timestep_modulation(F.silu(denoiser.timestep(t)))
         # This product is computed once a token, so 8 bits would gain little for their rounding.
         self._modulation = Product(denoiser.prototype_modulation, dtype)
-        self._input = Product(denoiser.input, dtype, eight_bits)
+        self._input = Product(denoiser.input, dtype, float8)
         layers = [block.children() for block in denoiser.blocks]
         self._blocks = [
-            (Product(first, dtype, eight_bits), Product(last, dtype, eight_bits)) for first, _, last in layers
+            (Product(first, dtype, float8), Product(last, dtype, float8)) for first, _, last in layers
         ]
-        self._output = Product(denoiser.output, dtype, eight_bits)
+        self._output = Product(denoiser.output, dtype, float8)
 
     def prepare(self, prototypes: Tensor) -> Tensor:
         """The prototypes' part of the modulation, [N, (3 · depth + 2) · width], in `dtype`."""
@@ -62,7 +62,7 @@ class AdaLNMLPOnGPU:
 
     def _factor(self, x: Tensor, silu: bool) -> tuple[Tensor, Tensor | None]:
         """`x`, or its SiLU, as products take it, and the scales of its rows in 8 bits."""
-        y, scales = self._room(x) if self._eight_bits else (x, None)
+        y, scales = self._room(x) if self._float8 else (x, None)
         if scales is not None:
             quantise_rows(x, y, scales, silu)
         elif silu:
@@ -70,7 +70,7 @@ class AdaLNMLPOnGPU:
         return y, scales
 
     def _room(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not self._eight_bits:
+        if not self._float8:
             return torch.empty_like(x), None
         return torch.empty_like(x, dtype=DTYPE), x.new_empty(len(x), 1, dtype=torch.float32)
 
@@ -78,21 +78,21 @@ class AdaLNMLPOnGPU:
 class Product:
     """A linear layer in another precision."""
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype, eight_bits: bool = False) -> None:
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
         """Take a copy of the layer's weights.
 
         Args:
             layer: a linear layer.
-            dtype: of weights and factors; with `eight_bits` of bias and results alone.
-            eight_bits: whether weights, with a scale for each of their rows, and factors have 8 bits; sizes
-                are as `rpg.sampling.precision.samples_in_eight_bits` asks then.
+            dtype: of weights and factors; with `float8` of bias and results alone.
+            float8: whether weights, with a scale for each of their rows, and factors have 8 bits; sizes
+                are as `rpg.sampling.precision.samples_in_float8` asks then.
         """
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach()
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self._dtype = dtype
         self._scales: Tensor | None = None
-        if not eight_bits:
+        if not float8:
             self.weight = weight.to(dtype)
             return
         scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST

@@ -36,7 +36,7 @@ class GPULoop:
         size: int,
         clip: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        eight_bits: bool = False,
+        float8: bool = False,
         graph: bool = True,
     ) -> None:
         """Sample batches of `size` rows from `generator`, on its GPU.
@@ -49,7 +49,7 @@ class GPULoop:
             size: rows of every batch.
             clip: largest magnitude of an estimate; 0 is any.
             dtype: of the matrix products, or of their results where these are of 8 bits.
-            eight_bits: whether an AdaLN MLP multiplies 8-bit floats (`precision.samples_in_eight_bits`).
+            float8: whether an AdaLN MLP multiplies 8-bit floats (`precision.samples_in_float8`).
             graph: whether to record the loop; without, it runs step by step.
         """
         device = generator.positions.device
@@ -59,7 +59,7 @@ class GPULoop:
         self._guidance, self._temperature = guidance, temperature
         self._denoiser: AdaLNMLPOnGPU | UNetOnGPU
         if isinstance(generator.denoiser, AdaLNMLP):
-            self._denoiser = AdaLNMLPOnGPU(generator.denoiser, timesteps, dtype, eight_bits)
+            self._denoiser = AdaLNMLPOnGPU(generator.denoiser, timesteps, dtype, float8)
         else:
             assert isinstance(generator.denoiser, ConditionalUNet)
             self._denoiser = UNetOnGPU(generator.denoiser, timesteps, dtype)

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from rpg.config import DenoiserConfig, DenoiserKind, GeneratorConfig, SamplingConfig, validate_sampling
 from rpg.errors import RPGError
 from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
-from rpg.sampling.precision import samples_in_eight_bits, used_precision
+from rpg.sampling.precision import samples_in_float8, used_precision
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def rows_in_eight_bits(x):
+def rows_in_float8(x):
     return torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.full((len(x), 1), torch.nan, device=x.device)
 
 
@@ -35,7 +35,7 @@ def test_quantise_rows(device, width, silu):
 
     random = torch.Generator().manual_seed(0)
     x = (torch.randn(7, width, generator=random) * torch.logspace(-6, 6, 7)[:, None]).to(device)
-    out, scales = rows_in_eight_bits(x)
+    out, scales = rows_in_float8(x)
     quantise_rows(x, out, scales, silu)
     assert_rounded(out, scales, F.silu(x) if silu else x)
 
@@ -46,7 +46,7 @@ def test_numbers_of_the_format_stay_as_they_are(device):
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     numbers = numbers[numbers.isfinite()]
     x = torch.stack([numbers * 2.0**power for power in (-20, -1, 0, 9)]).to(device)
-    out, scales = rows_in_eight_bits(x)
+    out, scales = rows_in_float8(x)
     quantise_rows(x, out, scales)
     torch.testing.assert_close(out.float() * scales, x, rtol=0, atol=0)
 
@@ -54,7 +54,7 @@ def test_numbers_of_the_format_stay_as_they_are(device):
 def test_a_row_of_zeros(device):
     from rpg.sampling.gpu.kernels.float8 import quantise_rows
 
-    out, scales = rows_in_eight_bits(torch.zeros(2, 32, device=device))
+    out, scales = rows_in_float8(torch.zeros(2, 32, device=device))
     quantise_rows(torch.zeros(2, 32, device=device), out, scales)
     assert not (out.float() * scales).any() and scales.isfinite().all() and (scales > 0).all()
 
@@ -69,7 +69,7 @@ def test_modulated_rows(device, width, gated):
     modulation = torch.randn(5, 4 * width, generator=random).to(device)
     by_time = torch.randn(4 * width, generator=random).to(device)
     exact = torch.empty_like(x)
-    out, scales = rows_in_eight_bits(x)
+    out, scales = rows_in_float8(x)
     for y, found in ((exact, None), (out, scales)):
         if gated:
             add_gated_normalise_modulate(x.clone(), branch, modulation, by_time, 0, 2 * width, y, found)
@@ -103,7 +103,7 @@ def test_denoiser(device, monkeypatch):
     dtype = torch.bfloat16
     with torch.inference_mode():
         expected = denoiser(x, torch.tensor([300], device=device), prototypes)
-        fast = AdaLNMLPOnGPU(denoiser, [500, 300], dtype, eight_bits=True)
+        fast = AdaLNMLPOnGPU(denoiser, [500, 300], dtype, float8=True)
         found = fast.denoise(x.to(dtype), 1, fast.prepare(prototypes))
     assert found.dtype == dtype
     error = float((found - expected).norm() / expected.norm())
@@ -123,9 +123,9 @@ def test_product(shape):
     torch.manual_seed(0)
     layer = torch.nn.Linear(inputs, outputs, device="cuda")
     x = torch.randn(rows, inputs, device="cuda")
-    y, scales = rows_in_eight_bits(x)
+    y, scales = rows_in_float8(x)
     quantise_rows(x, y, scales)
-    product = Product(layer, torch.bfloat16, eight_bits=True)
+    product = Product(layer, torch.bfloat16, float8=True)
     with torch.inference_mode():
         found = product(y, scales)
         weight_scales = layer.weight.abs().amax(1, keepdim=True) / LARGEST
@@ -144,7 +144,7 @@ def test_a_row_does_not_depend_on_its_place():
     denoiser = AdaLNMLP(token_size=768, width=1024, depth=2, prototype_width=64).cuda()
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    fast = AdaLNMLPOnGPU(denoiser, [500], torch.bfloat16, eight_bits=True)
+    fast = AdaLNMLPOnGPU(denoiser, [500], torch.bfloat16, float8=True)
     x, prototypes = torch.randn(2048, 768, device="cuda").bfloat16(), torch.randn(2048, 64, device="cuda")
     order = torch.randperm(2048, device="cuda")
     with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_where_products_have_8_bits(monkeypatch, precision, capability, token_si
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     sampling = SamplingConfig(precision=precision)
-    assert samples_in_eight_bits(generator, sampling) == expected
+    assert samples_in_float8(generator, sampling) == expected
     # On this device, which is none of those.
     assert used_precision(generator, sampling) == "float32"
 
