@@ -161,7 +161,6 @@ def score_per_task(
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.6, max(len(chosen) - 0.4, 0.6))
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if metric.name == "accuracy":
             axes.set_xscale("function", functions=(_stretched, _unstretched))
             low, high = axes.get_xlim()
@@ -171,9 +170,14 @@ def score_per_task(
             axes.set_xlabel("accuracy (axis stretched towards 1)")
         else:
             unit = f" [{metric.unit}]" if metric.unit else ""
-            axes.set_xlabel(
-                f"{metric.name}{unit}" + ("" if metric.higher_is_better else " (lower is better)")
-            )
+            shown = [v for row in chosen for v in (*row.originals, *row.generated, *row.baselines.values())]
+            # Losses of weak baselines would press all others into a line.
+            if shown and 0 < 30 * min(shown) < max(shown):
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            direction = "" if metric.higher_is_better else " (lower is better)"
+            axes.set_xlabel(f"{metric.name}{unit}{direction}")
         if len(chosen) < len(rows):
             axes.set_title(f"the {len(chosen)} worst of {len(rows)} tasks", loc="left")
         legend_below(figure, *axes.get_legend_handles_labels(), columns=3)

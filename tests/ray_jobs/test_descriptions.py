@@ -64,10 +64,15 @@ def test_from_register_to_a_network_by_description(
     # From here on nothing names it.
     shutil.rmtree(encoder)
     output = tmp_path / "run"
-    settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}"]
+    # The command is told the description that a network was made for.
+    command = "evaluate.command=python -c 'import sys; print(len(sys.argv[2]))' {checkpoint} {condition}"
+    settings = [OWN, *TINY, f"collect.directory={checkpoints}", f"output={output}", command]
     result = join_job("pipeline", settings)
     assert result.returncode == 0, result.stderr
-    assert "its conditions are descriptions, which do not say what is right" in result.stderr
+    report = json.loads((output / "report.json").read_text())
+    texts = set(json.loads((tmp_path / "texts.json").read_text()).values())
+    assert {row["task"] for row in report["per_task"]} <= texts
+    assert all(row["generated"]["mean"] == len(row["task"]) for row in report["per_task"])
 
     digest = encoder_digest(text_encoder)
     assert json.loads((output / "shards" / "shards.json").read_text())["encoder"] == digest
