@@ -244,7 +244,7 @@ def test_collecting_never_replaces_checkpoints_of_the_users(call_job, checkpoint
     own = tmp_path / "work"
     shutil.move(checkpoints, own / "collection")
     before = {path: path.read_bytes() for path in (own / "collection").iterdir()}
-    result = call_job("collect", [OWN, f"output={own}"])
+    result = call_job("collect", [OWN, "tasks=digits", f"output={own}"])
     assert result.returncode == 2
     assert "did not make" in result.stderr
     assert {path: path.read_bytes() for path in (own / "collection").iterdir()} == before
