@@ -5,6 +5,7 @@ python -m ray_jobs.collect CONFIG [key=value …]
 
 import re
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,7 @@ from ray_jobs.resources import ResourceRequest
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
-from rpg.collection.collection import COLLECTION_FILE, FAMILY, Collection, Entry
+from rpg.collection.collection import COLLECTION_FILE, FAMILY, SPLITS, Collection, Entry
 from rpg.commands.progress import stage_progress
 from rpg.config import Config
 from rpg.errors import RPGError
@@ -91,9 +92,14 @@ def _tasks(config: Config) -> list[Task]:
         tasks = list(family.tasks(config.collect.validation_tasks, config.seed))
     if not tasks or not all(isinstance(task, Task) for task in tasks):
         raise RPGError(f"{name}: tasks: expected a list of Task, got {tasks!r:.80}")
-    names = [task.name for task in tasks]
+    names = [f"{task.name:0>4}" for task in tasks]
     for task in tasks:
-        if not re.fullmatch(r"[\w.-]{1,100}", task.name) or names.count(task.name) > 1:
+        if task.split not in SPLITS or len(task.condition) != len(tasks[0].condition):
+            raise RPGError(
+                f"{name}: tasks: '{task.name}': expected a split of {', '.join(SPLITS)} and a condition of "
+                f"{len(tasks[0].condition)} values, got '{task.split}' and {len(task.condition)} values"
+            )
+        if not re.fullmatch(r"[\w.-]{1,100}", task.name) or names.count(f"{task.name:0>4}") > 1:
             raise RPGError(
                 f"{name}: tasks: expected different names of letters, digits, '_', '-' and '.', "
                 f"got {task.name!r:.80}"
@@ -145,10 +151,9 @@ def _fine_tune(
     judge = _judge(settings)
     with calling(settings.tasks, "fine_tune"):
         state_dicts = judge.family.fine_tune(backbone, models, config.collect, config.seed)
-    if len(state_dicts) != len(models):
-        raise RPGError(
-            f"{settings.tasks}: fine_tune: expected {len(models)} networks, got {len(state_dicts)}"
-        )
+    if not isinstance(state_dicts, Sequence) or len(state_dicts) != len(models):
+        got = len(state_dicts) if isinstance(state_dicts, Sequence) else type(state_dicts).__name__
+        raise RPGError(f"{settings.tasks}: fine_tune: expected {len(models)} networks, got {got}")
     names = [f"task{task.name:0>4}_copy{copy}.safetensors" for task, copy in models]
     measured = judge.measure(
         [Candidate(*row) for row in zip(names, state_dicts, [t.condition for t, _ in models], strict=True)],

@@ -68,7 +68,9 @@ def run(config: Config) -> None:
     paths = RunPaths.of(config)
     with stage_progress("evaluate") as display:
         display.update(0, 2, f"networks on {_data_split(config)} data")
-        on_gpu = _resources(config) is not None
+        settings = _judge_settings(config)
+        # A command has a GPU in Ray tasks of its own.
+        on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.command
         measured = _measure_on_gpu(config) if on_gpu else _measure(config, torch.device("cpu"))
         display.update(1, 2, "report")
         history = read_json(paths.generator / HISTORY_FILE, "a training history")
@@ -173,21 +175,29 @@ def _task_names(judge: Judge | None, collection: Collection) -> TaskName:
     texts = collection.descriptions
     named = getattr(judge.family, "task_name", None) if isinstance(judge, FamilyJudge) else None
 
+    known: dict[str, Condition] = {}
+
     def name(condition: Condition | None) -> str:
         if condition in texts:
             return texts[condition]
         if condition is None or named is None or judge is None:
             return condition_name(condition)
-        with calling(judge.name, "task_name"):
-            return str(named(list(condition)))
+        try:
+            with calling(judge.name, "task_name"):
+                found = str(named(list(condition)))
+        except RPGError:
+            return condition_name(condition)
+        # Networks of two tasks are never compared, whatever the family calls them.
+        if known.setdefault(found, condition) != condition:
+            return f"{found} ({condition_name(condition)})"
+        return found
 
     return name
 
 
 def _resources(config: Config) -> ResourceRequest | None:
     settings = _judge_settings(config)
-    # A command has a GPU in a Ray task of its own.
-    if not isinstance(settings, JudgeSettings) or settings.command or not settings.use_gpu:
+    if not isinstance(settings, JudgeSettings) or not settings.use_gpu:
         return None
     return ResourceRequest("evaluation", 1, "ray.use_gpu=true", use_gpu=True)
 
@@ -213,7 +223,13 @@ def _networks(
         if len(entries) < len(known):
             left_out.append(f"originals: {len(entries)} of {len(known)} were measured, evenly spaced")
     originals = [
-        Network(entry.file, condition, split, collection.read_checked(entry), entry.description)
+        Network(
+            entry.file,
+            condition,
+            split,
+            collection.read_checked(entry),
+            entry.description if condition is not None else None,
+        )
         for entry, condition, split in entries
     ]
     job = read_json(paths.generated / JOB_FILE, "a generation job")
@@ -245,7 +261,7 @@ EVALUATE = Stage(
     name="evaluate",
     run=run,
     sections=("evaluate",),
-    ignored=("evaluate.time_limit",),
+    ignored=("evaluate.time_limit", "evaluate.directory"),
     further=judge_inputs,
     after=GENERATE,
     resources=_resources,

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 
 from ray_jobs.run_paths import RunPaths
 from rpg.collection.collection import Collection
 from rpg.collection.companions import Companions
 from rpg.config import Config
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.evaluation.command_judge import CommandJudge, MeasureOne
 from rpg.evaluation.judge import Candidate, FamilyJudge, Judge, Measurement
 from rpg.storage.files import sha256
 from rpg.tasks.families import Metric, family_of, load_family, uses_gpu
 
 _NO_COMPANIONS = Companions()
+_HERE = Path()
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class JudgeSettings:
     metric: Metric
     """The metric that counts, for a command."""
     time_limit: float
+    directory: str
+    """Where the command runs."""
     use_gpu: bool
     """Whether networks are measured on a GPU."""
 
@@ -48,7 +52,8 @@ class JudgeSettings:
         paths, evaluate = RunPaths.of(config), config.evaluate
         metric = Metric(evaluate.metric, evaluate.higher_is_better)
         if evaluate.command:
-            return cls("", "", evaluate.command, metric, evaluate.time_limit, config.ray.use_gpu)
+            directory = evaluate.directory or str(Path.cwd())
+            return cls("", "", evaluate.command, metric, evaluate.time_limit, directory, config.ray.use_gpu)
         tasks = paths.tasks
         if not tasks:
             if collection is None:
@@ -58,7 +63,7 @@ class JudgeSettings:
                 )
             tasks = family_of(collection)
         return cls(
-            tasks, paths.images, "", metric, evaluate.time_limit, config.ray.use_gpu and uses_gpu(tasks)
+            tasks, paths.images, "", metric, evaluate.time_limit, "", config.ray.use_gpu and uses_gpu(tasks)
         )
 
     def open(
@@ -79,7 +84,11 @@ class JudgeSettings:
         """
         if self.command:
             run_all = self._run_on_ray if on_ray else None
-            return CommandJudge(self.command, self.metric, self.time_limit, companions, run_all)
+            # Commands that share a GPU run one after the other.
+            at_once = 1 if self.use_gpu else 0
+            return CommandJudge(
+                self.command, self.metric, self.time_limit, companions, self.directory, at_once, run_all
+            )
         return FamilyJudge(self.tasks, self.images, device, self.time_limit)
 
     @property
@@ -92,8 +101,18 @@ class JudgeSettings:
 
     def _run_on_ray(self, measure: MeasureOne, networks: Sequence[Candidate]) -> list[Measurement]:
         run = _measure_one.options(num_gpus=int(self.use_gpu))
-        measured: list[Measurement] = ray.get([run.remote(measure, network) for network in networks])
-        return measured
+        shared = ray.put(measure)
+        waiting = [run.remote(shared, network) for network in networks]
+        return [_measured(ref, network) for ref, network in zip(waiting, networks, strict=True)]
+
+
+def _measured(ref: Any, network: Candidate) -> Measurement:
+    try:
+        measurement: Measurement = ray.get(ref)
+        return measurement
+    except ray.exceptions.RayError as error:
+        # The process may have been killed for its memory.
+        return Measurement({}, None, f"{network.name}: evaluate.command: {one_line(error):.200}")
 
 
 @ray.remote(num_cpus=1)
@@ -141,8 +160,19 @@ def judge_inputs(config: Config) -> dict[str, str]:
         words = []
     settings = dataclasses.asdict(config.evaluate)
     named = {key: str(settings[key]) for key in ("command", "metric", "higher_is_better")}
-    return {**named, **_digests(words[1:])}
+    return {**named, **_digests(words, Path(config.evaluate.directory))}
 
 
-def _digests(files: Sequence[str]) -> dict[str, str]:
-    return {file: sha256(Path(file)) for file in files if file and Path(file).is_file()}
+def _digests(files: Sequence[str], directory: Path = _HERE) -> dict[str, str]:
+    found = {file: directory / file for file in files if file}
+    return {file: sha256(path) for file, path in found.items() if path.is_file()}
+
+
+def check_judge(config: Config) -> None:
+    """Check the task family or the command that a config names, before any work is done.
+
+    Raises:
+        RPGError: if it cannot measure networks.
+    """
+    if config.tasks or config.evaluate.command:
+        JudgeSettings.of(config, None).open().check()

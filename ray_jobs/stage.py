@@ -183,6 +183,8 @@ def job_main(
 
     def command() -> None:
         config = load_config(arguments.config, arguments.overrides)
+        # Workers run in other directories.
+        config.evaluate.directory = str(Path(config.evaluate.directory).absolute())
         cache = Path(config.ray.cache_directory)
         with locked_output(RunPaths.of(config).root, cache):
             # Starting Ray takes seconds, so mistakes that can be found without it are told before.

@@ -14,7 +14,7 @@ import ray.exceptions
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_jobs.judging import judge_inputs
+from ray_jobs.judging import check_judge, judge_inputs
 from ray_jobs.resources import training_request
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.shard import SHARD
@@ -57,6 +57,13 @@ def run(config: Config) -> None:
         # Only a job with an earlier config could resume from other checkpoints.
         if other.name not in (name, TENSORBOARD_DIRECTORY):
             remove_directory(other)
+
+
+def check(config: Config) -> None:
+    """Refuse a config that no worker can train with, and what cannot validate its networks."""
+    check_fit(config)
+    if config.train.validate_every:
+        check_judge(config)
 
 
 @ray.remote(num_cpus=0)
@@ -124,7 +131,7 @@ TRAIN = Stage(
     # Validation chooses the generator.
     further=lambda config: judge_inputs(config) if config.train.validate_every else {},
     resources=training_request,
-    check=check_fit,
+    check=check,
     outputs=lambda paths: [paths.generator / WEIGHTS_FILE],
     # The history holds the seconds of each step, so that no two trainings leave the same.
     distinguishing=lambda paths: paths.generator / HISTORY_FILE,

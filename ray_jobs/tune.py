@@ -14,7 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from ray_jobs.judging import judge_inputs
+from ray_jobs.judging import check_judge, judge_inputs
 from ray_jobs.loading import load_collection, open_shards
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.search.results import (
@@ -118,6 +118,7 @@ def search(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse a search space that cannot be searched, and what the stages before the search would refuse."""
     search_space(config)
+    check_judge(config)
     for stage in with_stages_before(TUNE):
         if not is_done(stage, config):
             stage.check(config)

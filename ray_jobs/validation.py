@@ -9,9 +9,10 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
-from rpg.evaluation.judge import Candidate, metric_that_counts
+from rpg.evaluation.judge import Candidate, metric_that_counts, with_metric
 from rpg.generator.generator import Generator
 from rpg.sampling.generate import generate_models
+from rpg.tasks.families import Metric
 from rpg.training.progress import Validation
 
 
@@ -75,6 +76,7 @@ class ValidationTasks:
         measured = judge.measure(networks, "validation")
         # A generator that is barely trained makes networks that cannot be measured. A better one comes later.
         metric = metric_that_counts(judge, measured).name
+        measured = with_metric(Metric(metric), [network.name for network in networks], measured)
         if failures := [each.failure for each in measured if each.failure is not None]:
             return Validation(metric, None, failures[0])
         return Validation(metric, sum(each.metrics[metric] for each in measured) / len(measured))

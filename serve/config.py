@@ -160,6 +160,8 @@ def load_serve_config(path: Path, directory: Path | None = None) -> ServeConfig:
         entry.path = _absolute(entry.path, directory)
         entry.collection = _absolute(entry.collection, directory)
         entry.images = _absolute(entry.images, directory)
+        if entry.evaluate.command:
+            entry.evaluate.directory = str(directory / entry.evaluate.directory)
         file, _, name = entry.tasks.rpartition(":")
         if file.endswith(".py"):
             entry.tasks = f"{_absolute(file, directory)}:{name}"

@@ -129,17 +129,22 @@ def _trainable(
         def on_report(metrics: dict[str, Any]) -> None:
             score, step = metrics.get("validation_score"), metrics["step"]
             # Training that is resumed may repeat rounds that have been reported.
-            if score is not None and step == every * (len(done) + 1):
-                done.append({_ROUND: len(done) + 1, _SCORE: score, "seconds": metrics["seconds"]})
+            if score is not None and step % every == 0 and step // every > last_round(done):
+                done.append({_ROUND: step // every, _SCORE: score, "seconds": metrics["seconds"]})
                 write_json(record, done)
                 forward.after_report(None, [done[-1]], None)  # type: ignore[arg-type]
 
-        if len(done) < rounds:
+        if last_round(done) < rounds:
             name = _mailbox_name(parameters[_TRIAL])
             mailbox = TrainingMailbox.options(name=name).remote()  # type: ignore[attr-defined]
             fit_generator(config, shards, storage, trial.name, mailbox, config.shard.token_size, on_report)
 
     return trainable
+
+
+def last_round(done: list[dict[str, Any]]) -> int:
+    """The last round that a trial has reported; one whose networks could not be measured is passed over."""
+    return int(done[-1][_ROUND]) if done else 0
 
 
 def _result(trials: list[Trial], result: ray.tune.Result, rounds: int) -> TrialResult:

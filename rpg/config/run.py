@@ -149,6 +149,8 @@ class JudgeConfig:
     command: str = ""
     """Such as `python test.py {checkpoint}`. Its last line is a number, or a JSON object of numbers by name;
     it may take {condition} and {split} as well. Empty: the task family measures."""
+    directory: str = ""
+    """Where the command runs; empty: where the job was started, or beside the service's file."""
     metric: str = ""
     """The metric of the command that counts; empty: the first one that it prints."""
     higher_is_better: bool = True

@@ -5,7 +5,6 @@ numbers by name. It is split into words before names are put in, and no shell re
 inject."""
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from typing import IO
 
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.companions import Companions
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.evaluation.judge import Candidate, Measurement, finite_metrics
 from rpg.tasks.families import Asked, Metric
 
@@ -31,6 +30,9 @@ _TAIL_BYTES = 65_536
 """Bytes at the end of a command's output in which its last line is looked for."""
 _NUMBER = "score"
 """Name of the metric where the command prints a number and the config names none."""
+
+_LONGEST_NAME = 40
+"""Characters of a network's name in that of its temporary file: file systems allow 255 bytes."""
 
 MeasureOne = Callable[[Candidate], Measurement]
 RunAll = Callable[[MeasureOne, Sequence[Candidate]], list[Measurement]]
@@ -47,13 +49,17 @@ class CommandJudge:
         metric: the metric that counts; without a name it is the first one that the command prints.
         time_limit: seconds that the command may take for one network.
         companions: what lies beside the weights of a network that is a directory.
-        run_all: measures networks side by side; the default does in as many threads as there are CPUs.
+        directory: where the command runs, if the machine has it; empty: in the process's own directory.
+        at_once: commands that run side by side in this process; 0: as many as there are CPUs.
+        run_all: measures networks side by side elsewhere, in place of this process.
     """
 
     command: str
     metric: Metric
     time_limit: float = 600.0
     companions: Companions = field(default_factory=Companions)
+    directory: str = ""
+    at_once: int = 0
     run_all: RunAll | None = None
 
     @property
@@ -71,17 +77,16 @@ class CommandJudge:
         words = self._words()
         if not any(CHECKPOINT in word for word in words):
             raise RPGError(f"evaluate.command: expected {CHECKPOINT} in it, got '{self.command}'")
-        if shutil.which(words[0]) is None:
+        program = str(Path(self.directory) / words[0]) if os.sep in words[0] else words[0]
+        if shutil.which(program) is None:
             raise RPGError(f"evaluate.command: there is no program '{words[0]}'")
 
     def measure(self, networks: Sequence[Candidate], split: str) -> list[Measurement]:
         """Run the command for each network. How it failed is told in the network's measurement."""
-        run = _MeasureOne(
-            self._words(), self.metric, self.time_limit, self.companions, split, str(Path.cwd())
-        )
+        run = _MeasureOne(self._words(), self.metric, self.time_limit, self.companions, split, self.directory)
         if self.run_all is not None:
             return self.run_all(run, networks)
-        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(self.at_once or os.cpu_count() or 1) as pool:
             return list(pool.map(run, networks))
 
     def majority(self, asked: Asked, split: str) -> None:
@@ -105,19 +110,20 @@ class _MeasureOne:
     companions: Companions
     split: str
     directory: str
-    """Where the command runs, if the machine has it."""
 
     def __call__(self, network: Candidate) -> Measurement:
         try:
             with tempfile.TemporaryDirectory() as directory:
                 path = self._write(network, Path(directory))
                 return Measurement(self._result(self._run(path, network.asked)))
-        except RPGError as error:
-            return Measurement({}, None, f"{network.name}: {error}")
+        except (RPGError, OSError, ValueError) as error:
+            return Measurement({}, None, f"{network.name}: {one_line(error)}")
 
     def _write(self, network: Candidate, directory: Path) -> Path:
         """Write the network as generated ones are written, in a file or a directory."""
-        name = Path(network.name).name.removesuffix(".safetensors") or "model"
+        name = (
+            Path(network.name).name.removesuffix(".safetensors").replace("\0", "")[:_LONGEST_NAME] or "model"
+        )
         if not self.companions:
             path = directory / f"{name}.safetensors"
             write_checkpoint(path, network.state_dict, {"format": "pt"})
@@ -134,7 +140,7 @@ class _MeasureOne:
         Raises:
             RPGError: if it fails, or takes too long.
         """
-        condition = asked if isinstance(asked, str) else ",".join(f"{value:g}" for value in asked or ())
+        condition = asked if isinstance(asked, str) else ",".join(map(_exactly, asked or ()))
         values = {CHECKPOINT: str(path), "{condition}": condition, "{split}": self.split}
         words = [self.words[0], *(_filled(word, values) for word in self.words[1:])]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -145,7 +151,7 @@ class _MeasureOne:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
-                    cwd=self.directory if Path(self.directory).is_dir() else None,
+                    cwd=self.directory if self.directory and Path(self.directory).is_dir() else None,
                     start_new_session=True,
                 )
             except (OSError, ValueError) as error:
@@ -172,8 +178,8 @@ class _MeasureOne:
             found = json.loads(line)
         except (ValueError, RecursionError):
             found = None
-        if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found):
-            return {self.metric.name or _NUMBER: float(found)}
+        if isinstance(found, int | float) and not isinstance(found, bool) and found == found:
+            return finite_metrics({self.metric.name or _NUMBER: found}, "evaluate.command")
         if not isinstance(found, dict) or not found:
             raise RPGError(
                 "evaluate.command: expected a number or a JSON object of numbers as its last line, "
@@ -184,6 +190,10 @@ class _MeasureOne:
         if counts not in metrics:
             raise RPGError(f"evaluate.command: metric '{counts}' is missing, got {', '.join(metrics):.80}")
         return {name: metrics[name] for name in dict.fromkeys([counts, *metrics])}
+
+
+def _exactly(value: float) -> str:
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
 
 
 def _filled(word: str, values: dict[str, str]) -> str:

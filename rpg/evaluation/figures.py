@@ -161,7 +161,8 @@ def score_per_task(
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.6, max(len(chosen) - 0.4, 0.6))
         axes.grid(visible=False, axis="y")
-        if metric.name == "accuracy":
+        shown = [v for row in chosen for v in (*row.originals, *row.generated, *row.baselines.values())]
+        if metric.name == "accuracy" and max(shown, default=0) <= 1:
             axes.set_xscale("function", functions=(_stretched, _unstretched))
             low, high = axes.get_xlim()
             axes.set_xlim(max(low, 0.0), min(high, 1.0))
@@ -170,7 +171,6 @@ def score_per_task(
             axes.set_xlabel("accuracy (axis stretched towards 1)")
         else:
             unit = f" [{metric.unit}]" if metric.unit else ""
-            shown = [v for row in chosen for v in (*row.originals, *row.generated, *row.baselines.values())]
             # Losses of weak baselines would press all others into a line.
             if shown and 0 < 30 * min(shown) < max(shown):
                 axes.set_xscale("log")

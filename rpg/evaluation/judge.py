@@ -4,7 +4,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -85,6 +85,20 @@ def metric_that_counts(judge: Judge, measurements: Sequence[Measurement]) -> Met
     return Metric(names[0] if names else "score", higher)
 
 
+def with_metric(metric: Metric, networks: Sequence[str], rows: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements, where those that lack the metric that counts are failures."""
+    return [
+        replace(row, metrics={}, failure=f"{name}: metric '{metric.name}' is missing")
+        if row.metrics and metric.name not in row.metrics
+        else row
+        for name, row in zip(networks, rows, strict=True)
+    ]
+
+
+class _TimeLimitError(RPGError):
+    """A call took too long."""
+
+
 class FamilyJudge:
     """Measures networks by a task family."""
 
@@ -128,11 +142,16 @@ class FamilyJudge:
         return majority_accuracy(self._labels(asked, split)) if can_predict(self.family) else None
 
     def _declared_metrics(self) -> Sequence[Metric]:
-        declared = getattr(self.family, "metrics", None)
+        with calling(self.name, "metrics"):
+            declared = getattr(self.family, "metrics", None)
         if declared is None:
             return () if can_evaluate(self.family) else (ACCURACY,)
         if not isinstance(declared, Sequence) or not all(isinstance(each, Metric) for each in declared):
             raise RPGError(f"tasks: '{self.name}': metrics: expected a list of Metric, got {declared!r:.80}")
+        if not can_evaluate(self.family) and [each.name for each in declared] != [ACCURACY.name]:
+            raise RPGError(
+                f"tasks: '{self.name}': metrics: expected accuracy alone without a method evaluate"
+            )
         return tuple(declared)
 
     def _measurement(self, network: Candidate, wrong: BoolArray | str | None, split: str) -> Measurement:
@@ -152,14 +171,19 @@ class FamilyJudge:
             with calling(self.name, "build_network"):
                 self._network = self.family.build_network()
         module = self._network
+        # What a family's own `load` does not replace, and what a call that hangs still does, must not reach
+        # the next checkpoint.
+        self._network = None
         load_network(self.family, self.name, module, network.state_dict)
 
         def evaluate() -> Any:
             with calling(self.name, "evaluate"):
-                arguments = (split,) if takes_split(self.family.evaluate) else ()
-                return self.family.evaluate(module, network.asked, *arguments)
+                named = {"split": split} if takes_split(self.family.evaluate) else {}
+                return self.family.evaluate(module, network.asked, **named)
 
         found = within(self._time_limit, evaluate, f"{self.name}: evaluate")
+        if not callable(getattr(self.family, "load", None)):
+            self._network = module
         metrics = finite_metrics(found, f"{self.name}: evaluate")
         missing = [metric.name for metric in self.metrics if metric.name not in metrics]
         if missing:
@@ -179,6 +203,8 @@ class FamilyJudge:
         except RPGError as error:
             if len(networks) == 1:
                 return [f"{networks[0].name}: {error}"]
+            if isinstance(error, _TimeLimitError):
+                return [f"{network.name}: {error}" for network in networks]
             # One network may be to blame for all.
             return [row for network in networks for row in self._wrong_answers([network], split)]
         right: dict[str, Tensor] = {}
@@ -249,7 +275,7 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     try:
         result, error = done.get(timeout=seconds)
     except queue.Empty:
-        raise RPGError(f"{what}: took longer than evaluate.time_limit = {seconds:g} s") from None
+        raise _TimeLimitError(f"{what}: took longer than evaluate.time_limit = {seconds:g} s") from None
     if error is not None:
         raise error
     return result  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from rpg.collection.layout import Encoded, Layout
 from rpg.errors import RPGError
 from rpg.evaluation.baselines import centre, nearest_tasks, ridge
 from rpg.evaluation.distance import nearest_checkpoint, spread, weight_distances
-from rpg.evaluation.judge import Candidate, Judge, Measurement, metric_that_counts
+from rpg.evaluation.judge import Candidate, Judge, Measurement, metric_that_counts, with_metric
 from rpg.evaluation.results import Evaluated, TaskSplit
 from rpg.evaluation.similarity import add_noise
 from rpg.tasks.families import Asked, Metric
@@ -160,6 +160,9 @@ def measure(
             near = nearest_checkpoint(torch.stack(values), training.values).distance
             noised_distances[level] = (near / spread(training.values)).tolist()
     metric = metric_that_counts(judge, [*of_originals, *of_networks]) if judge else None
+    if metric:
+        of_originals = with_metric(metric, [n.name for n in originals], of_originals)
+        of_networks = with_metric(metric, [n.name for n in generated], of_networks)
 
     def evaluated(
         networks: Sequence[Network],

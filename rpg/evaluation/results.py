@@ -123,7 +123,9 @@ def check_results(results: Results) -> None:
     for network in everything:
         if network.score is not None and not math.isfinite(network.score):
             raise RPGError(f"{network.name}: expected a finite score, got {network.score}")
-        if results.metric == ACCURACY and network.score is not None and not 0 <= network.score <= 1:
+        # An accuracy without predictions may be a percentage.
+        is_share = results.metric == ACCURACY and network.wrong is not None
+        if is_share and network.score is not None and not 0 <= network.score <= 1:
             raise RPGError(f"{network.name}: expected an accuracy in 0…1, got {network.score}")
         if first is None or first.wrong is None or network.wrong is None:
             continue

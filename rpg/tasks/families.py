@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ def calling(name: str, method: str) -> Iterator[None]:
         yield
     except RPGError:
         raise
-    except Exception as error:
+    # A script that has no `if __name__ == "__main__"` may end the program when it is imported.
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         # The last frame may lie in a library; the family's author looks for a line of their own.
         own = [frame for frame in frames if _is_foreign(frame.filename)]
@@ -261,6 +263,6 @@ def _construct(found: Any, name: str, images: str, device: torch.device) -> Any:
 
 def _is_foreign(filename: str) -> bool:
     """Whether code lies outside of this package and of installed ones."""
-    inside = Path(__file__).parents[1]
-    path = Path(filename)
-    return path.is_file() and not path.is_relative_to(inside) and "site-packages" not in path.parts
+    path, project = Path(filename), Path(__file__).parents[2]
+    ours = (*(project / name for name in ("rpg", "ray_jobs", "serve")), Path(sysconfig.get_path("stdlib")))
+    return path.is_file() and not any(map(path.is_relative_to, ours)) and "site-packages" not in path.parts

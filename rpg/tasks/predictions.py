@@ -14,6 +14,7 @@ _SIDE_BY_SIDE = 16
 """Networks that `torch.func.vmap` runs at once."""
 
 
+@torch.no_grad()
 def load_network(family: Any, name: str, network: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Put a checkpoint into a network, and the network into evaluation mode.
 

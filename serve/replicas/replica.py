@@ -274,7 +274,9 @@ def _load_judge(
     judge: Judge
     if test.command:
         metric = Metric(test.metric, test.higher_is_better)
-        judge = CommandJudge(test.command, metric, test.time_limit, generator.layout.companions)
+        at_once = 1 if entry.num_gpus else 0
+        companions = generator.layout.companions
+        judge = CommandJudge(test.command, metric, test.time_limit, companions, test.directory, at_once)
     else:
         family = entry.tasks or (family_of(collection) if collection else "")
         judge = FamilyJudge(family, entry.images, device, test.time_limit)

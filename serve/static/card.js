@@ -61,7 +61,7 @@ export class Card {
     const sampling = JSON.parse(metadata["rpg.sampling"]);
     const worth = [];
     for (const [name, value] of Object.entries(this.model.metrics ?? {}))
-      worth.push([name.charAt(0).toUpperCase() + name.slice(1), `${Number(value.toPrecision(4))} on test data`]);
+      worth.push([name.charAt(0).toUpperCase() + name.slice(1), `${name === "accuracy" ? value.toFixed(3) : Number(value.toPrecision(4))} on test data`]);
     if (this.model.failure) worth.push(["Not measured", this.model.failure]);
     if (this.model.similarity !== null)
       worth.push(["Similarity", `${this.model.similarity.toFixed(3)}: overlap of its errors with those of the nearest original`]);

@@ -67,6 +67,7 @@ def test_the_metric_that_counts_comes_first_and_a_number_is_a_score(tmp_path: Pa
         ),
         ("true {checkpoint}", "as its last line, got ''"),
         ("sh -c 'echo NaN' {checkpoint}", "got 'NaN'"),
+        (f"sh -c 'echo 1{400 * '0'}' {{checkpoint}}", "metric 'score': expected a finite number"),
         ("sh -c 'echo [1]' {checkpoint}", "got '[1]'"),
         ("sh -c 'echo true' {checkpoint}", "got 'true'"),
         (

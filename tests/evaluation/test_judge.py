@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from rpg.errors import RPGError
-from rpg.evaluation.judge import ACCURACY, Candidate, FamilyJudge, finite_metrics, metric_that_counts, within
+from rpg.evaluation.judge import (
+    ACCURACY,
+    Candidate,
+    FamilyJudge,
+    Measurement,
+    finite_metrics,
+    metric_that_counts,
+    with_metric,
+    within,
+)
 from rpg.tasks.families import Metric
 
 MINE = Path(__file__).parents[1] / "tasks" / "my_tasks.py"
@@ -108,6 +117,28 @@ def test_a_family_that_hangs_is_left_behind() -> None:
     assert "n0: " in str(found.failure)
     assert "took longer than evaluate.time_limit = 0.2 s" in str(found.failure)
     assert time.monotonic() - began < 20
+
+
+def test_a_familys_own_load_never_meets_the_network_before() -> None:
+    family = judge("LoadsSome")
+    first, second = candidates(family, 2)
+    partial = {name: value for name, value in second.state_dict.items() if "3" not in name}
+    measured = family.measure([first, Candidate("partial", partial, [1.0])], "test")
+    assert measured[0].metrics["bias"] == pytest.approx(first.state_dict["layers.3.bias"].item())
+    assert measured[1].metrics["bias"] != measured[0].metrics["bias"]
+
+
+def test_split_is_told_by_name_and_a_program_that_ends_itself_is_a_failure() -> None:
+    family = judge("KeywordSplit")
+    assert family.measure(candidates(family, 1), "validation")[0].metrics == {"validation": 1.0}
+    ends = judge("Exits").measure(candidates(family, 1), "test")
+    assert "evaluate: SystemExit" in str(ends[0].failure)
+
+
+def test_a_network_that_lacks_the_metric_that_counts_is_a_failure() -> None:
+    rows = [Measurement({"a": 1.0}), Measurement({"b": 1.0}), Measurement({}, None, "x: odd")]
+    found = with_metric(Metric("a"), ["m0", "m1", "m2"], rows)
+    assert [each.failure for each in found] == [None, "m1: metric 'a' is missing", "x: odd"]
 
 
 def test_a_call_gives_its_result_or_its_error() -> None:

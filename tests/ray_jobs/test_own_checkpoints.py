@@ -119,12 +119,14 @@ def test_a_command_measures_networks_without_conditions(join_job, checkpoints, t
     assert rpg("register", checkpoints).returncode == 0
     (tmp_path / "test.py").write_text(TEST)
     output = tmp_path / "run"
-    command = f"evaluate.command=python '{tmp_path / 'test.py'}' {{checkpoint}} {{split}}"
+    # The command runs where `evaluate.directory` says, and Ray's workers elsewhere.
+    command = "evaluate.command=python test.py {checkpoint} {split}"
     settings = [
         OWN,
         *TINY,
         f"collect.directory={checkpoints}",
         f"output={output}",
+        f"evaluate.directory={tmp_path}",
         "evaluate.metric=norm",
         "evaluate.higher_is_better=false",
         "evaluate.noise_levels=[0.05]",

@@ -157,3 +157,25 @@ class NoTest:
 class BadConstructor(Minimal):
     def __init__(self, room: str) -> None:
         self.room = room
+
+
+class LoadsSome(Minimal):
+    def load(self, network: nn.Module, state_dict: dict[str, Tensor]) -> None:
+        for name, parameter in network.named_parameters():
+            if name in state_dict:
+                parameter.copy_(state_dict[name])
+
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        return {"bias": network.get_parameter("layers.3.bias").item()}
+
+
+class KeywordSplit(Minimal):
+    def evaluate(
+        self, network: nn.Module, condition: list[float], verbose: bool = False, *, split: str = "test"
+    ) -> dict[str, float]:
+        return {split: 1.0}
+
+
+class Exits(Minimal):
+    def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
+        raise SystemExit(0)

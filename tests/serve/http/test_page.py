@@ -257,7 +257,7 @@ def test_a_measured_network_shows_its_accuracy(
     job = page.evaluate("location.hash.slice(1)")
     model = httpx.get(f"{measured_url}/v1/jobs/{job}/models").json()["models"][0]
     card = page.locator("#card")
-    expect(card).to_contain_text(f"Accuracy{model['accuracy']:.3f} on test images")
+    expect(card).to_contain_text(f"Accuracy{model['accuracy']:.3f} on test data")
     expect(card).to_contain_text(f"Similarity{model['similarity']:.3f}")
     assert here.fits()
     assert here.complaints == []

@@ -69,10 +69,14 @@ def test_a_misspelt_filter_is_refused(calling: Calling, path: str, message: str)
         ({"number": "2"}, "number: Input should be a valid integer"),
         ({"steps": 1001}, "steps: expected at most 1000 (limits.steps), got 1001"),
         ({"seed": 2**64}, "seed: Input should be less than"),
-        ({"solver": "euler"}, "solver: Input should be 'ddpm', 'ddim' or 'dpmpp_2m'"),
+        ({"solver": "euler"}, "solver: Input should be 'ddpm', 'ddim', 'ddim_leading' or 'dpmpp_2m'"),
         ({"numbre": 2}, "numbre: Extra inputs are not permitted"),
         ({"dtype": "float64"}, "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
-        ({"evaluate": True}, "evaluate: generator 'small' is served without a collection to compare with"),
+        (
+            {"evaluate": True},
+            "evaluate: generator 'small' is served without a test: with neither a task family, nor a command, nor "
+            "a collection whose conditions say what is right",
+        ),
         ({"priority": 101}, "priority: Input should be less than or equal to 100"),
         ({"generator": "../../etc"}, "generator: '../../etc' is not served"),
     ],
