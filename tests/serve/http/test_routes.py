@@ -74,8 +74,8 @@ def test_a_misspelt_filter_is_refused(calling: Calling, path: str, message: str)
         ({"dtype": "float64"}, "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
         (
             {"evaluate": True},
-            "evaluate: generator 'small' is served without a test: with neither a task family, nor a command, nor "
-            "a collection whose conditions say what is right",
+            "evaluate: generator 'small' is served without a test: with neither a task family, nor a "
+            "command, nor a collection whose conditions say what is right",
         ),
         ({"priority": 101}, "priority: Input should be less than or equal to 100"),
         ({"generator": "../../etc"}, "generator: '../../etc' is not served"),
