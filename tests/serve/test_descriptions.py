@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rpg.client import GeneratorInfo, ModelFile, Patience
+from rpg.client import GeneratorInfo, Patience
 from rpg.client.calls import Calls
 from rpg.client.transport import AsyncTransport
 from rpg.errors import RPGError
@@ -273,7 +273,7 @@ def test_the_client_asks_for_models_by_descriptions(using: Using, files: list[by
         await service.ended(job.id)
         paths = await calls.download(job.id, tmp_path / "models")
         assert [path.read_bytes() for path in paths] == files
-        models: list[ModelFile] = await calls._models(job.id)
+        models, _ = await calls._models(job.id)
         assert models[3].description == TEXTS[1]
         content = await calls.generate("small", seed=5, description=TEXTS[0])
         one = await post(service, "/v1/generate", generator="small", description=TEXTS[0], seed=5)
