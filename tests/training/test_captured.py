@@ -69,7 +69,11 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(
         if re.search(r"coder_list\.\d+\.(0\.bias|1\.0\.running_mean)$", one[0]):
             # BatchNorm takes a bias away again: its gradient is rounding, which Adam makes a whole step of.
             continue
-        torch.testing.assert_close(other[1].cpu(), one[1], rtol=1e-2, atol=1e-4)
+        expected, found = one[1], other[1].cpu()
+        if one[0].endswith("qkv.bias"):
+            # So does the softmax with the bias of the keys, the middle third.
+            expected, found = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (expected, found))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", list(TokenDtype))
