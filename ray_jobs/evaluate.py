@@ -20,11 +20,12 @@ from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main, stage_seconds, with_stages_before
 from ray_jobs.training.checkpoints import HISTORY_FILE
 from rpg.collection.checkpoint import read_checkpoint
-from rpg.collection.collection import Collection, Entry
+from rpg.collection.collection import Collection
 from rpg.collection.shards import ShardedCollection
 from rpg.commands.progress import console, stage_progress
 from rpg.config import Config, Split, to_plain
 from rpg.errors import RPGError
+from rpg.evaluation.baselines import evenly_spaced
 from rpg.evaluation.judge import FamilyJudge, Judge
 from rpg.evaluation.measure import (
     Condition,
@@ -219,7 +220,7 @@ def _networks(
         # Without conditions there is one task, and all checkpoints are originals of it.
         of_split = {"train": TaskSplit.seen, config.generate.split: TaskSplit.unseen}
         known = [entry for entry in collection.entries if entry.split in of_split]
-        entries = [(entry, None, of_split[entry.split]) for entry in _evenly_spaced(known)]
+        entries = [(entry, None, of_split[entry.split]) for entry in evenly_spaced(known, _MOST_ORIGINALS)]
         if len(entries) < len(known):
             left_out.append(f"originals: {len(entries)} of {len(known)} were measured, evenly spaced")
     originals = [
@@ -240,11 +241,6 @@ def _networks(
         state_dict = read_checkpoint(paths.generated / model["file"])
         generated.append(Network(model["file"], condition, split, state_dict, texts.get(condition or ())))
     return originals, generated, left_out
-
-
-def _evenly_spaced(entries: list[Entry]) -> list[Entry]:
-    count = min(len(entries), _MOST_ORIGINALS)
-    return [entries[len(entries) * i // count] for i in range(count)]
 
 
 def _training_set(shards: ShardedCollection) -> TrainingSet:

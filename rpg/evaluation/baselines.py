@@ -6,11 +6,14 @@ All work on plain matrices: flattened weights [checkpoints, P] and conditions [c
 from collections.abc import Sequence
 from itertools import combinations, combinations_with_replacement
 from math import comb
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rpg.errors import RPGError
+
+T = TypeVar("T")
 
 MAX_FEATURES = 20_000
 """Most polynomial features that ridge regression takes: a gigabyte at 6,000 checkpoints."""
@@ -159,11 +162,12 @@ def nearest_tasks(train_conditions: Tensor, conditions: Tensor, limit: int = 8) 
     for condition in conditions.double():
         squared = (tasks - condition).square().sum(dim=1)
         tied = [rows[i] for i in (squared == squared.min()).nonzero().flatten().tolist()]
-        result.append(_evenly_spaced(tied, limit))
+        result.append(evenly_spaced(tied, limit))
     return result
 
 
-def _evenly_spaced(values: Sequence[int], limit: int) -> list[int]:
+def evenly_spaced(values: Sequence[T], limit: int) -> list[T]:
+    """All values, or `limit` of them at even distances, in order."""
     if len(values) <= limit:
         return list(values)
     return [values[i * len(values) // limit] for i in range(limit)]

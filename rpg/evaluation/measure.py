@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rpg.collection.layout import Encoded, Layout
 from rpg.errors import RPGError
-from rpg.evaluation.baselines import centre, nearest_tasks, ridge
-from rpg.evaluation.distance import nearest_checkpoint, spread, weight_distances
+from rpg.evaluation.baselines import centre, evenly_spaced, nearest_tasks, ridge
+from rpg.evaluation.distance import nearest_checkpoint, weight_distances
 from rpg.evaluation.judge import Candidate, Judge, Measurement, metric_that_counts, with_metric
 from rpg.evaluation.results import Evaluated, TaskSplit
 from rpg.evaluation.similarity import add_noise
@@ -137,18 +137,21 @@ def measure(
             zip(distances.generated.tolist(), distances.generated_to_centre.tolist(), strict=True)
         )
         among = (distances.siblings.tolist(), distances.generated_siblings.tolist())
+        scale = distances.scale
     except RPGError as error:
         left_out.append(f"distances: {error}")
         nearest, to_centre, of_generated, among = {}, {}, [(None, None)] * len(generated), ([], [])
+        scale = 0.0
     noise = torch.Generator().manual_seed(seed)
     of_originals = _measurements(judge, originals, data_split)
     of_networks = _measurements(judge, generated, data_split)
-    of_noised, noised_distances = {}, {}
-    copies = _evenly_spaced([n.name for n in originals if n.split == TaskSplit.seen])
+    of_noised: dict[float, list[Measurement]] = {}
+    noised_distances: dict[float, list[float]] = {}
+    copies = evenly_spaced([n.name for n in originals if n.split == TaskSplit.seen], _MOST_COPIES)
+    values: list[Tensor] = []
     for level in noise_levels:
-        values: list[Tensor] = []
 
-        def noised(level: float = level, values: list[Tensor] = values) -> Iterator[Network]:
+        def noised(level: float = level) -> Iterator[Network]:
             for network in originals:
                 state_dict = add_noise(network.state_dict, level, noise)
                 if network.name in copies:
@@ -156,9 +159,11 @@ def measure(
                 yield replace(network, state_dict=state_dict)
 
         of_noised[level] = _measurements(judge, noised(), data_split)
-        if values and spread(training.values):
-            near = nearest_checkpoint(torch.stack(values), training.values).distance
-            noised_distances[level] = (near / spread(training.values)).tolist()
+    if values and scale:
+        # One pass over the training set serves all levels.
+        near = nearest_checkpoint(torch.stack(values), training.values).distance / scale
+        by_level = near.split(len(copies))
+        noised_distances = {level: rows.tolist() for level, rows in zip(noise_levels, by_level, strict=True)}
     metric = metric_that_counts(judge, [*of_originals, *of_networks]) if judge else None
     if metric:
         of_originals = with_metric(metric, [n.name for n in originals], of_originals)
@@ -213,11 +218,6 @@ def measure(
         other_metrics=[each for each in judge.metrics if each != metric] if judge else [],
         left_out=left_out,
     )
-
-
-def _evenly_spaced(names: Sequence[str]) -> set[str]:
-    count = min(len(names), _MOST_COPIES)
-    return {names[len(names) * i // count] for i in range(count)}
 
 
 def _measurements(judge: Judge | None, networks: Iterable[Network], data_split: str) -> list[Measurement]:
