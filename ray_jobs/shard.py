@@ -55,7 +55,9 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
             groups = earlier.groups(entries, config.shard)
         else:
             if layout is None:
-                layout = compute_layout(collection, entries, config.shard, companions, display, part_limits)
+                layout = compute_layout(
+                    collection, entries, config.shard, companions, display, resume.scratch, part_limits
+                )
                 resume.save_layout(layout, plan)
             fitted, kept = len(entries), {}
             groups = cut_into_groups(entries, layout, config.shard)
