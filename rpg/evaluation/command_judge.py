@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -30,6 +30,9 @@ _TAIL_BYTES = 65_536
 """Bytes at the end of a command's output in which its last line is looked for."""
 _NUMBER = "score"
 """Name of the metric where the command prints a number and the config names none."""
+
+_WATCHDOG = 'read -r group || exit; read -r ended || kill -s KILL -- "-$group"'
+"""Shell: ends a process group, the first line of input, if the input ends without a second line."""
 
 _LONGEST_NAME = 40
 """Characters of a network's name in that of its temporary file: file systems allow 255 bytes."""
@@ -143,7 +146,7 @@ class _MeasureOne:
         condition = asked if isinstance(asked, str) else ",".join(map(_exactly, asked or ()))
         values = {CHECKPOINT: str(path), "{condition}": condition, "{split}": self.split}
         words = [self.words[0], *(_filled(word, values) for word in self.words[1:])]
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _watchdog() as watch:
             try:
                 # A group of its own: what the command itself has started is ended with it.
                 process = subprocess.Popen(
@@ -156,6 +159,7 @@ class _MeasureOne:
                 )
             except (OSError, ValueError) as error:
                 raise RPGError(f"evaluate.command: '{words[0]}' cannot be run: {error}") from error
+            watch(process.pid)
             try:
                 status = process.wait(self.time_limit)
             except subprocess.TimeoutExpired:
@@ -190,6 +194,38 @@ class _MeasureOne:
         if counts not in metrics:
             raise RPGError(f"evaluate.command: metric '{counts}' is missing, got {', '.join(metrics):.80}")
         return {name: metrics[name] for name in dict.fromkeys([counts, *metrics])}
+
+
+@contextmanager
+def _watchdog() -> Iterator[Callable[[int], None]]:
+    """Yield what is told a process group, which is ended if this process is killed before the block ends.
+
+    Ray kills workers that use too much memory, and a user may kill the job. No code of the killed process
+    runs then, so another one waits for the end of a pipe that only this process has open.
+    """
+    watchdog = subprocess.Popen(
+        ["/bin/sh", "-c", _WATCHDOG],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    assert watchdog.stdin is not None
+    pipe = watchdog.stdin
+    try:
+        yield lambda group: _tell(pipe, f"{group}\n")
+    finally:
+        _tell(pipe, "ended\n")
+        pipe.close()
+        watchdog.wait()
+
+
+def _tell(pipe: IO[bytes], line: str) -> None:
+    # A watchdog that somebody has killed is not there to be told.
+    with suppress(BrokenPipeError):
+        pipe.write(line.encode())
 
 
 def _exactly(value: float) -> str:
