@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rpg.collection.collection import Collection
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,46 @@ def test_a_search_ranks_by_the_lowest_error(family_file, finished, join_job, tmp
     whole = [row["score"] for row in rows if row["share_of_budget"] == 1]
     assert whole == sorted(whole)
     assert whole
+
+
+def test_a_search_says_why_networks_could_not_be_measured(family_file, finished, join_job, tmp_path):
+    output, _, _ = finished
+    # The command fails after so many networks.
+    counter = tmp_path / "counted"
+    script = tmp_path / "test.py"
+    script.write_text(
+        "import sys\n"
+        f"with open({str(counter)!r}, 'a+') as file:\n"
+        "    file.write('x')\n"
+        "    file.seek(0)\n"
+        "    if len(file.read()) > int(sys.argv[1]):\n"
+        "        sys.exit('no luck')\n"
+        "print(0.5)\n"
+    )
+    for measured, name in ((0, "none"), (1, "some")):
+        counter.unlink(missing_ok=True)
+        arguments = [
+            OWN, *SETTINGS, "tune.space={generator.denoiser.width: [16]}", "tune.trials=1",
+            "tune.reduction=2", f"collect.directory={output / 'collection'}", f"output={tmp_path / name}",
+            "train.validation_models=1", f"evaluate.command=python {script} {measured * _in_a_round(output)} "
+            "{checkpoint}",
+        ]  # fmt: skip
+        result = join_job("tune", arguments)
+        if measured:
+            assert result.returncode == 0, result.stderr
+            [row] = json.loads((tmp_path / name / "tune" / "table.json").read_text())
+            assert (row["score"], row["share_of_budget"]) == (0.5, 0.25)
+            assert re.search(r"could not be measured: .*exit status 1: no luck", row["failure"])
+            assert "tune: trial 0: networks could not be measured: " in result.stderr + result.stdout
+        else:
+            assert result.returncode == 2
+            assert "tune: all trials failed, one of them with: " in result.stderr
+            assert "exit status 1: no luck" in result.stderr
+
+
+def _in_a_round(output: Path) -> int:
+    tasks = Collection.load(output / "collection").tasks("validation")
+    return len(tasks)
 
 
 @pytest.mark.parametrize(
