@@ -31,7 +31,7 @@ MOST_BYTES = 64 * 2**20
 """Of all companions together: the largest tokenizers have half of this."""
 _DIFFUSERS_KEY = "_class_name"
 _CACHED_MODEL, _SNAPSHOTS, _BLOBS = "models--", "snapshots", "blobs"
-"""In Hugging Face's cache, `models--ORG--NAME/snapshots/REVISION/config.json` links into the model's `blobs`."""
+"""Hugging Face's cache: `models--ORG--NAME/snapshots/REVISION/config.json` links into the model's `blobs`."""
 COMPANION_NAMES = frozenset(
     {
         ADAPTER_CONFIG, MODEL_CONFIG, "generation_config.json",
