@@ -187,6 +187,14 @@ def test_a_family_that_cannot_train_is_refused_before_ray_starts(call_job, tmp_p
     assert all(part in line for part in parts), line
 
 
+def test_a_family_trains_networks_that_a_command_measures_later(join_job, family_file, tmp_path):
+    arguments = [OWN, f"tasks={family_file}:Sines", "evaluate.command=false {checkpoint}", *SETTINGS]
+    result = join_job("collect", [*arguments, f"output={tmp_path / 'run'}"])
+    assert result.returncode == 0, result.stderr
+    entries = Collection.load(tmp_path / "run" / "collection").entries
+    assert all("validation_mse" in entry.metrics for entry in entries)
+
+
 def test_a_family_whose_training_fails_is_told_in_one_line(join_job, family_file, tmp_path):
     broken = family_file.with_name("broken_sines.py")
     broken.write_text(family_file.read_text().replace("trained = []", "trained = [][0]"))
