@@ -31,8 +31,8 @@ _TAIL_BYTES = 65_536
 _NUMBER = "score"
 """Name of the metric where the command prints a number and the config names none."""
 
-_WATCHDOG = 'read -r group || exit; read -r ended || kill -s KILL -- "-$group"'
-"""Shell: ends a process group, the first line of input, if the input ends without a second line."""
+_WATCHDOG = "read -r line; kill -s KILL 0"
+"""Shell: waits for the end of its input, then ends its process group."""
 
 _LONGEST_NAME = 40
 """Characters of a network's name in that of its temporary file: file systems allow 255 bytes."""
@@ -146,20 +146,19 @@ class _MeasureOne:
         condition = asked if isinstance(asked, str) else ",".join(map(_exactly, asked or ()))
         values = {CHECKPOINT: str(path), "{condition}": condition, "{split}": self.split}
         words = [self.words[0], *(_filled(word, values) for word in self.words[1:])]
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _watchdog() as watch:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _process_group() as group:
             try:
-                # A group of its own: what the command itself has started is ended with it.
+                # What the command itself has started is in the group as well.
                 process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
                     cwd=self.directory if self.directory and Path(self.directory).is_dir() else None,
-                    start_new_session=True,
+                    process_group=group,
                 )
             except (OSError, ValueError) as error:
                 raise RPGError(f"evaluate.command: '{words[0]}' cannot be run: {error}") from error
-            watch(process.pid)
             try:
                 status = process.wait(self.time_limit)
             except subprocess.TimeoutExpired:
@@ -168,7 +167,7 @@ class _MeasureOne:
                 ) from None
             finally:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    os.killpg(group, signal.SIGKILL)
                 process.wait()
             if status:
                 ended = f"exit status {status}" if status > 0 else f"signal {-status}"
@@ -197,35 +196,29 @@ class _MeasureOne:
 
 
 @contextmanager
-def _watchdog() -> Iterator[Callable[[int], None]]:
-    """Yield what is told a process group, which is ended if this process is killed before the block ends.
+def _process_group() -> Iterator[int]:
+    """Yield a process group. All processes in it end after the block, or when this process is killed.
 
     Ray kills workers that use too much memory, and a user may kill the job. No code of the killed process
-    runs then, so another one waits for the end of a pipe that only this process has open.
+    runs then, so the group's first process waits for the end of a pipe that only this process has open.
     """
     watchdog = subprocess.Popen(
         ["/bin/sh", "-c", _WATCHDOG],
-        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        start_new_session=True,
+        process_group=0,
     )
     assert watchdog.stdin is not None
-    pipe = watchdog.stdin
     try:
-        yield lambda group: _tell(pipe, f"{group}\n")
+        yield watchdog.pid
     finally:
-        _tell(pipe, "ended\n")
-        pipe.close()
+        # Until the first process has been waited for, no other group can get its number.
+        with suppress(ProcessLookupError):
+            os.killpg(watchdog.pid, signal.SIGKILL)
+        watchdog.stdin.close()
         watchdog.wait()
-
-
-def _tell(pipe: IO[bytes], line: str) -> None:
-    # A watchdog that somebody has killed is not there to be told.
-    with suppress(BrokenPipeError):
-        pipe.write(line.encode())
 
 
 def _exactly(value: float) -> str:
