@@ -74,8 +74,8 @@ def run(config: Config) -> None:
         on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.evaluate.command
         measured = _measure_on_gpu(config) if on_gpu else _measure(config, torch.device("cpu"))
         display.update(1, 2, "report")
-        history = read_json(paths.generator / HISTORY_FILE, "a training history")
-        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE)}
+        history = read_json(paths.fitted / HISTORY_FILE, "a training history")
+        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE, config)}
         results = Results(
             name=config.name,
             seed=config.seed,
