@@ -54,6 +54,7 @@ class BinaryCifar10:
         """Use the images in the directory or URI `images` (`cifar10_images`), and compute on `device`."""
         self.directory = images
         self.device = device
+        self._on_device: dict[str, Images] = {}
         self._answers: tuple[tuple[str, int], Tensor] | None = None
 
     def check(self) -> None:
@@ -221,7 +222,10 @@ class BinaryCifar10:
         return binary_loss(outputs, class_labels_many(conditions, batch[1]))
 
     def _images(self, split: str) -> Images:
-        return cifar10_images(self.directory, split).to(self.device)
+        # Copying them at every step of refining would take longer than the step.
+        if split not in self._on_device:
+            self._on_device[split] = cifar10_images(self.directory, split).to(self.device)
+        return self._on_device[split]
 
     def _training_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32

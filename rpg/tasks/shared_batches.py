@@ -30,6 +30,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Answers = Callable[[Tensor, Tensor], Tensor]
 """A batch's patches (`first_patches`) and classes [N] to what is right for each model, [M, N]."""
 
+_FEWEST_COMPILED = 64
+"""Models whose step is compiled. With fewer it is so short that compiling takes longer than it saves."""
+
 SHIFT = 4
 """The most pixels by which augmentation moves an image, in each direction."""
 
@@ -73,8 +76,7 @@ def train_on_shared_batches(
     batch_size = min(batch_size, len(images.classes))
     adam = SideBySideAdam(leaves, learning_rate, epochs * (len(images.classes) // batch_size))
     total_loss = _total_loss
-    # The step of a single model is so short that compiling takes longer than it saves.
-    if images.pixels.is_cuda and len(start["head.bias"]) > 1 and has_gpu_compiler():
+    if images.pixels.is_cuda and len(start["head.bias"]) >= _FEWEST_COMPILED and has_gpu_compiler():
         total_loss = _compiled_total_loss()
     for pixels, classes in batches(images, seed, epochs, batch_size):
         patches = first_patches(normalised(pixels).to(dtype))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rpg.errors import RPGError
 from rpg.tasks.families import Asked, calling
@@ -41,6 +42,9 @@ class TaskLoss:
         self._side_by_side: bool | None = None
         with calling(name, "build_network"):
             self._network = family.build_network().eval()
+        for module in self._network.modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.__class__ = _GivenStatistics
 
     def batch(self, size: int, random: torch.Generator) -> Any:
         """Training data of one step: about `size` samples, drawn by `random`."""
@@ -126,6 +130,19 @@ class TaskLoss:
         if not outputs.requires_grad and torch.is_grad_enabled():
             raise RPGError(f"{self._name}: outputs: no gradient flows back from them to the weights")
         return outputs
+
+
+class _GivenStatistics(_BatchNorm):
+    """BatchNorm in evaluation mode, written out: PyTorch's own has no gradient by the running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        shape = (1, -1, *[1] * (input.ndim - 2))
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        result = (input - self.running_mean.view(shape)) * scale.view(shape)
+        return result + self.bias.view(shape) if self.affine else result
 
 
 def can_train(family: Any) -> bool:

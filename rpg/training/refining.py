@@ -117,17 +117,16 @@ class TaskSource:
         states = torch.stack([self._drawn_states(random) for _ in range(config.tasks_per_step)])
         own = tasks[self._rows.start : self._rows.stop]
         states = states[self._rows.start : self._rows.stop].flatten()
-        noise = torch.empty(self._draws, len(own) * each, *self._shape, device=self.device)
-        for row in range(len(own) * each):
-            number = (step * config.tasks_per_step + self._rows.start) * each + row
-            of_network = torch.Generator(self.device)
-            of_network.manual_seed(derived_seed(self._seed, "network noise", number))
-            shape = noise[:, row].shape
-            noise[:, row] = torch.randn(shape, generator=of_network, device=self.device)
+        noise = torch.empty(self._draws, len(own), each, *self._shape, device=self.device)
+        for row in range(len(own)):
+            number = step * config.tasks_per_step + self._rows.start + row
+            of_task = torch.Generator(self.device)
+            of_task.manual_seed(derived_seed(self._seed, "task noise", number))
+            noise[:, row] = torch.randn(noise[:, row].shape, generator=of_task, device=self.device)
         samples = torch.Generator().manual_seed(derived_seed(self._seed, "samples", step))
         return TaskBatch(
             self._conditions(own.repeat_interleave(each), states).to(self.device),
-            noise,
+            noise.flatten(1, 2),
             [self._tasks.asked[task] for task in own.tolist()],
             self._loss.batch(config.samples_per_step, samples),
         )
