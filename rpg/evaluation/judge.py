@@ -142,10 +142,10 @@ class FamilyJudge:
         """Measure networks. What is wrong with one of them is told in its measurement."""
         if not networks:
             return []
-        answers: Sequence[_Answers | str | None] = [None] * len(networks)
+        found: Sequence[_Answers | str | None] = [None] * len(networks)
         if can_predict(self.family):
-            answers = self._answers(networks, split)
-        return [self._measurement(network, row, split) for network, row in zip(networks, answers, strict=True)]
+            found = self._answers(networks, split)
+        return [self._measurement(network, row, split) for network, row in zip(networks, found, strict=True)]
 
     def majority(self, asked: Asked, split: str) -> float | None:
         """Accuracy of always giving the most frequent right answer."""

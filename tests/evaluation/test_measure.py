@@ -11,7 +11,8 @@ from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
 from rpg.evaluation.baselines import majority_accuracy
 from rpg.evaluation.judge import ACCURACY, Measurement
-from rpg.evaluation.measure import Network, TrainingSet, condition_name, flatten, measure, unflatten
+from rpg.evaluation.measure import measure
+from rpg.evaluation.networks import Network, TrainingSet, condition_name, flatten, unflatten
 from rpg.evaluation.results import TaskSplit
 from rpg.tasks.families import Metric
 

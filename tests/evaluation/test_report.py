@@ -16,12 +16,11 @@ from rpg.evaluation.report import (
     build_figures,
     build_report,
     figure_pairs,
-    model_card_table,
     render_html,
-    terminal_table,
     write_report,
 )
 from rpg.evaluation.results import Evaluated, Results, TaskSplit, condition_label, of_split
+from rpg.evaluation.tables import model_card_table, terminal_table
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>{{ 7*7 }} $x | &amp;"
 
