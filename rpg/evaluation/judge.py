@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rpg.errors import RPGError
+from rpg.errors import RPGError, one_line
 from rpg.evaluation.baselines import majority_accuracy
 from rpg.evaluation.batchnorm import batchnorm_modules, recomputed_batchnorm, training_batches
 from rpg.evaluation.similarity import BoolArray
@@ -173,8 +173,12 @@ class FamilyJudge:
                 return self.family.references(dict(backbone), asked, split)
 
         found = within(self._time_limit, references, f"{self.name}: references")
-        if not isinstance(found, Mapping) or not all(isinstance(name, str) and name for name in found):
-            raise RPGError(f"{self.name}: references: expected answers by name, got {found!r:.80}")
+        if not isinstance(found, Mapping) or not all(
+            isinstance(name, str) and name and name.isprintable() for name in found
+        ):
+            raise RPGError(
+                f"{self.name}: references: expected answers by names of one line, got {one_line(repr(found)):.80}"
+            )
         right = self._labels(asked, split)
         scores: dict[str, float] = {}
         for name, answers in found.items():
