@@ -176,9 +176,8 @@ class FamilyJudge:
         if not isinstance(found, Mapping) or not all(
             isinstance(name, str) and name and name.isprintable() for name in found
         ):
-            raise RPGError(
-                f"{self.name}: references: expected answers by names of one line, got {one_line(repr(found)):.80}"
-            )
+            got = one_line(repr(found))
+            raise RPGError(f"{self.name}: references: expected answers by names of one line, got {got:.80}")
         right = self._labels(asked, split)
         scores: dict[str, float] = {}
         for name, answers in found.items():
