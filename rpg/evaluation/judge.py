@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rpg.errors import RPGError, one_line
+from rpg.errors import RPGError
 from rpg.evaluation.baselines import majority_accuracy
 from rpg.evaluation.batchnorm import batchnorm_modules, recomputed_batchnorm, training_batches
 from rpg.evaluation.similarity import BoolArray
@@ -176,8 +176,9 @@ class FamilyJudge:
         if not isinstance(found, Mapping) or not all(
             isinstance(name, str) and name and name.isprintable() for name in found
         ):
-            got = one_line(repr(found))
-            raise RPGError(f"{self.name}: references: expected answers by names of one line, got {got:.80}")
+            raise RPGError(
+                f"{self.name}: references: expected answers by names of one line, got {found!r:.80}"
+            )
         right = self._labels(asked, split)
         scores: dict[str, float] = {}
         for name, answers in found.items():
