@@ -12,6 +12,7 @@ import ray
 import torch
 from rich.console import Console
 
+from ray_jobs.collect import BACKBONE_FILE
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
 from ray_jobs.judging import JudgeSettings, judge_inputs
 from ray_jobs.loading import load_collection, load_generator, open_shards
@@ -49,8 +50,6 @@ _MOST_ORIGINALS = 100
 """Originals that are measured where no condition tells them apart. Each is measured with noise added, too."""
 _LINES_LEFT_OUT = 5
 """Reasons that are printed; all of them are in the report."""
-BACKBONE_FILE = "backbone.safetensors"
-"""Of a collection: the network that stage `collect` fine-tuned all others from."""
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 
@@ -68,11 +67,11 @@ def run(config: Config) -> None:
         display.update(0, 2, f"networks on {_data_split(config)} data")
         settings = _judge_settings(config)
         # A command has a GPU in Ray tasks of its own.
-        on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.command
+        on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.evaluate.command
         measured = _measure_on_gpu(config) if on_gpu else _measure(config, torch.device("cpu"))
         display.update(1, 2, "report")
-        history = read_json(paths.generator / HISTORY_FILE, "a training history")
-        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE)}
+        history = read_json(paths.fitted / HISTORY_FILE, "a training history")
+        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE, config)}
         results = Results(
             name=config.name,
             seed=config.seed,

@@ -22,6 +22,7 @@ from ray_jobs.search.results import (
     TABLE_FILE,
     TrialResult,
     describe,
+    failures,
     ranked,
     results_table,
     write_results,
@@ -46,7 +47,7 @@ def run(config: Config) -> None:
     """Search, and write the ranked table, the figure and the best config."""
     paths, space = RunPaths.of(config), search_space(config)
     # Every trial validates, so a collection without validation tasks is refused here.
-    tasks = ValidationTasks.of(config, load_collection(paths.collection))
+    tasks = ValidationTasks.of(config, "train", load_collection(paths.collection))
     # Trials that share the machine take a thread each unless told otherwise.
     threads = config.ray.train_threads or 1
     # Trials run in other directories, where relative paths would lead elsewhere.
@@ -74,6 +75,8 @@ def run(config: Config) -> None:
     best = best_config(results[0].trial, config)
     write_results(paths.root / "tune", results, list(space), best, tasks.higher_is_better)
     Console(width=_TABLE_WIDTH).print(results_table(results, list(space)))
+    for line in failures(results):
+        console.print(f"tune: {line}", soft_wrap=True, markup=False)
     remove_directory(run_directory(config, name) / "train")
     console.print(f"best config: {paths.root / 'tune' / BEST_FILE}", soft_wrap=True)
     # The shards of the best config are cut now, so that it can be trained as it is.
@@ -108,7 +111,7 @@ TUNE = Stage(
 
 def search(config: Config) -> None:
     """Search token size, model size and whatever else `tune.space` names."""
-    for stage in with_stages_before(TUNE):
+    for stage in with_stages_before(TUNE, config):
         if is_done(stage, config):
             console.print(f"{stage.name}: unchanged, reused")
         else:
@@ -119,7 +122,7 @@ def check(config: Config) -> None:
     """Refuse a search space that cannot be searched, and what the stages before the search would refuse."""
     search_space(config)
     check_judge(config)
-    for stage in with_stages_before(TUNE):
+    for stage in with_stages_before(TUNE, config):
         if not is_done(stage, config):
             stage.check(config)
 

@@ -4,8 +4,9 @@ They are networks of weights predicted from the training checkpoints, the best o
 that were not trained for the task, and always giving the most frequent answer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from rpg.collection.collection import Entry
 from rpg.collection.layout import Layout
 from rpg.errors import RPGError
 from rpg.evaluation.baselines import centre, nearest_tasks, ridge
-from rpg.evaluation.judge import ACCURACY, Candidate, FamilyJudge, Judge, Measurement
-from rpg.evaluation.networks import Condition, Network, StateDict, TaskName, TrainingSet, unflatten
+from rpg.evaluation.judge import ACCURACY, FamilyJudge, Judge, Measurement
+from rpg.evaluation.networks import (
+    BYTES_AT_ONCE,
+    Condition,
+    Network,
+    TaskName,
+    TrainingSet,
+    measurements,
+    unflatten,
+)
 from rpg.tasks.families import Metric
 
 RIDGE_ORDERS = (1, 2, 3)
@@ -40,9 +49,9 @@ class Scorer:
     left_out: list[str] = field(default_factory=list)
     """Why something has no score, a line for each reason."""
 
-    def scores(self, networks: Sequence[Candidate]) -> list[float | None]:
+    def scores(self, networks: Iterable[Network]) -> list[float | None]:
         """The score of each network; None for one that could not be measured."""
-        found = self.judge.measure(networks, self.data_split)
+        found = measurements(self.judge, networks, self.data_split)
         self.left_out.extend(each.failure for each in found if each.failure is not None)
         return [each.metrics.get(self.metric.name) for each in found]
 
@@ -59,39 +68,61 @@ def predicted_weights(
         asked: one network of each task.
         ridge_penalty: of the ridge regressions.
     """
-    candidates: dict[str, list[list[Tensor]]] = {}
+    candidates: dict[str, Iterator[_Row]] = {}
     if training.conditions is not None and asked and asked[0].condition is not None:
         known = torch.tensor(training.conditions)
         wanted = torch.tensor([network.condition for network in asked])
         for order in RIDGE_ORDERS:
-            try:
-                predicted = ridge(known, training.values, wanted, order, ridge_penalty)
-                candidates[f"ridge_{order}"] = [[row] for row in predicted]
-            except RPGError as error:
-                scorer.left_out.append(str(error))
-        candidates["nearest_task"] = [
-            [training.values[row] for row in rows] for rows in nearest_tasks(known, wanted)
-        ]
+            candidates[f"ridge_{order}"] = _ridge_rows(training.values, known, asked, order, ridge_penalty)
+        nearest = zip(asked, nearest_tasks(known, wanted), strict=True)
+        candidates["nearest_task"] = (
+            (network, training.values[row]) for network, rows in nearest for row in rows
+        )
     if asked:
         mean = centre(training.values)
-        candidates["centre"] = [[mean] for _ in asked]
-    tasks = [scorer.task_name(network.condition) for network in asked]
+        candidates["centre"] = ((network, mean) for network in asked)
     found: Scores = {}
-    for key, rows_of_tasks in candidates.items():
-        networks = [
-            Candidate(f"{key} for {task}", unflatten(layout, row), network.asked)
-            for task, network, rows in zip(tasks, asked, rows_of_tasks, strict=True)
-            for row in rows
-        ]
-        scores = iter(scorer.scores(networks))
-        by_task: dict[str, float] = {}
-        for task, rows in zip(tasks, rows_of_tasks, strict=True):
-            values = [score for score in [next(scores) for _ in rows] if score is not None]
-            if values:
-                by_task[task] = sum(values) / len(values)
+    for key, rows in candidates.items():
+        try:
+            # What is wrong with a baseline is seen at its first row.
+            first = next(rows)
+        except RPGError as error:
+            scorer.left_out.append(str(error))
+            continue
+        tasks: list[str] = []
+        networks = _predicted_networks(key, chain([first], rows), layout, scorer.task_name, tasks)
+        # The networks are made, and their tasks noted, while they are measured.
+        scores = scorer.scores(networks)
+        by_task: dict[str, list[float]] = {}
+        for task, score in zip(tasks, scores, strict=True):
+            if score is not None:
+                by_task.setdefault(task, []).append(score)
         if by_task:
-            found[key] = by_task
+            found[key] = {task: sum(values) / len(values) for task, values in by_task.items()}
     return found
+
+
+_Row = tuple[Network, Tensor]
+"""The network whose task a baseline is for, and the baseline's values [P]."""
+
+
+def _ridge_rows(
+    values: Tensor, known: Tensor, asked: Sequence[Network], order: int, penalty: float
+) -> Iterator[_Row]:
+    """The networks that ridge regression predicts; about `BYTES_AT_ONCE` of them are there at a time."""
+    some = max(1, BYTES_AT_ONCE // values[0].nbytes)
+    for start in range(0, len(asked), some):
+        part = asked[start : start + some]
+        wanted = torch.tensor([network.condition for network in part])
+        yield from zip(part, ridge(known, values, wanted, order, penalty), strict=True)
+
+
+def _predicted_networks(
+    key: str, rows: Iterable[_Row], layout: Layout, task_name: TaskName, tasks: list[str]
+) -> Iterator[Network]:
+    for network, values in rows:
+        tasks.append(task_name(network.condition))
+        yield replace(network, name=f"{key} for {tasks[-1]}", state_dict=unflatten(layout, values))
 
 
 def best_original(scorer: Scorer, best: BestOriginals, measured: Mapping[str, Measurement]) -> Scores:
@@ -112,8 +143,7 @@ def best_original(scorer: Scorer, best: BestOriginals, measured: Mapping[str, Me
         return {}
     others = [n for n in networks if n.name not in measured]
     scores = {name: each.metrics.get(scorer.metric.name) for name, each in measured.items()}
-    candidates = [Candidate(n.name, n.state_dict, n.asked) for n in others]
-    scores |= dict(zip([n.name for n in others], scorer.scores(candidates), strict=True))
+    scores |= dict(zip([n.name for n in others], scorer.scores(others), strict=True))
     known = {scorer.task_name(n.condition): scores[n.name] for n in networks}
     by_task = {task: score for task, score in known.items() if score is not None}
     return {"best_original": by_task} if by_task else {}
@@ -166,7 +196,10 @@ def majority(scorer: Scorer, asked: Sequence[Network]) -> Scores:
 
 
 def references(
-    scorer: Scorer, read_backbone: Callable[[], StateDict], asked: Sequence[Network], taken: Sequence[str]
+    scorer: Scorer,
+    read_backbone: Callable[[], dict[str, Tensor]],
+    asked: Sequence[Network],
+    taken: Sequence[str],
 ) -> Scores:
     """Accuracy of networks that were not trained for the tasks, where a family has some.
 

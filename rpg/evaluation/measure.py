@@ -3,7 +3,7 @@
 Distances in weight space need the weights alone. What networks are worth is measured by a judge, where there
 is one."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ from rpg.evaluation.judge import (
     metric_that_counts,
     with_metric,
 )
-from rpg.evaluation.networks import Network, StateDict, TaskName, TrainingSet, flatten
+from rpg.evaluation.networks import Network, TaskName, TrainingSet, flatten, measurements
 from rpg.evaluation.results import Evaluated, TaskSplit
 from rpg.evaluation.similarity import add_noise
 from rpg.seeds import derived_seed
@@ -37,8 +37,6 @@ from rpg.tasks.families import Metric
 
 _MOST_COPIES = 20
 """Noised training checkpoints whose distance to the training set is measured, for each level."""
-_BYTES_AT_ONCE = 2**30
-"""A judge is given networks of about so many bytes at a time, which it may run side by side."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def measure(
     layout: Layout, training: TrainingSet, originals: Sequence[Network], generated: Sequence[Network],
     judge: Judge | None, data_split: str, task_name: TaskName,
     noise_levels: Sequence[float], ridge_penalty: float, seed: int,
-    best_originals: BestOriginals | None = None, read_backbone: Callable[[], StateDict] | None = None,
+    best_originals: BestOriginals | None = None, read_backbone: Callable[[], dict[str, Tensor]] | None = None,
 ) -> Measured:  # fmt: skip
     """Evaluate all networks, with everything that the report compares generated networks with.
 
@@ -107,8 +105,8 @@ def measure(
         nearest, to_centre, of_generated, among = {}, {}, [(None, None)] * len(generated), ([], [])
         scale = 0.0
     noise = torch.Generator().manual_seed(seed)
-    of_originals = _measurements(judge, originals, data_split)
-    of_networks = _measurements(judge, generated, data_split)
+    of_originals = measurements(judge, originals, data_split)
+    of_networks = measurements(judge, generated, data_split)
     of_noised: dict[float, list[Measurement]] = {}
     noised_distances: dict[float, list[float]] = {}
     copies = evenly_spaced([n.name for n in originals if n.split == TaskSplit.seen], _MOST_COPIES)
@@ -122,7 +120,7 @@ def measure(
                     values.append(flatten(layout, state_dict))
                 yield replace(network, state_dict=state_dict)
 
-        rows = _measurements(judge, noised(), data_split)
+        rows = measurements(judge, noised(), data_split)
         # Noised networks never vote, and there may be many of them.
         of_noised[level] = [replace(row, answers=None) for row in rows]
     if values and scale:
@@ -151,7 +149,7 @@ def measure(
         left_out += scorer.left_out
         recomputed, reasons = _with_batchnorm_recomputed(judge, subjects, seed)
         left_out += reasons
-        of_recomputed = _measurements(judge, recomputed, data_split)
+        of_recomputed = measurements(judge, recomputed, data_split)
         of_recomputed = with_metric(metric, [n.name for n in recomputed], of_recomputed)
 
     def evaluated(
@@ -197,23 +195,6 @@ def measure(
         other_metrics=[each for each in judge.metrics if each != metric] if judge else [],
         left_out=left_out,
     )
-
-
-def _measurements(judge: Judge | None, networks: Iterable[Network], data_split: str) -> list[Measurement]:
-    """What networks are worth. Of networks that are made while this runs, few are in memory at a time."""
-    rows: list[Measurement] = []
-    some: list[Candidate] = []
-    size = 0
-    for network in networks:
-        if judge is None:
-            rows.append(Measurement({}))
-            continue
-        some.append(Candidate(network.name, network.state_dict, network.asked))
-        size += sum(value.nbytes for value in network.state_dict.values())
-        if size > _BYTES_AT_ONCE:
-            rows += judge.measure(some, data_split)
-            some, size = [], 0
-    return rows + (judge.measure(some, data_split) if judge and some else [])
 
 
 def _with_batchnorm_recomputed(

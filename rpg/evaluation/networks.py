@@ -1,13 +1,14 @@
-"""The networks of a run that is evaluated, by name and task, and their values in a row."""
+"""The networks of a run that is evaluated, by name and task: measured, and as values in a row."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rpg.collection.layout import Encoded, Layout
+from rpg.evaluation.judge import Candidate, Judge, Measurement
 from rpg.evaluation.results import TaskSplit
 from rpg.tasks.families import Asked
 
@@ -15,6 +16,8 @@ Condition = tuple[float, ...]
 StateDict = Mapping[str, Tensor]
 TaskName = Callable[[Condition | None], str]
 """Maps a condition to the name of its task; different tasks have different names."""
+BYTES_AT_ONCE = 2**30
+"""A judge is given networks of about so many bytes at a time, which it may run side by side."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,23 @@ def condition_name(condition: Condition | None) -> str:
     shown = ", ".join(f"{value:.3g}" for value in condition[:3])
     # Many conditions look alike in a few digits of their first values.
     return f"{shown}… {hashlib.sha256(repr(condition).encode()).hexdigest()[:6]}"
+
+
+def measurements(judge: Judge | None, networks: Iterable[Network], data_split: str) -> list[Measurement]:
+    """What networks are worth on the data of `data_split`; nothing where there is no judge.
+
+    Of networks that are made while this runs, few are in memory at a time.
+    """
+    rows: list[Measurement] = []
+    some: list[Candidate] = []
+    size = 0
+    for network in networks:
+        if judge is None:
+            rows.append(Measurement({}))
+            continue
+        some.append(Candidate(network.name, network.state_dict, network.asked))
+        size += sum(value.nbytes for value in network.state_dict.values())
+        if size > BYTES_AT_ONCE:
+            rows += judge.measure(some, data_split)
+            some, size = [], 0
+    return rows + (judge.measure(some, data_split) if judge and some else [])

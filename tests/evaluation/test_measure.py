@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
+from rpg.evaluation import baselines
 from rpg.evaluation.baselines import majority_accuracy
 from rpg.evaluation.judge import ACCURACY, Candidate, FamilyJudge, Measurement
 from rpg.evaluation.measure import measure
@@ -268,3 +269,42 @@ def test_a_family_gives_its_references_its_answers_and_its_training_data():
     assert [each.score for each in found.recomputed] == scores
     assert [each.name for each in found.recomputed] == [f"g{i} with BatchNorm recomputed" for i in range(3)]
     assert scores != [each.score for each in found.generated]
+
+
+def test_baselines_are_measured_a_few_networks_at_a_time(measured, monkeypatch):
+    layout, trained, values, originals, *_ = measured
+    sizes = []
+
+    class Counts(ByHand):
+        def measure(self, networks, split):
+            sizes.append(len(networks))
+            return super().measure(networks, split)
+
+    predicted = []
+
+    def ridge(*arguments):
+        predicted.append(len(arguments[2]))
+        return baselines.ridge(*arguments)
+
+    def all_baselines():
+        sizes.clear()
+        predicted.clear()
+        everywhere = [
+            Network(f"g{c}", c, TaskSplit.unseen, network(c, 0.1, 300 + i)) for i, c in enumerate(CONDITIONS)
+        ]
+        return measure(
+            layout, TrainingSet(values, [c for c, _ in trained]), originals, everywhere,
+            Counts(), "test", str, noise_levels=(), ridge_penalty=1e-3, seed=0,
+        ).baselines  # fmt: skip
+
+    monkeypatch.setattr("rpg.evaluation.baseline_scores.ridge", ridge)
+    whole = all_baselines()
+    assert max(sizes) >= len(CONDITIONS)
+    assert predicted == [len(CONDITIONS)] * 3
+    # Two networks of six float32 weights and an int64.
+    for module in ("networks", "baseline_scores"):
+        monkeypatch.setattr(f"rpg.evaluation.{module}.BYTES_AT_ONCE", 2 * (6 * 4 + 8))
+    found = all_baselines()
+    assert max(sizes) == 3
+    assert max(predicted) == 2
+    assert found == whole
