@@ -37,6 +37,8 @@ from rpg.tasks.families import Metric
 
 _MOST_COPIES = 20
 """Noised training checkpoints whose distance to the training set is measured, for each level."""
+_MOST_RECOMPUTED = 40
+"""Generated networks whose BatchNorm statistics are recomputed, each from thousands of training inputs."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def measure(
         if read_backbone is not None:
             baselines |= references(scorer, read_backbone, asked, [*baselines])
         left_out += scorer.left_out
-        recomputed, reasons = _with_batchnorm_recomputed(judge, subjects, seed)
+        recomputed, reasons = _with_batchnorm_recomputed(
+            judge, evenly_spaced(subjects, _MOST_RECOMPUTED), seed
+        )
         left_out += reasons
         of_recomputed = measurements(judge, recomputed, data_split)
         of_recomputed = with_metric(metric, [n.name for n in recomputed], of_recomputed)
