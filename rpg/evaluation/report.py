@@ -47,7 +47,7 @@ from rpg.evaluation.tables import (
 from rpg.storage.files import write_json, write_text
 from rpg.storage.locations import AnyPath
 
-STAGES = ("collect", "shard", "train", "generate", "evaluate")
+STAGES = ("collect", "shard", "train", "refine", "generate", "evaluate")
 
 FIGURES = {
     "similarity": (

@@ -77,8 +77,8 @@ class Results:
     noised: Mapping[float, Sequence[Evaluated]] = field(default_factory=dict)
     """Per noise level, originals with noise added."""
     recomputed: Sequence[Evaluated] = ()
-    """Some generated networks of the unseen tasks, with BatchNorm's statistics recomputed on training data. For a
-    collection without unseen tasks: of any task."""
+    """Some generated networks of the unseen tasks, with BatchNorm's statistics recomputed on training data.
+    For a collection without unseen tasks: of any task."""
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Score by baseline (best_original, centre, nearest_task, ridge_1, ridge_2, ridge_3, majority, and what a
     family calls its references), then by unseen task. For a collection without unseen tasks: by any task."""

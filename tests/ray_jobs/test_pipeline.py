@@ -27,7 +27,7 @@ def test_report_holds_what_is_promised(small_run):
         "ten-class backbone",
     ):  # fmt: skip
         assert 0 < report["score"]["baselines"][baseline]["mean"] <= 1
-    assert set(report["timing_seconds"]) == {"collect", "shard", "train", "generate", "evaluate"}
+    assert set(report["timing_seconds"]) == {"collect", "shard", "train", "refine", "generate", "evaluate"}
     assert report["score"]["generated_unseen"]["n"] == 20 * 2
     assert report["score"]["generated_seen"]["n"] == 20 * 2
     assert report["config"]["train"]["steps"] == 60
