@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rpg.collection.collection import Collection
+from rpg.generator.generator import Generator
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +25,13 @@ SETTINGS = (
     "train.steps=40",
     "train.warmup_steps=5",
     "train.validate_every=20",
+    "generator.sampling.steps=1",
+    "refine.steps=60",
+    "refine.warmup_steps=5",
+    "refine.learning_rate=2e-3",
+    "refine.states=4",
+    "refine.validate_every=30",
+    "refine.save_every=30",
     "collect.backbone_epochs=5",
     "collect.epochs=2",
     "collect.checkpoints_per_task=2",
@@ -100,11 +109,52 @@ def test_the_generator_with_the_lowest_error_is_kept(finished):
     assert min(scores) > 0
 
 
+def test_refining_makes_better_networks_and_leaves_the_fitted_generator(finished):
+    output, _, _ = finished
+    best = {}
+    for directory in ("fitted", "generator"):
+        history = json.loads((output / directory / "history.json").read_text())
+        best[directory] = min(row["validation_score"] for row in history if "validation_score" in row)
+    assert best["generator"] < 0.7 * best["fitted"]
+    refined, fitted = (Generator.from_pretrained(output / name) for name in ("generator", "fitted"))
+    assert (refined.config.condition.states, fitted.config.condition.states) == (4, 0)
+    assert refined.config.sampling.steps == 1
+
+
+def test_two_workers_refine_as_one_does(finished, join_job, tmp_path):
+    """Each makes networks for half of the tasks; the gradients are those of all."""
+    output, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output, copy, ignore=shutil.ignore_patterns(".lock"))
+    (copy / "stages" / "refine.json").unlink()
+    shutil.rmtree(copy / "refine")
+    again = [*arguments[:-1], f"output={copy}", "ray.train_workers=2"]
+    result = join_job("refine", again)
+    assert result.returncode == 0, result.stderr
+    one, two = (Generator.from_pretrained(each / "generator").state_dict() for each in (output, copy))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_family_without_a_loss_is_refused_before_any_work(finished, family_file, run_job, tmp_path):
+    _, arguments, _ = finished
+    without = tmp_path / "without_loss.py"
+    without.write_text(family_file.read_text().replace("def loss(", "def no_loss("))
+    result = run_job(
+        "pipeline", [arguments[0], f"tasks={without}:Sines", *arguments[2:-1], f"output={tmp_path}/x"]
+    )
+    assert result.returncode == 2
+    [line] = result.stderr.strip().splitlines()
+    assert "has no methods batch and loss" in line
+    assert "refine.steps=0" in line
+    assert not (tmp_path / "x" / "collection").exists()
+
+
 def test_code_that_has_changed_is_run_again_and_only_where_it_counts(finished, family_file, join_job):
     output, arguments, _ = finished
     again = join_job("pipeline", arguments)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("unchanged, reused") == 5
+    assert again.stderr.count("unchanged, reused") == 6
     changed = family_file.with_name("sines_changed.py")
     changed.write_text(family_file.read_text().replace('{"mse":', '{"extra": 1.0, "mse":'))
     collection = f"collect.directory={output / 'collection'}"
@@ -114,7 +164,8 @@ def test_code_that_has_changed_is_run_again_and_only_where_it_counts(finished, f
     changed.write_text(changed.read_text().replace('"extra": 1.0', '"extra": 2.0'))
     second = join_job("pipeline", other)
     assert second.returncode == 0, second.stderr
-    assert second.stderr.count("unchanged, reused") == 4
+    # Networks are refined by the family's loss, which may have changed.
+    assert second.stderr.count("unchanged, reused") == 3
     report = json.loads((output / "report.json").read_text())
     assert report["metrics"]["extra"]["generated"]["mean"] == 2.0
     assert report["metric"]["name"] == "mse"
