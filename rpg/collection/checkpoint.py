@@ -23,6 +23,7 @@ from torch import Tensor
 from rpg.collection.adapter import canonical_factors
 from rpg.collection.checkpoint_directory import files_of_directory, needed_files, read_config
 from rpg.collection.reading import AS_STORED, Reading
+from rpg.collection.safetensors_file import LARGEST_HEADER
 from rpg.collection.state_dicts import check_entries
 from rpg.collection.torch_file import LEGACY_MAGIC, ZIP_MAGIC, is_torch_archive, read_torch_file
 from rpg.collection.wrappers import unwrapped
@@ -38,8 +39,6 @@ ORDER_KEY = "tensor_order"
 _REPEATED_BYTES = 2**26
 _CHECKED_VALUES = 2**20
 _GGUF_MAGIC = b"GGUF"
-_LARGEST_HEADER = 100_000_000
-"""The longest header that safetensors reads."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _read_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], list[str
 
 def _begins_as_safetensors(start: bytes, path: Path) -> bool:
     length = int.from_bytes(start[:8], "little")
-    return start[8:9] == b"{" and length <= min(_LARGEST_HEADER, path.stat().st_size - 8)
+    return start[8:9] == b"{" and length <= min(LARGEST_HEADER, path.stat().st_size - 8)
 
 
 def _start(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from rpg import __version__
+from rpg.errors import RPGError
 from serve.config import ServeConfig
 from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.store import JobStore
@@ -68,6 +69,11 @@ def _answer_errors_with_problems(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         return problem_response(ProblemError(error.status_code, str(error.detail), error.headers))
+
+    @app.exception_handler(RPGError)
+    async def storage(request: Request, error: RPGError) -> Response:
+        _log.error("%s %s: %s", request.method, request.url.path, error)
+        return problem_response(ProblemError(503, str(error), {"Retry-After": "5"}))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

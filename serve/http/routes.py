@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
@@ -272,7 +273,9 @@ def add_models(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
 
 
 def _stored(store: JobStore, job: Job, model: ModelFile) -> StoredModel:
-    return StoredModel(store.model(job.id, model.index), model, store.companions(job.digest))
+    name = store.model(job.id, model.index).name
+    open_file = partial(store.open_model, job.id, model.index)
+    return StoredModel(name, open_file, model, store.companions(job.digest))
 
 
 def add_generators(app: FastAPI, api: DispatcherAPI) -> None:

@@ -130,6 +130,7 @@ class Replica:
             report,
             job=lease.job,
             priority=lease.priority,
+            root=self._store.root,
         )
         self.engine.submit(request)
         try:
