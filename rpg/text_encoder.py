@@ -7,7 +7,7 @@ run. The digest of the files identifies the encoder: embeddings depend only on t
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from rpg.config import LONGEST_DESCRIPTION
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import open_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import copy_file, sha256
 from rpg.storage.locations import AnyPath, fetched
@@ -31,6 +32,8 @@ _FILES = {
     TOKENIZER_FILE: "a text encoder's tokenizer, in the format of the tokenizers package",
     WEIGHTS_FILE: "a text encoder's weights in one .safetensors file; RPG never executes a pickle",
 }
+_MOST_TEXT_BYTES = 2**26
+"""Of configuration and tokenizer: the largest tokenizers have half of this."""
 _ADAPTER_FILE = "adapter_config.json"
 # Embeddings use the outputs for the tokens, so files may lack the weights of the pooled output.
 _UNUSED = "pooler."
@@ -177,10 +180,29 @@ def copy_encoder(source: AnyPath, target: AnyPath) -> None:
             copy_file(local / name, target / name)
 
 
+def check_files_below(root: Path, name: str) -> None:
+    """Check that an encoder in the directory `name` below `root`, if there is one, consists of regular files.
+
+    Raises:
+        RPGError: naming the link, or what else is no regular file.
+    """
+    for file, what in _FILES.items():
+        try:
+            # What is missing is told when the encoder is needed.
+            with suppress(FileNotFoundError):
+                open_below(root, f"{name}/{file}").close()
+        except OSError as error:
+            raise RPGError(f"{root / name / file}: {error.strerror}; expected {what}") from error
+
+
 def _check_files(directory: Path) -> None:
     for name, what in _FILES.items():
-        if not (directory / name).is_file():
-            raise RPGError(f"{directory / name}: not found; expected {what}")
+        path = directory / name
+        if not path.is_file():
+            raise RPGError(f"{path}: not found; expected {what}")
+        # The packages read these two into memory, and whatever they are.
+        if name != WEIGHTS_FILE and path.stat().st_size > _MOST_TEXT_BYTES:
+            raise RPGError(f"{path}: has more than {_MOST_TEXT_BYTES:,} bytes; expected {what}")
     # transformers would load the network that the adapter names from another place.
     if (directory / _ADAPTER_FILE).exists():
         raise RPGError(f"{directory / _ADAPTER_FILE}: expected a text encoder, found an adapter to one")

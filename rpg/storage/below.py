@@ -18,8 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from rpg.errors import RPGError
-from rpg.storage.errors import storage_errors_for
-from rpg.storage.locations import AnyPath, is_remote
+from rpg.storage.locations import AnyPath, fetched, is_remote
 
 MOST_JSON_BYTES = 2**26
 """Of a file that is read as JSON, unless its kind is known to be larger. Parsed, it may take twenty times as
@@ -52,14 +51,12 @@ def open_below(root: AnyPath, name: str) -> IO[bytes]:
 
     Raises:
         NotOrdinaryError: naming what is no regular file, or the link on the way to it.
-        RPGError: naming the URI, if its storage fails.
-        OSError: if there is no such file, or it may not be read.
+        OSError: if there is no such file, or it may not be read; behind a URI, whatever its storage raises.
     """
     path = root / name
     if is_remote(path):
-        with storage_errors_for(path):
-            opened: IO[bytes] = path.open("rb")
-            return opened
+        opened: IO[bytes] = path.open("rb")
+        return opened
     assert isinstance(root, Path)
     parent, last = _split(name)
     with held_directory(root, parent) as directory:
@@ -72,13 +69,11 @@ def open_regular(path: AnyPath) -> IO[bytes]:
 
     Raises:
         NotOrdinaryError: naming what is no regular file.
-        RPGError: naming the URI, if its storage fails.
-        OSError: if there is no such file, or it may not be read.
+        OSError: if there is no such file, or it may not be read; behind a URI, whatever its storage raises.
     """
     if is_remote(path):
-        with storage_errors_for(path):
-            opened: IO[bytes] = path.open("rb")
-            return opened
+        opened: IO[bytes] = path.open("rb")
+        return opened
     assert isinstance(path, Path)
     # With O_NONBLOCK a FIFO is opened at once, and then refused.
     return _regular(os.open(path, _FILE), path)
@@ -89,7 +84,7 @@ def read_below(root: AnyPath, name: str, most_bytes: int = MOST_JSON_BYTES) -> b
 
     Raises:
         TooLargeError: naming the file that has more.
-        NotOrdinaryError, RPGError, OSError: as `open_below`.
+        NotOrdinaryError, OSError: as `open_below`.
     """
     with open_below(root, name) as file:
         return _at_most(file, root / name, most_bytes)
@@ -100,18 +95,33 @@ def read_regular(path: AnyPath, most_bytes: int = MOST_JSON_BYTES) -> bytes:
 
     Raises:
         TooLargeError: naming the file that has more.
-        NotOrdinaryError, RPGError, OSError: as `open_regular`.
+        NotOrdinaryError, OSError: as `open_regular`.
     """
     with open_regular(path) as file:
         return _at_most(file, path, most_bytes)
 
 
-def path_of(file: IO[bytes]) -> Path:
-    """A path that leads to an open local file, for packages that open paths alone, while it is open.
+@contextmanager
+def path_below(root: AnyPath, name: str) -> Iterator[Path]:
+    """Yield a path to the regular file `name` below `root`, for packages that open paths alone.
 
-    What lies under the file's own name may be another file by now.
+    It leads to the file that was opened, whatever lies under its name by now, and only in the block. A file
+    behind a URI is copied. In the message of an `RPGError` that is raised in the block, the file's own path
+    takes its place.
+
+    Raises:
+        NotOrdinaryError, OSError: as `open_below`.
     """
-    return Path(f"/dev/fd/{file.fileno()}")
+    if is_remote(root):
+        with fetched(root / name) as local:
+            yield local
+        return
+    with open_below(root, name) as file:
+        path = Path(f"/dev/fd/{file.fileno()}")
+        try:
+            yield path
+        except RPGError as error:
+            raise RPGError(str(error).replace(str(path), str(root / name))) from error
 
 
 def list_below(root: AnyPath, name: str = "") -> dict[str, Listed]:
@@ -119,17 +129,15 @@ def list_below(root: AnyPath, name: str = "") -> dict[str, Listed]:
 
     Raises:
         NotOrdinaryError: naming the link, or what is no directory.
-        RPGError: naming the URI, if its storage fails.
-        OSError: if the directory may not be read.
+        OSError: if the directory may not be read; behind a URI, whatever its storage raises.
     """
     path = root / name if name else root
     if is_remote(path):
-        with storage_errors_for(path):
-            base = path.fs._strip_protocol(path.path).rstrip("/")
-            try:
-                found = path.fs.ls(base, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
+        base = path.fs._strip_protocol(path.path).rstrip("/")
+        try:
+            found = path.fs.ls(base, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         return {
             PurePosixPath(each["name"]).name: Listed(
                 each["type"] == "directory", int(each["size"] or 0) if each["type"] == "file" else None
@@ -193,7 +201,7 @@ def rename_below(root: AnyPath, name: str, new_name: str) -> None:
 
     Raises:
         NotOrdinaryError: naming the link on the way.
-        Exception: whatever a URI's storage raises, or an OSError of the file system.
+        OSError: if the file system refuses; behind a URI, whatever its storage raises.
     """
     path = root / name
     if is_remote(path):
@@ -210,7 +218,7 @@ def remove_below(root: AnyPath, name: str) -> None:
 
     Raises:
         NotOrdinaryError: naming the link on the way.
-        Exception: whatever a URI's storage raises, or an OSError of the file system.
+        OSError: if the file system refuses; behind a URI, whatever its storage raises.
     """
     path = root / name
     if is_remote(path):

@@ -104,7 +104,8 @@ class JobStore:
         Raises:
             RPGError: naming what is no regular file below the storage; or OSError, if it cannot be opened.
         """
-        return open_below(self.root, f"{self._name(job_id)}/{_MODELS}/{_model_name(model)}")
+        with storage_errors_for(self.model(job_id, model)):
+            return open_below(self.root, f"{self._name(job_id)}/{_MODELS}/{_model_name(model)}")
 
     def companions(self, digest: str | None) -> Companions:
         """What lies beside the weights of the models that the generator with this digest has made.
@@ -119,7 +120,8 @@ class JobStore:
         found = self._companions.get(digest)
         if found is None:
             # This refuses links on the way; those among the files are refused when they are read.
-            list_below(self.root, f"{COMPANIONS_DIRECTORY}/{digest}")
+            with storage_errors_for(self.root):
+                list_below(self.root, f"{COMPANIONS_DIRECTORY}/{digest}")
             found = self._companions[digest] = companions_of(self.root / COMPANIONS_DIRECTORY / digest)
             if len(self._companions) > _KEPT_COMPANIONS:
                 self._companions.popitem(last=False)
