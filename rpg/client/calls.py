@@ -260,6 +260,8 @@ class Calls:
             response = await self._call("GET", f"{_job(id)}/models", params={"start": start})
             page = ModelPage.from_json(response.json())
             found += page.models
+            if page.next is not None and page.next <= start:
+                raise RPGError("the answer is wrong at next: expected a later model of RPG's service")
             start = page.next
             if page.weights is not None and page.models and form is None:
                 form = await self._form(id, page)

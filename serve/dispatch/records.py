@@ -11,13 +11,12 @@ from annotated_types import Ge, Interval
 from pydantic import (
     GetCoreSchemaHandler,
     GetPydanticSchema,
-    StringConstraints,
     TypeAdapter,
     ValidationError,
 )
 from pydantic_core import CoreSchema, core_schema
 
-from rpg.client.schema import JobState, Priority
+from rpg.client.schema import JobState, Priority, Sha256, Size
 from rpg.config import Finite
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
@@ -25,7 +24,6 @@ from rpg.sampling.job import GenerationJob
 T = TypeVar("T")
 
 
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Time = Annotated[Finite, Interval(ge=0, le=2**40)]
 """Seconds since the epoch, within what a tar file can say."""
 
@@ -38,7 +36,7 @@ class Made(NamedTuple):
 
     model: Annotated[int, Ge(0)]
     sha256: Sha256
-    bytes: Annotated[int, Interval(ge=0, lt=2**63)]
+    bytes: Size
     accuracy: Finite | None = None
     similarity: Finite | None = None
     metrics: dict[str, Finite] | None = None
