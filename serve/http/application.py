@@ -15,6 +15,7 @@ from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.store import JobStore
 from serve.errors import ProblemError
 from serve.http.auth import AuthMiddleware, TokenAuth
+from serve.http.events import JobEvents
 from serve.http.page import add_page
 from serve.http.problems import Problem, problem_response
 from serve.http.routes import add_generators, add_health, add_jobs, add_models
@@ -43,7 +44,7 @@ def http_app(
     app.add_middleware(AuthMiddleware, auth=TokenAuth(config), body_bytes=config.limits.body_bytes)
     _answer_errors_with_problems(app)
     _complete_openapi(app, config)
-    add_jobs(app, api, store)
+    add_jobs(app, api, store, JobEvents(api, config.limits.listeners))
     add_models(app, api, store)
     add_generators(app, api)
     add_health(app, api, metrics)
