@@ -301,9 +301,11 @@ _KINDS = (
 
 
 def _at_most(file: IO[bytes], path: AnyPath, most_bytes: int) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     # The file may grow while it is read.
-    content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
+    content = b"" if size > most_bytes else file.read(most_bytes + 1)
+    if max(size, len(content)) > most_bytes:
         raise TooLargeError(f"{path}: has more than {most_bytes:,} bytes; expected at most so many")
     return content
 
