@@ -141,7 +141,7 @@ def stage_seconds(stage: Stage, config: Config) -> float:
     """How many seconds the stage took when it last ran."""
     path = _record_path(RunPaths.of(config), stage)
     record = read_json(path, "a stage's record")
-    seconds = record.get("seconds") if isinstance(record, dict) else None
+    seconds: Any = record.get("seconds") if isinstance(record, dict) else None
     if not is_number(seconds):
         raise RPGError(f"{path}: seconds: expected how long the stage took, got {seconds!r:.80}")
     return float(seconds)

@@ -4,8 +4,8 @@
     python -m benchmarks.service all --generator runs/digits/generator --minutes 5 --num-gpus 1
 
 Measurements: chaos, latency, listeners, packing, start, soak, gpus; `all` is each in turn. Everything is a
-real `rpg serve` on a Ray of its own, called through `rpg.client`. The generator takes class vectors, as that of
-`make demo`.
+real `rpg serve` on a Ray of its own, called through `rpg.client`. The generator takes class vectors, as that
+of `make demo`.
 """
 
 import argparse
