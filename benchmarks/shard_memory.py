@@ -1,9 +1,12 @@
 """How much memory stage `shard` needs for a collection that is larger than it: ResNet-50 checkpoints.
 
 python benchmarks/shard_memory.py --gigabytes 20 --directory DIRECTORY [--results FILE.md]
+python benchmarks/shard_memory.py --embedding {float32,bfloat16} --directory DIRECTORY
 
-Ray gets 2 CPUs, an object store of 2 GiB and 2 GiB of memory. `/proc` is sampled twice a second; Linux only.
-The directory needs room for twice the collection, and is removed at the end.
+The second form takes three checkpoints of one large tensor in place of ResNet-50s, registers them with
+`rpg register`, and prints the peak of each process. Ray gets 2 CPUs, an object store of 2 GiB and 2 GiB of
+memory. `/proc` is sampled twice a second, or 20 times for the embedding; Linux only. The directory needs room
+for twice the collection, and is removed at the end.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from rpg.config import CollectConfig, Config, ShardConfig
 from rpg.storage.files import sha256
 
 GIB = 1 << 30
+EMBEDDING = (151_936, 896)
 KINDS = {"Pss_Anon": "anonymous", "Pss_Shmem": "object store", "Pss_File": "mapped files"}
 
 
@@ -92,6 +96,55 @@ def sample(session: int, peaks: dict[str, float]) -> None:
         peaks[name] = max(peaks.get(name, 0.0), value)
 
 
+def make_embeddings(directory: Path, dtype: torch.dtype) -> None:
+    """Write three checkpoints of an embedding as large as that of Qwen2.5-0.5B."""
+    directory.mkdir()
+    for i in range(3):
+        random = torch.Generator().manual_seed(i)
+        values = torch.empty(EMBEDDING, dtype=dtype).normal_(generator=random)
+        write_checkpoint(directory / f"{i}.safetensors", {"embed_tokens.weight": values}, {})
+
+
+def sample_resident(session: int, peaks: dict[str, int]) -> None:
+    """Raise the peaks, in bytes, to what is resident of a session's processes, without the object store."""
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            if int((process / "stat").read_text().rpartition(")")[2].split()[3]) != session:
+                continue
+            is_worker = (process / "cmdline").read_bytes().startswith(b"ray::")
+            status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+            resident = sum(1024 * int(status[key].split()[0]) for key in ("RssAnon", "RssFile"))
+        except (OSError, KeyError):
+            continue
+        if is_worker or int(process.name) == session:
+            who = "a worker" if is_worker else "the first process"
+            peaks[who] = max(peaks.get(who, 0), resident)
+
+
+def peaks_of(command: list[str]) -> dict[str, int]:
+    """Run a command in a session of its own; returns the peaks of its processes."""
+    process = subprocess.Popen(command, start_new_session=True)
+    peaks: dict[str, int] = {}
+    while process.poll() is None:
+        sample_resident(process.pid, peaks)
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return peaks
+
+
+def measure_embedding(directory: Path, dtype: torch.dtype) -> None:
+    """Print the peaks of `rpg register` and of the stage."""
+    make_embeddings(directory / "collection", dtype)
+    register = [str(Path(sys.executable).with_name("rpg")), "register", str(directory / "collection")]
+    stage = [sys.executable, __file__, "--directory", str(directory), "--only-shard"]
+    for name, command in (("rpg register", register), ("stage shard", stage)):
+        for who, peak in sorted(peaks_of(command).items()):
+            print(f"{name}, {who}: {peak / 1e9:.2f} GB")
+
+
 def measure(directory: Path, checkpoints: int) -> list[tuple[str, str]]:
     """Run the stage in a process of its own; returns the rows of the table."""
     command = [sys.executable, __file__, "--directory", str(directory), "--only-shard"]
@@ -136,6 +189,7 @@ def main() -> None:
     """Make the collection, run the stage, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gigabytes", type=float, default=2.0, help="GiB of checkpoints")
+    parser.add_argument("--embedding", choices=["float32", "bfloat16"], help="dtype of one large tensor")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--results", type=Path, help="write the table there, too")
     parser.add_argument("--only-shard", action="store_true", help=argparse.SUPPRESS)
@@ -145,6 +199,12 @@ def main() -> None:
         run_shard(directory)
         return
     directory.mkdir(parents=True)
+    if arguments.embedding:
+        try:
+            measure_embedding(directory, getattr(torch, arguments.embedding))
+        finally:
+            shutil.rmtree(directory)
+        return
     try:
         rows = measure(directory, make_collection(directory / "collection", int(arguments.gigabytes * GIB)))
     finally:

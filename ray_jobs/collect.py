@@ -49,7 +49,8 @@ def run(config: Config) -> None:
         for copy in copies
         for some in _evenly(tasks, config.collect.models_per_batch)
     ]
-    judge = JudgeSettings.of(config, None)
+    # A command measures generated networks. Those that are trained here are the family's.
+    judge = JudgeSettings(family_name(config), paths.images, config.evaluate, _uses_gpu(config))
     resources = {"num_cpus": 1, "num_gpus": int(_uses_gpu(config))}
     shared = (config, judge)
     with stage_progress("collect") as display, replacing_directory(paths.collection) as directory:
@@ -185,7 +186,7 @@ def _fine_tune(
 def _judge(settings: JudgeSettings) -> FamilyJudge:
     torch.set_num_threads(1)
     device = torch.device("cuda" if settings.use_gpu else "cpu")
-    return FamilyJudge(settings.tasks, settings.images, device, settings.time_limit)
+    return FamilyJudge(settings.tasks, settings.images, device, settings.evaluate.time_limit)
 
 
 def _evenly(tasks: list[Task], most: int) -> list[list[Task]]:

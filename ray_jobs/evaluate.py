@@ -71,7 +71,7 @@ def run(config: Config) -> None:
         display.update(0, 2, f"networks on {_data_split(config)} data")
         settings = _judge_settings(config)
         # A command has a GPU in Ray tasks of its own.
-        on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.command
+        on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.evaluate.command
         measured = _measure_on_gpu(config) if on_gpu else _measure(config, torch.device("cpu"))
         display.update(1, 2, "report")
         history = read_json(paths.generator / HISTORY_FILE, "a training history")

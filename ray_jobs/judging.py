@@ -14,12 +14,13 @@ import torch
 from ray_jobs.run_paths import RunPaths
 from rpg.collection.collection import Collection
 from rpg.collection.companions import Companions
-from rpg.config import Config
+from rpg.config import Config, JudgeConfig
 from rpg.errors import RPGError, one_line
-from rpg.evaluation.command_judge import CommandJudge, MeasureOne
-from rpg.evaluation.judge import Candidate, FamilyJudge, Judge, Measurement
+from rpg.evaluation.command_judge import MeasureOne
+from rpg.evaluation.configured_judge import configured_judge, family_that_measures
+from rpg.evaluation.judge import Candidate, Judge, Measurement
 from rpg.storage.files import sha256
-from rpg.tasks.families import Metric, family_of, load_family, uses_gpu
+from rpg.tasks.families import load_family, uses_gpu
 
 _NO_COMPANIONS = Companions()
 _HERE = Path()
@@ -32,12 +33,7 @@ class JudgeSettings:
     tasks: str
     """The task family; empty if a command measures."""
     images: str
-    command: str
-    metric: Metric
-    """The metric that counts, for a command."""
-    time_limit: float
-    directory: str
-    """Where the command runs."""
+    evaluate: JudgeConfig
     use_gpu: bool
     """Whether networks are measured on a GPU."""
 
@@ -50,21 +46,11 @@ class JudgeSettings:
             RPGError: if none is named.
         """
         paths, evaluate = RunPaths.of(config), config.evaluate
-        metric = Metric(evaluate.metric, evaluate.higher_is_better)
-        if evaluate.command:
-            directory = evaluate.directory or str(Path.cwd())
-            return cls("", "", evaluate.command, metric, evaluate.time_limit, directory, config.ray.use_gpu)
-        tasks = paths.tasks
-        if not tasks:
-            if collection is None:
-                raise RPGError(
-                    "tasks: expected a task family, such as digits or my_tasks.py:MyTasks, or a collection "
-                    "of your own in collect.directory"
-                )
-            tasks = family_of(collection)
-        return cls(
-            tasks, paths.images, "", metric, evaluate.time_limit, "", config.ray.use_gpu and uses_gpu(tasks)
-        )
+        tasks = family_that_measures(paths.tasks, evaluate, collection)
+        # Workers run in other directories.
+        directory = evaluate.directory or str(Path.cwd())
+        use_gpu = config.ray.use_gpu and (not tasks or uses_gpu(tasks))
+        return cls(tasks, paths.images, dataclasses.replace(evaluate, directory=directory), use_gpu)
 
     def open(
         self,
@@ -82,22 +68,10 @@ class JudgeSettings:
         Raises:
             RPGError: if there is no such family.
         """
-        if self.command:
-            run_all = self._run_on_ray if on_ray else None
-            # Commands that share a GPU run one after the other.
-            at_once = 1 if self.use_gpu else 0
-            return CommandJudge(
-                self.command, self.metric, self.time_limit, companions, self.directory, at_once, run_all
-            )
-        return FamilyJudge(self.tasks, self.images, device, self.time_limit)
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether the metric that counts is to be as high as possible."""
-        if self.command:
-            return self.metric.higher_is_better
-        metrics = self.open().metrics
-        return metrics[0].higher_is_better if metrics else True
+        run_all = self._run_on_ray if on_ray else None
+        return configured_judge(
+            self.tasks, self.evaluate, self.images, device, companions, self.use_gpu, run_all
+        )
 
     def _run_on_ray(self, measure: MeasureOne, networks: Sequence[Candidate]) -> list[Measurement]:
         run = _measure_one.options(num_gpus=int(self.use_gpu))

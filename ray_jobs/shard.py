@@ -44,7 +44,7 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
     collection = load_collection(paths.collection)
     entries = _training_entries(collection)
     directory, resume = paths.shards, ShardResume(paths.shards)
-    companions = companions_of(collection.path(entries[0]))
+    companions = companions_of(collection.path(entries[0]), collection.root)
     plan = plan_digest(entries, config.shard, collection.reading, companions)
     layout = resume.layout(plan)
     # A killed run's layout takes precedence over the complete shards that were there before that run.
@@ -55,7 +55,9 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
             groups = earlier.groups(entries, config.shard)
         else:
             if layout is None:
-                layout = compute_layout(collection, entries, config.shard, companions, display, part_limits)
+                layout = compute_layout(
+                    collection, entries, config.shard, companions, display, resume.scratch, part_limits
+                )
                 resume.save_layout(layout, plan)
             fitted, kept = len(entries), {}
             groups = cut_into_groups(entries, layout, config.shard)
@@ -133,7 +135,7 @@ def _earlier_shards(
         and manifest.reading == collection.reading
         and all(len(shard.checkpoints) <= size for shard in manifest.shards)
         and all(digests.get(name) == digest for name, digest in manifest.sha256.items())
-        and companions_of(collection.root / manifest.names[0]) == layout.companions
+        and companions_of(collection.root / manifest.names[0], collection.root) == layout.companions
     )
     return _EarlierShards(layout, manifest) if fits else None
 

@@ -22,6 +22,7 @@ from ray_jobs.search.results import (
     TABLE_FILE,
     TrialResult,
     describe,
+    failures,
     ranked,
     results_table,
     write_results,
@@ -74,6 +75,8 @@ def run(config: Config) -> None:
     best = best_config(results[0].trial, config)
     write_results(paths.root / "tune", results, list(space), best, tasks.higher_is_better)
     Console(width=_TABLE_WIDTH).print(results_table(results, list(space)))
+    for line in failures(results):
+        console.print(f"tune: {line}", soft_wrap=True, markup=False)
     remove_directory(run_directory(config, name) / "train")
     console.print(f"best config: {paths.root / 'tune' / BEST_FILE}", soft_wrap=True)
     # The shards of the best config are cut now, so that it can be trained as it is.

@@ -1,7 +1,7 @@
 """Scores of networks generated for the validation tasks, by which generators and settings are chosen."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_jobs.judging import JudgeSettings
@@ -9,7 +9,7 @@ from rpg.collection.checkpoint import read_checkpoint
 from rpg.collection.collection import Collection
 from rpg.config import ConditionKind, Config
 from rpg.errors import RPGError
-from rpg.evaluation.judge import Candidate, metric_that_counts, with_metric
+from rpg.evaluation.judge import Candidate, Judge, metric_that_counts, with_metric
 from rpg.generator.generator import Generator
 from rpg.sampling.generate import generate_models
 from rpg.tasks.families import Metric
@@ -28,6 +28,8 @@ class ValidationTasks:
     """The texts that the conditions stand for, if they stand for some."""
     models_per_task: int
     seed: int
+    _judges: dict[str, Judge] = field(default_factory=dict, repr=False, compare=False)
+    """What was opened in this process, by device: a family may take seconds to read its data."""
 
     @classmethod
     def of(cls, config: Config, collection: Collection) -> "ValidationTasks":
@@ -38,8 +40,9 @@ class ValidationTasks:
         """
         conditions = None
         try:
-            judge = JudgeSettings.of(config, collection)
-            judge.open().check()
+            settings = JudgeSettings.of(config, collection)
+            judge = settings.open()
+            judge.check()
             if config.generator.condition.kind == ConditionKind.vector:
                 conditions = collection.tasks("validation")
                 if not conditions:
@@ -52,8 +55,8 @@ class ValidationTasks:
         texts = collection.descriptions
         descriptions = [texts[tuple(condition)] for condition in conditions] if conditions and texts else None
         return cls(
-            judge,
-            judge.higher_is_better,
+            settings,
+            judge.metrics[0].higher_is_better if judge.metrics else True,
             conditions,
             descriptions,
             config.train.validation_models,
@@ -62,7 +65,10 @@ class ValidationTasks:
 
     def validate(self, generator: Generator) -> Validation:
         """Mean score, on validation data, of networks that `generator` makes for the tasks."""
-        judge = self.judge.open(generator.positions.device, generator.layout.companions)
+        device = generator.positions.device
+        judge = self._judges.get(str(device))
+        if judge is None:
+            judge = self._judges[str(device)] = self.judge.open(device, generator.layout.companions)
         asked = [*(self.descriptions or self.conditions or [None])]
         with tempfile.TemporaryDirectory() as directory:
             sampling = generator.config.sampling

@@ -30,6 +30,7 @@ class TrialResult:
     seconds: float
     """Seconds of training."""
     failure: str | None
+    """Why it failed, or why networks could not be measured after the score."""
 
 
 def ranked(results: list[TrialResult], higher_is_better: bool = True) -> list[TrialResult]:
@@ -71,6 +72,11 @@ def results_table(results: list[TrialResult], searched: list[str]) -> Table:
             *(_text(attrgetter(key)(trial.config)) for key in searched),
         )
     return table
+
+
+def failures(results: list[TrialResult]) -> list[str]:
+    """What went wrong, a line for each trial with a failure."""
+    return [f"trial {result.trial.name}: {result.failure}" for result in results if result.failure]
 
 
 def write_results(

@@ -110,7 +110,7 @@ def search_task(
         ),
     )
     grid = tuner.fit()
-    return [_result(trials, grid[i], rounds) for i in range(len(grid))]
+    return [_result(trials, grid[i], rounds, directory / "train") for i in range(len(grid))]
 
 
 def _trainable(
@@ -138,8 +138,17 @@ def _trainable(
             name = _mailbox_name(parameters[_TRIAL])
             mailbox = TrainingMailbox.options(name=name).remote()  # type: ignore[attr-defined]
             fit_generator(config, shards, storage, trial.name, mailbox, config.shard.token_size, on_report)
+            progress = ray.get(mailbox.progress.remote())
+            if progress and progress.validation_score is None and progress.validation_note:
+                # Ray Tune takes in no round without a score.
+                write_json(_reason_file(storage, trial), progress.validation_note)
 
     return trainable
+
+
+def _reason_file(storage: AnyPath, trial: Trial) -> AnyPath:
+    """Where a trial keeps why the networks that it last made could not be measured."""
+    return storage / f"{trial.name}.reason.json"
 
 
 def last_round(done: list[dict[str, Any]]) -> int:
@@ -147,11 +156,13 @@ def last_round(done: list[dict[str, Any]]) -> int:
     return int(done[-1][_ROUND]) if done else 0
 
 
-def _result(trials: list[Trial], result: ray.tune.Result, rounds: int) -> TrialResult:
+def _result(trials: list[Trial], result: ray.tune.Result, rounds: int, storage: AnyPath) -> TrialResult:
     assert result.config is not None
     trial, metrics = trials[int(result.config[_TRIAL])], result.metrics or {}
     score, failure = metrics.get(_SCORE), None
-    if score is None:
+    if exists(reason := _reason_file(storage, trial)):
+        failure = f"networks could not be measured: {read_json(reason, 'a reason')}"
+    elif score is None:
         failure = "the networks that it generated could not be measured"
     if result.error:
         score, failure = None, str(result.error).strip().splitlines()[-1]

@@ -61,6 +61,11 @@ class ShardResume:
         """Record that a shard is finished."""
         write_json(self._record_path(file), {"bytes": size, "sha256": digest})
 
+    @property
+    def scratch(self) -> AnyPath:
+        """A directory for what is not worth resuming from."""
+        return self.directory / "scratch"
+
     def clear(self) -> None:
         """Remove the directory."""
         remove_directory(self.directory)

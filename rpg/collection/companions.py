@@ -30,6 +30,8 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 MOST_BYTES = 64 * 2**20
 """Of all companions together: the largest tokenizers have half of this."""
 _DIFFUSERS_KEY = "_class_name"
+_CACHED_MODEL, _SNAPSHOTS, _BLOBS = "models--", "snapshots", "blobs"
+"""Hugging Face's cache: `models--ORG--NAME/snapshots/REVISION/config.json` links into the model's `blobs`."""
 COMPANION_NAMES = frozenset(
     {
         ADAPTER_CONFIG, MODEL_CONFIG, "generation_config.json",
@@ -98,18 +100,25 @@ class Companions:
                 temporary.write_bytes(content)
 
 
-def companions_of(checkpoint: AnyPath) -> Companions:
+def companions_of(checkpoint: AnyPath, root: AnyPath | None = None) -> Companions:
     """The files beside the weights of a checkpoint; none for one that is a file.
 
+    A link stands for the content of the file that it leads to, as in the snapshots of Hugging Face's cache.
+    It may lead to a place below `root`, or into the `blobs` of the model whose snapshot the checkpoint is.
+
+    Args:
+        checkpoint: file or directory.
+        root: directory of the collection; None: the checkpoint itself.
+
     Raises:
-        RPGError: naming the file that is a link, no regular file, or cannot be read; or if they are more than
-            `MOST_BYTES`.
+        RPGError: naming the file that is a link to another place, no regular file, or cannot be read; or if
+            they are more than `MOST_BYTES`.
     """
     with storage_errors_for(checkpoint):
         names = {path.name for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
     if names.isdisjoint((ADAPTER_CONFIG, MODEL_CONFIG)):
         return Companions()
-    return _read(checkpoint, names & COMPANION_NAMES)
+    return _read(checkpoint, names & COMPANION_NAMES, checkpoint if root is None else root)
 
 
 def companions_in(directory: AnyPath, digests: Any, source: str) -> Companions:
@@ -120,42 +129,62 @@ def companions_in(directory: AnyPath, digests: Any, source: str) -> Companions:
     """
     if not isinstance(digests, dict) or not set(digests) <= COMPANION_NAMES:
         raise RPGError(f"{source}: companions: expected digests of companion files, got {digests!r:.200}")
-    companions = _read(directory, set(digests))
+    companions = _read(directory, set(digests), directory)
     for name, digest in companions.digests.items():
         if digest != digests[name]:
             raise RPGError(f"{directory / name}: not the companion file that {source} names")
     return companions
 
 
-def _read(directory: AnyPath, names: set[str]) -> Companions:
+def _read(directory: AnyPath, names: set[str], root: AnyPath) -> Companions:
     files: dict[str, bytes] = {}
     room = MOST_BYTES
     for name in sorted(names):
         path = directory / name
         try:
             with storage_errors_for(path):
-                files[name] = _content(path, room)
+                files[name] = _content(path, room, root)
         except OSError as error:
             raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
         room -= len(files[name])
     return Companions(files)
 
 
-def _content(path: AnyPath, room: int) -> bytes:
+def _content(path: AnyPath, room: int, root: AnyPath) -> bytes:
     """The bytes of a file that may have at most `room`."""
     if not isinstance(path, Path):
         _check_room(path, path.stat().st_size, room)
         return path.read_bytes()
-    if path.is_symlink():
-        # A link could make any file of this machine part of every generated model.
-        raise RPGError(f"{path}: is a link; expected a regular file, as it becomes part of every model")
+    target = _target(path, root) if path.is_symlink() else path
     # Opening a FIFO would wait for its writer, and the file may be replaced by a link meanwhile.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+    with os.fdopen(os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise RPGError(f"{path}: not a regular file; expected one, as it becomes part of every model")
         _check_room(path, status.st_size, room)
         return file.read(room)
+
+
+def _target(link: Path, root: AnyPath) -> Path:
+    """The file that a link leads to, if it lies where the files of a model may lie.
+
+    Another link could make any file of this machine part of every generated model.
+    """
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise RPGError(f"{link}: is a link to nothing; expected a regular file") from error
+    places = [root.resolve()] if isinstance(root, Path) else []
+    snapshot = link.parent.resolve()
+    for directory in (snapshot, *snapshot.parents):
+        if directory.parent.name == _SNAPSHOTS and directory.parent.parent.name.startswith(_CACHED_MODEL):
+            places.append(directory.parent.parent / _BLOBS)
+    if not any(target.is_relative_to(place) for place in places):
+        raise RPGError(
+            f"{link}: is a link to {target}; expected a regular file, or a link to one in the collection or "
+            "in the model's own blobs, as it becomes part of every model"
+        )
+    return target
 
 
 def _check_room(path: AnyPath, size: int, room: int) -> None:

@@ -9,6 +9,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath
 
+_ENCODED_AT_ONCE = 1 << 20
+"""Values whose normalised copies are held at a time."""
 LAYOUT_FILE = "layout.json"
 CENTRE_FILE = "centre.safetensors"
 VERSION = 1
@@ -90,6 +94,25 @@ class Layout:
         # Where the tensors begin in the row of all values.
         self._starts = [0, *accumulate(spec.numel for spec in self._tokenised)]
         self.tokens = total_tokens(self.specs, token_size, cut)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state to pickle. The centre is arrays, which pickle need not copy as it copies tensors."""
+        centre = {
+            spec.name: _bytes_of(self.centre[spec.name]) for spec in self.specs if spec.alias_of is None
+        }
+        return {**self.__dict__, "centre": centre}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled state. The arrays are copied, because Ray's lie in read-only memory."""
+        self.__dict__.update(state)
+        centre: dict[str, Tensor] = {}
+        for spec in self.specs:
+            if spec.alias_of is None:
+                centre[spec.name] = torch.empty(spec.shape, dtype=spec.dtype)
+                _bytes_of(centre[spec.name])[...] = state["centre"][spec.name]
+            else:
+                centre[spec.name] = centre[spec.alias_of]
+        self.centre = centre
 
     @property
     def constants(self) -> dict[str, Tensor]:
@@ -161,12 +184,15 @@ class Layout:
         in_a_row = tokens.view(-1)
         for spec, start in zip(self._tokenised, self._starts, strict=False):
             flat = state_dict[spec.name].detach().to("cpu").reshape(-1)
-            values = normalise(spec, flat, self._centre_of(spec))
-            if self.cut == TokenCut.flat:
-                in_a_row[start : start + spec.numel] = values
-                continue
-            rows = cut(values, self.token_size, self._held(spec))
-            tokens[spec.first_token : spec.first_token + spec.tokens] = rows
+            centre, held = self._centre_of(spec), self._held(spec)
+            for part in _whole_tokens(spec, held):
+                values = normalise(spec, flat[part], None if centre is None else centre[part])
+                if self.cut == TokenCut.flat:
+                    in_a_row[start + part.start : start + part.stop] = values
+                    continue
+                rows = cut(values, self.token_size, held)
+                first = spec.first_token + part.start // held
+                tokens[first : first + len(rows)] = rows
         constants = {spec.name: owned(state_dict[spec.name]) for spec in self.specs if _is_constant(spec)}
         return Encoded(tokens, constants)
 
@@ -350,7 +376,7 @@ class Layout:
         digest = hashlib.sha256()
         for spec in self.specs:
             if spec.alias_of is None and spec.numel:
-                digest.update(self.centre[spec.name].view(-1).view(torch.uint8).numpy().data)
+                digest.update(_bytes_of(self.centre[spec.name]).data)
         return digest.hexdigest()
 
     @cached_property
@@ -370,6 +396,12 @@ class Layout:
             **({"companions": self.companions.digests} if self.companions else {}),
             "tensors": [spec.to_json() for spec in self.specs],
         }
+
+
+def _bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """A contiguous tensor's memory, [bytes]."""
+    values: npt.NDArray[np.uint8] = tensor.view(-1).view(torch.uint8).numpy()
+    return values
 
 
 def placed(
@@ -398,6 +430,15 @@ def total_tokens(specs: Sequence[TensorSpec], token_size: int, cut: TokenCut) ->
     if cut == TokenCut.flat:
         return count_tokens(sum(spec.numel for spec in specs if spec.tokens), token_size)
     return sum(spec.tokens for spec in specs)
+
+
+def _whole_tokens(spec: TensorSpec, held: int) -> Iterator[slice]:
+    """A tensor's values in pieces of whole tokens, `held` values each.
+
+    A running variance is one piece, since a logarithm may round differently at the end of a piece.
+    """
+    step = spec.numel if spec.kind == TensorKind.running_var else max(1, _ENCODED_AT_ONCE // held) * held
+    return (slice(start, min(start + step, spec.numel)) for start in range(0, spec.numel, step))
 
 
 def _is_constant(spec: TensorSpec) -> bool:

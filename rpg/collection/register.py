@@ -12,6 +12,7 @@ from rpg.collection.checkpoint import (
 )
 from rpg.collection.checkpoint_directory import PART, index_of, is_checkpoint_directory
 from rpg.collection.collection import COLLECTION_FILE, Collection, Entry
+from rpg.collection.companions import companions_of
 from rpg.collection.conditions import (
     UPSTREAM_PATTERN,
     DescriptionRow,
@@ -91,7 +92,8 @@ def register(
     Raises:
         BadCheckpointsError: if checkpoints are bad and `skip_bad` is off.
         RPGError: if fewer than two checkpoints are left, conditions, descriptions, splits, metrics or
-            patterns are wrong, or the text encoder cannot be used.
+            patterns are wrong, the text encoder cannot be used, or a file beside the first checkpoint's
+            weights cannot be part of a model (`companions_of`).
     """
     if conditions is not None and descriptions is not None:
         raise RPGError("conditions: expected either a file of them or descriptions, got both")
@@ -179,6 +181,10 @@ def register(
     read_by = kept if embedding is None else embedding.digest
     reading = replace(reading, unwrap=uniformity.wrappers)
     collection = Collection(directory, earlier.architecture, entries, read_by, reading)
+    if isinstance(directory, Path):
+        # What cannot be part of a model is told now, and not when the collection is sharded.
+        first = next((entry for entry in entries if entry.split == "train"), entries[0])
+        companions_of(directory / first.file, directory)
     if encoder is not None:
         copy_encoder(encoder, collection.encoder_directory)
     collection.save()

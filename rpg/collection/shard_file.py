@@ -23,6 +23,7 @@ from rpg.storage.below import path_below
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath
 
+_CHECKED_VALUES = 2**20
 COLUMN = "tokens"
 DTYPE_KEY = b"rpg.token_dtype"
 LAYOUT_KEY = b"rpg.layout"
@@ -143,7 +144,9 @@ def _record_batch(
         tokens = layout.encode(state_dict).tokens.to(_TORCH_DTYPES[dtype])
     except RPGError as error:
         raise RPGError(f"{name}: {error}") from error
-    finite = torch.isfinite(tokens).all(dim=1)
+    # Some rows at a time, because the check makes copies, and an embedding may be most of the memory.
+    rows = tokens.split(max(1, _CHECKED_VALUES // layout.token_size))
+    finite = torch.cat([torch.isfinite(some).all(dim=1) for some in rows])
     if not bool(finite.all()):
         tensor = layout.spec_of(int((~finite).nonzero()[0])).name
         raise RPGError(f"{name}: tensor '{tensor}': expected values that are finite as {dtype} tokens")

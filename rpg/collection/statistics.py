@@ -7,9 +7,10 @@ they can run on any machine and in any order. They exchange `StatisticsPart`s: s
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -51,13 +52,41 @@ class StatisticsPart:
         count: number of checkpoints.
         sums: float64 [floating tensors, 6]: whether the tensor has a mean, then m2, sum_mean, sum_std,
             sum_pre_mean and min_ratio.
-        means: float64 [values]: the means of the tensors that have one, one tensor after the other.
+        means: float64 [values] of each tensor that has a mean, in order; or a file that holds them one after
+            the other, as `write_means` writes it.
     """
 
     reference: str
     count: int
     sums: npt.NDArray[np.float64]
-    means: npt.NDArray[np.float64]
+    means: Sequence[npt.NDArray[np.float64]] | Path
+
+    def write_means(self, path: Path) -> None:
+        """Write the means to a file, without a copy in memory."""
+        assert not isinstance(self.means, Path)
+        with path.open("wb") as file:
+            for mean in self.means:
+                file.write(mean.data)
+
+
+@dataclass(frozen=True)
+class _StoredMean:
+    """A tensor's mean in a file. Slices are read, not mapped: mapped pages count as memory of the process."""
+
+    path: Path
+    first: int
+    """Number of the values before it."""
+
+    def __getitem__(self, values: slice) -> npt.NDArray[np.float64]:
+        count = values.stop - values.start
+        start = (self.first + values.start) * np.dtype(np.float64).itemsize
+        try:
+            found = np.fromfile(self.path, np.float64, count, offset=start)
+        except OSError as error:
+            raise RPGError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if len(found) < count:
+            raise RPGError(f"{self.path}: truncated; expected the means of a part of the collection")
+        return found
 
 
 class LayoutStatistics:
@@ -81,15 +110,10 @@ class LayoutStatistics:
         self.reference = {name: owned(tensor) for name, tensor in reference.items() if name not in self.ties}
         self.structure = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in reference.items()}
         floating = {n: t for n, t in self.reference.items() if t.is_floating_point() and t.numel()}
-        # All means are in one buffer, so that a part can be sent without a copy. The system allocates its
-        # pages when they are first written.
-        self._means = torch.empty(sum(tensor.numel() for tensor in floating.values()), dtype=torch.float64)
-        self.tensors: dict[str, _TensorStatistics] = {}
-        start = 0
-        for name, tensor in floating.items():
-            room = self._means[start : start + tensor.numel()]
-            self.tensors[name] = _TensorStatistics.start(tensor, name.endswith("running_var"), room)
-            start += tensor.numel()
+        self.tensors = {
+            name: _TensorStatistics.start(tensor, name.endswith("running_var"))
+            for name, tensor in floating.items()
+        }
 
     def update(self, state_dict: Mapping[str, Tensor]) -> None:
         """Count one checkpoint.
@@ -109,28 +133,37 @@ class LayoutStatistics:
 
     def part(self) -> StatisticsPart:
         """The statistics so far; they share memory with this object where they can."""
-        made = [statistics.mean for statistics in self.tensors.values() if statistics.mean is not None]
-        means = self._means if len(made) == len(self.tensors) else torch.cat([self._means[:0], *made])
+        means = [each.mean.numpy() for each in self.tensors.values() if each.mean is not None]
         sums = np.array([statistics.sums() for statistics in self.tensors.values()], np.float64)
-        return StatisticsPart(self._reference_digest, self.count, sums.reshape(-1, _SUMS), means.numpy())
+        return StatisticsPart(self._reference_digest, self.count, sums.reshape(-1, _SUMS), means)
 
     def merge(self, part: StatisticsPart) -> None:
         """Count all checkpoints of a part that was computed elsewhere with the same reference.
 
         Raises:
-            RPGError: if the part was made with another reference.
+            RPGError: if the part was made with another reference; naming the file of its means that cannot be
+                read.
         """
         if part.reference != self._reference_digest:
             raise RPGError("statistics: expected the same reference in both to merge, found another")
-        start = 0
+        held = iter(() if isinstance(part.means, Path) else part.means)
+        first = 0
         for (name, statistics), (has_mean, *sums) in zip(
             self.tensors.items(), part.sums.tolist(), strict=True
         ):
-            size = statistics.room.numel() if has_mean else 0
-            mean = part.means[start : start + size] if has_mean else None
+            mean: npt.NDArray[np.float64] | _StoredMean | None = None
+            if has_mean:
+                mean = _StoredMean(part.means, first) if isinstance(part.means, Path) else next(held)
+                first += statistics.size
             statistics.merge(sums, mean, self.reference[name], self.count, part.count)
-            start += size
         self.count += part.count
+
+    def release_reference(self) -> None:
+        """Free the reference's values that `layout` does not need. Nothing can be counted after that."""
+        for name, statistics in self.tensors.items():
+            if statistics.mean is not None:
+                # A meta tensor has shape and dtype alone.
+                self.reference[name] = self.reference[name].to("meta")
 
     def layout(self, token_size: int, normalisation: Normalisation) -> Layout:
         """The layout of the checkpoints counted.
@@ -189,13 +222,13 @@ class LayoutStatistics:
 class _TensorStatistics:
     """Statistics of one floating tensor. Sums are over checkpoints; T is that of `rpg.collection.tokens`."""
 
-    room: Tensor
-    """Float64 [n], the memory of the mean."""
+    size: int
+    """Number of values, n."""
     pre_mean: float | None
     """For a running variance 0.95 times the reference's mean; None for plain weights."""
     reference_moments: tuple[float, float, float]
     mean: Tensor | None = None
-    """`room` with the mean of T over checkpoints; None as long as all have the reference's bits."""
+    """Float64 [n], the mean of T over checkpoints; None as long as all have the reference's bits."""
     m2: float = 0.0
     """Sum over checkpoints and values of (T − mean)²."""
     sum_mean: float = 0.0
@@ -207,13 +240,13 @@ class _TensorStatistics:
     """Smallest v / pre_mean of a running variance."""
 
     @classmethod
-    def start(cls, reference: Tensor, may_be_variance: bool, room: Tensor) -> "_TensorStatistics":
+    def start(cls, reference: Tensor, may_be_variance: bool) -> "_TensorStatistics":
         flat = reference.view(-1)
         pre_mean = None
         if may_be_variance and bool((flat >= 0).all()):
             mean = _PRE_MEAN_SHARE * _moments(flat)[0]
             pre_mean = mean if _SMALLEST_MEAN <= mean < math.inf else None
-        return cls(room, pre_mean, _published_moments(flat, pre_mean is not None))
+        return cls(flat.numel(), pre_mean, _published_moments(flat, pre_mean is not None))
 
     def update(self, tensor: Tensor, reference: Tensor, count: int) -> None:
         flat = tensor.reshape(-1)
@@ -236,7 +269,7 @@ class _TensorStatistics:
     def merge(
         self,
         sums: list[float],
-        mean: npt.NDArray[np.float64] | None,
+        mean: npt.NDArray[np.float64] | _StoredMean | None,
         reference: Tensor,
         count: int,
         other: int,
@@ -256,8 +289,8 @@ class _TensorStatistics:
             for start, values in _blocks(reference.view(-1)):
                 self._merge_block(start, self._transform(values), count, other)
         else:
-            for start in range(0, len(mean), _BLOCK):
-                values = torch.from_numpy(mean[start : start + _BLOCK].copy())
+            for start in range(0, self.size, _BLOCK):
+                values = torch.from_numpy(mean[start : min(start + _BLOCK, self.size)].copy())
                 self._merge_block(start, values, count, other)
 
     def centre(self, reference: Tensor) -> Tensor:
@@ -299,7 +332,7 @@ class _TensorStatistics:
 
     def _make_mean(self, reference: Tensor) -> None:
         if self.mean is None:
-            self.mean = self.room
+            self.mean = torch.empty(self.size, dtype=torch.float64)
             for start, values in _blocks(reference.view(-1)):
                 self.mean[start : start + len(values)] = self._transform(values)
 

@@ -21,9 +21,15 @@ CHUNK_ELEMENTS = 1 << 24
 """Values of the training weights that are held in float64 at a time."""
 
 
-def centre(weights: Tensor) -> Tensor:
-    """The mean checkpoint: [m, P] -> [P], summed in float64, in the dtype given."""
-    return weights.mean(dim=0, dtype=torch.float64).to(weights.dtype)
+def centre(weights: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """The mean checkpoint: [m, P] -> [P], summed in float64, `chunk_elements` values at a time, in the dtype
+    given."""
+    result = weights.new_empty(weights.shape[1])
+    step = max(1, chunk_elements // max(1, len(weights)))
+    for start in range(0, weights.shape[1], step):
+        columns = slice(start, start + step)
+        result[columns] = weights[:, columns].mean(dim=0, dtype=torch.float64).to(weights.dtype)
+    return result
 
 
 def majority_accuracy(labels: Tensor) -> float:

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -30,6 +30,9 @@ _TAIL_BYTES = 65_536
 """Bytes at the end of a command's output in which its last line is looked for."""
 _NUMBER = "score"
 """Name of the metric where the command prints a number and the config names none."""
+
+_WATCHDOG = "read -r line; kill -s KILL 0"
+"""Shell: waits for the end of its input, then ends its process group."""
 
 _LONGEST_NAME = 40
 """Characters of a network's name in that of its temporary file: file systems allow 255 bytes."""
@@ -143,16 +146,16 @@ class _MeasureOne:
         condition = asked if isinstance(asked, str) else ",".join(map(_exactly, asked or ()))
         values = {CHECKPOINT: str(path), "{condition}": condition, "{split}": self.split}
         words = [self.words[0], *(_filled(word, values) for word in self.words[1:])]
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, _process_group() as group:
             try:
-                # A group of its own: what the command itself has started is ended with it.
+                # What the command itself has started is in the group as well.
                 process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
                     cwd=self.directory if self.directory and Path(self.directory).is_dir() else None,
-                    start_new_session=True,
+                    process_group=group,
                 )
             except (OSError, ValueError) as error:
                 raise RPGError(f"evaluate.command: '{words[0]}' cannot be run: {error}") from error
@@ -164,7 +167,7 @@ class _MeasureOne:
                 ) from None
             finally:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    os.killpg(group, signal.SIGKILL)
                 process.wait()
             if status:
                 ended = f"exit status {status}" if status > 0 else f"signal {-status}"
@@ -190,6 +193,32 @@ class _MeasureOne:
         if counts not in metrics:
             raise RPGError(f"evaluate.command: metric '{counts}' is missing, got {', '.join(metrics):.80}")
         return {name: metrics[name] for name in dict.fromkeys([counts, *metrics])}
+
+
+@contextmanager
+def _process_group() -> Iterator[int]:
+    """Yield a process group. All processes in it end after the block, or when this process is killed.
+
+    Ray kills workers that use too much memory, and a user may kill the job. No code of the killed process
+    runs then, so the group's first process waits for the end of a pipe that only this process has open.
+    """
+    watchdog = subprocess.Popen(
+        ["/bin/sh", "-c", _WATCHDOG],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        process_group=0,
+    )
+    assert watchdog.stdin is not None
+    try:
+        yield watchdog.pid
+    finally:
+        # Until the first process has been waited for, no other group can get its number.
+        with suppress(ProcessLookupError):
+            os.killpg(watchdog.pid, signal.SIGKILL)
+        watchdog.stdin.close()
+        watchdog.wait()
 
 
 def _exactly(value: float) -> str:

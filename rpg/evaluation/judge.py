@@ -3,6 +3,7 @@
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -29,6 +30,10 @@ from rpg.tasks.predictions import load_network, predict_all
 T = TypeVar("T")
 
 ACCURACY = Metric("accuracy")
+_LIKELY_FACTOR = 10
+"""So many times the time of the first network, each other one may take where all are answered at once."""
+_MOST_LATE = 2
+"""After so many networks in a row that reach the time limit, a family's others are not tried."""
 
 
 @dataclass(frozen=True)
@@ -194,24 +199,13 @@ class FamilyJudge:
 
     def _wrong_answers(self, networks: Sequence[Candidate], split: str) -> list[BoolArray | str]:
         """[inputs] for each network, or the reason why it has no answers."""
-        limit = self._time_limit * len(networks)
-        states = [network.state_dict for network in networks]
-        try:
-            answers = within(
-                limit, lambda: predict_all(self.family, self.name, states, split), f"{self.name}: predict"
-            )
-        except RPGError as error:
-            if len(networks) == 1:
-                return [f"{networks[0].name}: {error}"]
-            if isinstance(error, _TimeLimitError):
-                return [f"{network.name}: {error}" for network in networks]
-            # One network may be to blame for all.
-            return [row for network in networks for row in self._wrong_answers([network], split)]
         right: dict[str, Tensor] = {}
         rows: list[BoolArray | str] = []
-        for network, answer in zip(networks, answers, strict=True):
+        for network, answer in zip(networks, self._answers(networks, split), strict=True):
             key = repr(network.asked)
             try:
+                if isinstance(answer, RPGError):
+                    raise answer
                 if key not in right:
                     right[key] = self._labels(network.asked, split)
                 if answer.shape != right[key].shape:
@@ -223,6 +217,47 @@ class FamilyJudge:
             except RPGError as error:
                 rows.append(f"{network.name}: {error}")
         return rows
+
+    def _answers(self, networks: Sequence[Candidate], split: str) -> list[Tensor | RPGError]:
+        """What each network answers, or why it has no answers.
+
+        One network alone shows how long a network takes. All others are then answered at once, in the time
+        that this makes likely: a call that hangs must not cost the limit once for every network.
+        """
+        found: list[Tensor | RPGError] = []
+        at_once, late = True, 0
+        while len(found) < len(networks):
+            rest = networks[len(found) :]
+            if late == _MOST_LATE:
+                # Most likely it is not the network, but the family that hangs.
+                return [*found, *(found[-1] for _ in rest)]
+            began = time.perf_counter()
+            try:
+                found += self._predict(rest[:1], split, self._time_limit)
+            except RPGError as error:
+                found.append(error)
+                late = late + 1 if isinstance(error, _TimeLimitError) else 0
+                continue
+            late, others = 0, rest[1:]
+            if not (at_once and others):
+                continue
+            alone = time.perf_counter() - began
+            likely = _LIKELY_FACTOR * len(others) * alone
+            limit = min(self._time_limit * len(others), self._time_limit + likely)
+            try:
+                return [*found, *self._predict(others, split, limit)]
+            except _TimeLimitError:
+                reason = f"{self.name}: predict: {len(others)} networks took longer than {limit:.3g} s"
+                return [*found, *(RPGError(f"{reason}, the first one {alone:.2g} s") for _ in others)]
+            except RPGError:
+                # One network may be to blame for all.
+                at_once = False
+        return found
+
+    def _predict(self, networks: Sequence[Candidate], split: str, limit: float) -> list[Tensor]:
+        states = [network.state_dict for network in networks]
+        what = f"{self.name}: predict"
+        return [*within(limit, lambda: predict_all(self.family, self.name, states, split), what)]
 
     def _labels(self, asked: Asked, split: str) -> Tensor:
         with calling(self.name, "labels"):

@@ -6,6 +6,7 @@ is one."""
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -243,39 +244,39 @@ def _baselines(
 ) -> tuple[dict[str, dict[str, float]], list[str]]:  # fmt: skip
     """Each baseline's score by task, for the tasks of the networks `asked`; and why some are left out."""
     left_out: list[str] = []
-    candidates: dict[str, list[list[Tensor]]] = {}
+    candidates: dict[str, Iterator[_Row]] = {}
     if training.conditions is not None and asked and asked[0].condition is not None:
         known = torch.tensor(training.conditions)
         wanted = torch.tensor([network.condition for network in asked])
         for order in RIDGE_ORDERS:
-            try:
-                predicted = ridge(known, training.values, wanted, order, ridge_penalty)
-                candidates[f"ridge_{order}"] = [[row] for row in predicted]
-            except RPGError as error:
-                left_out.append(str(error))
-        candidates["nearest_task"] = [
-            [training.values[row] for row in rows] for rows in nearest_tasks(known, wanted)
-        ]
+            candidates[f"ridge_{order}"] = _ridge_rows(training.values, known, asked, order, ridge_penalty)
+        nearest = zip(asked, nearest_tasks(known, wanted), strict=True)
+        candidates["nearest_task"] = (
+            (network, training.values[row]) for network, rows in nearest for row in rows
+        )
     if asked:
         mean = centre(training.values)
-        candidates["centre"] = [[mean] for _ in asked]
+        candidates["centre"] = ((network, mean) for network in asked)
     baselines: dict[str, dict[str, float]] = {}
-    for key, rows_of_tasks in candidates.items():
-        networks = [
-            Candidate(f"{key} for {task_name(network.condition)}", unflatten(layout, row), network.asked)
-            for network, rows in zip(asked, rows_of_tasks, strict=True)
-            for row in rows
-        ]
-        found = iter(judge.measure(networks, data_split))
-        scores: dict[str, float] = {}
-        for network, rows in zip(asked, rows_of_tasks, strict=True):
-            values = [next(found) for _ in rows]
-            left_out += [each.failure for each in values if each.failure is not None]
-            known_values = [each.metrics[metric.name] for each in values if metric.name in each.metrics]
-            if known_values:
-                scores[task_name(network.condition)] = sum(known_values) / len(known_values)
-        if scores:
-            baselines[key] = scores
+    for key, rows in candidates.items():
+        try:
+            # What is wrong with a baseline is seen at its first row.
+            first = next(rows)
+        except RPGError as error:
+            left_out.append(str(error))
+            continue
+        tasks: list[str] = []
+        found: dict[str, list[float]] = {}
+        networks = _baseline_networks(key, chain([first], rows), layout, task_name, tasks)
+        # The networks are made, and their tasks noted, while they are measured.
+        measurements = _measurements(judge, networks, data_split)
+        for task, each in zip(tasks, measurements, strict=True):
+            if each.failure is not None:
+                left_out.append(each.failure)
+            if metric.name in each.metrics:
+                found.setdefault(task, []).append(each.metrics[metric.name])
+        if found:
+            baselines[key] = {task: sum(values) / len(values) for task, values in found.items()}
     try:
         majority = {task_name(n.condition): judge.majority(n.asked, data_split) for n in asked}
     except RPGError as error:
@@ -284,3 +285,26 @@ def _baselines(
     if metric.name == "accuracy" and (shares := {t: v for t, v in majority.items() if v is not None}):
         baselines["majority"] = shares
     return baselines, left_out
+
+
+_Row = tuple[Network, Tensor]
+"""The network whose task a baseline is for, and the baseline's values [P]."""
+
+
+def _ridge_rows(
+    values: Tensor, known: Tensor, asked: Sequence[Network], order: int, penalty: float
+) -> Iterator[_Row]:
+    """The networks that ridge regression predicts; about `_BYTES_AT_ONCE` of them are there at a time."""
+    some = max(1, _BYTES_AT_ONCE // values[0].nbytes)
+    for start in range(0, len(asked), some):
+        part = asked[start : start + some]
+        wanted = torch.tensor([network.condition for network in part])
+        yield from zip(part, ridge(known, values, wanted, order, penalty), strict=True)
+
+
+def _baseline_networks(
+    key: str, rows: Iterable[_Row], layout: Layout, task_name: TaskName, tasks: list[str]
+) -> Iterator[Network]:
+    for network, values in rows:
+        tasks.append(task_name(network.condition))
+        yield replace(network, name=f"{key} for {tasks[-1]}", state_dict=unflatten(layout, values))

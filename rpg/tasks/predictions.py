@@ -11,7 +11,9 @@ from rpg.errors import RPGError
 from rpg.tasks.families import calling
 
 _SIDE_BY_SIDE = 16
-"""Networks that `torch.func.vmap` runs at once."""
+"""Most networks that `torch.func.vmap` runs at once. Their weights are there twice, alone and stacked."""
+_BYTES_SIDE_BY_SIDE = 2**28
+"""Most bytes of weights of networks that run at once; one may be larger."""
 
 
 @torch.no_grad()
@@ -45,9 +47,10 @@ def predict_all(family: Any, name: str, state_dicts: Sequence[dict[str, Tensor]]
             answers = family.predict_many([_float32(state_dict) for state_dict in state_dicts], split)
         return _checked(answers, (len(state_dicts), None), f"{name}: predict_many")
     rows: list[Tensor] = []
-    side_by_side = len(state_dicts) > 1 and not callable(getattr(family, "load", None))
-    for start in range(0, len(state_dicts), _SIDE_BY_SIDE):
-        some = state_dicts[start : start + _SIDE_BY_SIDE]
+    step = _networks_at_once(state_dicts)
+    side_by_side = step > 1 and not callable(getattr(family, "load", None))
+    for start in range(0, len(state_dicts), step):
+        some = state_dicts[start : start + step]
         together = _predict_side_by_side(family, some, split) if side_by_side else None
         if together is not None and not rows:
             alone = _predict_alone(family, name, some[0], split)
@@ -57,6 +60,11 @@ def predict_all(family: Any, name: str, state_dicts: Sequence[dict[str, Tensor]]
             together if together is not None else [_predict_alone(family, name, each, split) for each in some]
         )
     return torch.stack(rows)
+
+
+def _networks_at_once(state_dicts: Sequence[dict[str, Tensor]]) -> int:
+    largest = max(sum(value.nbytes for value in each.values()) for each in state_dicts)
+    return max(1, min(len(state_dicts), _SIDE_BY_SIDE, _BYTES_SIDE_BY_SIDE // max(1, largest)))
 
 
 def _float32(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

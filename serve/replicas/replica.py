@@ -268,22 +268,14 @@ def _load_judge(
     if not has_test and not (entry.collection and takes_conditions):
         return None
     # Imported where they are needed, because few services measure.
-    from rpg.evaluation.command_judge import CommandJudge
-    from rpg.evaluation.judge import FamilyJudge, Judge
+    from rpg.evaluation.configured_judge import configured_judge, family_that_measures
     from rpg.evaluation.single_network import SingleNetworkJudge
-    from rpg.tasks.families import Metric, family_of
 
-    collection, test = entry.collection and Collection.load(location(entry.collection)), entry.evaluate
-    judge: Judge
-    if test.command:
-        metric = Metric(test.metric, test.higher_is_better)
-        at_once = 1 if entry.num_gpus else 0
-        companions = generator.layout.companions
-        judge = CommandJudge(test.command, metric, test.time_limit, companions, test.directory, at_once)
-    else:
-        family = entry.tasks or (family_of(collection) if collection else "")
-        judge = FamilyJudge(family, entry.images, device, test.time_limit)
-    return SingleNetworkJudge(judge, collection or None)
+    collection = Collection.load(location(entry.collection)) if entry.collection else None
+    family = family_that_measures(entry.tasks, entry.evaluate, collection)
+    companions, shares_gpu = generator.layout.companions, bool(entry.num_gpus)
+    judge = configured_judge(family, entry.evaluate, entry.images, device, companions, shares_gpu)
+    return SingleNetworkJudge(judge, collection)
 
 
 async def _gathered(events: "asyncio.Queue[Made | BaseException]") -> tuple[list[Made], str | None]:

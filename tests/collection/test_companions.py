@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from rpg.collection import companions as companions_module
 from rpg.collection.companions import Companions, companions_of
 from rpg.collection.layout import Layout
+from rpg.collection.register import register
 from rpg.errors import RPGError
 from rpg.storage.locations import location
 from tests.s3_server import S3Server
@@ -77,14 +80,88 @@ def test_links_and_pipes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("private")
     for make, words in (
-        (lambda path: path.symlink_to(secret), "is a link; expected a regular file"),
-        (lambda path: path.symlink_to(tmp_path / "nowhere"), "is a link"),
+        (lambda path: path.symlink_to(secret), f"is a link to {secret}; expected a regular file"),
+        (lambda path: path.symlink_to(tmp_path / "nowhere"), "is a link to nothing"),
+        (lambda path: path.symlink_to(path), "is a link to nothing"),
+        (lambda path: path.symlink_to("runs"), "cannot be read: Is a directory"),
         (os.mkfifo, "not a regular file"),
     ):
         make(checkpoint / "merges.txt")
         with pytest.raises(RPGError, match=rf"^{checkpoint}/merges\.txt: {words}"):
             companions_of(checkpoint)
         (checkpoint / "merges.txt").unlink()
+
+
+def snapshot(cache: Path, model: str, revision: str, seed: int) -> Path:
+    """A snapshot as Hugging Face's cache has it: links to blobs that are named by their digests."""
+    home = cache / f"models--{model}"
+    made = home / "snapshots" / revision
+    made.mkdir(parents=True)
+    (home / "blobs").mkdir(exist_ok=True)
+    weights = {"w": torch.randn(4, generator=torch.Generator().manual_seed(seed))}
+    for name, content in (
+        ("config.json", CONFIG), ("tokenizer.json", b"{}"), ("model.safetensors", save(weights)),
+    ):  # fmt: skip
+        blob = home / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (made / name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    return made
+
+
+@pytest.mark.parametrize("are_linked", [False, True])
+def test_snapshots_of_hugging_faces_cache_are_registered(tmp_path: Path, are_linked: bool) -> None:
+    made = [snapshot(tmp_path / "hub", "org--net", f"revision{i}", i) for i in range(3)]
+    root = tmp_path / "hub" / "models--org--net" / "snapshots"
+    if are_linked:
+        root = tmp_path / "mine"
+        root.mkdir()
+        for path in made:
+            (root / path.name).symlink_to(path)
+    collection, problems = register(root)
+    assert (len(collection.entries), problems) == (3, [])
+    companions = companions_of(collection.path(collection.entries[0]), collection.root)
+    assert companions.files == {"config.json": CONFIG, "tokenizer.json": b"{}"}
+    companions.write(tmp_path / "written")
+    assert not any(path.is_symlink() for path in (tmp_path / "written").iterdir())
+
+
+def test_links_out_of_a_models_own_blobs_are_refused_when_it_is_registered(tmp_path: Path) -> None:
+    made = [snapshot(tmp_path / "hub", "org--net", f"revision{i}", i) for i in range(2)]
+    other = snapshot(tmp_path / "hub", "org--other", "revision", 7)
+    secret = tmp_path / "secret"
+    secret.write_text("private")
+    home = made[0].parents[1]
+    (home / "blobs" / "odd").symlink_to(secret)
+    merges = made[0] / "merges.txt"
+    for target in (
+        secret,
+        other / "config.json",
+        "../../../models--org--other/blobs/../../../secret",
+        "../../blobs/odd",
+    ):
+        merges.symlink_to(target)
+        with pytest.raises(RPGError, match=rf"^{merges}: is a link to .*expected a regular file") as caught:
+            register(made[0].parent)
+        assert "\n" not in str(caught.value)
+        assert not (made[0].parent / "collection.json").exists()
+        merges.unlink()
+    # A directory of blobs that leads elsewhere makes no place of a model's of it.
+    (home / "blobs").rename(tmp_path / "elsewhere")
+    (home / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RPGError, match=r"config\.json: is a link to .*elsewhere"):
+        companions_of(made[0])
+
+
+def test_a_link_within_the_collection_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "tokenizer.json").write_bytes(b"{}")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_bytes(CONFIG)
+    (checkpoint / "tokenizer.json").symlink_to("../shared/tokenizer.json")
+    assert companions_of(checkpoint, tmp_path).files["tokenizer.json"] == b"{}"
+    with pytest.raises(RPGError, match=r"tokenizer\.json: is a link to"):
+        companions_of(checkpoint)
 
 
 def test_too_much_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Any state_dict is turned into tokens and back; layouts are saved and loaded; bad input is named."""
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -445,3 +446,29 @@ def test_digest_changes_with_anything_that_changes() -> None:
         Case(checkpoints, 4, Normalisation.zscore).layout().digest(),
     }
     assert len(digests) == 4
+
+
+@given(cases(), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_tensors_are_encoded_in_pieces_to_the_same_bits(case: Case, values: int) -> None:
+    layout = case.layout()
+    whole = layout.encode(case.checkpoints[-1]).tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rpg.collection.layout._ENCODED_AT_ONCE", values)
+        assert bits(layout.encode(case.checkpoints[-1]).tokens) == bits(whole)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_a_layout_that_is_pickled_comes_back_with_its_ties(case: Case) -> None:
+    layout = case.layout()
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(layout, 5, buffer_callback=buffers.append)
+    # As Ray gives them: in memory that must not be written to.
+    found = pickle.loads(pickled, buffers=[buffer.raw().toreadonly() for buffer in buffers])
+    assert list(found.centre) == list(layout.centre)
+    for spec in layout.specs:
+        assert found.centre[spec.name].shape == layout.centre[spec.name].shape
+        assert bits(found.centre[spec.name]) == bits(layout.centre[spec.name])
+        assert spec.alias_of is None or found.centre[spec.name] is found.centre[spec.alias_of]
+    assert found.digest() == layout.digest()

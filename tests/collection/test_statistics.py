@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,47 @@ def test_running_variances_that_cannot_be_divided_by_their_mean_are_weights() ->
 def test_a_part_holds_the_means_that_changed_and_nothing_else() -> None:
     collection = [{"frozen": torch.ones(5000), "w": torch.randn(1000)} for _ in range(3)]
     part = statistics_of(collection).part()
-    assert part.means.nbytes == 8000
+    assert [mean.nbytes for mean in part.means] == [8000]
     assert len(pickle.dumps(part)) < 9000
+
+
+@pytest.mark.parametrize("normalisation", list(Normalisation))
+def test_means_that_travel_through_a_file_are_merged_to_the_same_bits(
+    normalisation: Normalisation, tmp_path: Path
+) -> None:
+    # More than a block, beside tensors of which one never changes and one only in the second part.
+    collection = [
+        {
+            "w": torch.randn(600_001, generator=torch.Generator().manual_seed(i)),
+            "frozen": torch.ones(5),
+            "late": torch.full((7,), float(max(i, 2))),
+            "bn.running_var": torch.rand(30, generator=torch.Generator().manual_seed(i)) + 0.1,
+        }
+        for i in range(5)
+    ]
+    in_memory, through_files = LayoutStatistics(collection[0]), LayoutStatistics(collection[0])
+    for i, checkpoints in enumerate((collection[:3], collection[3:])):
+        part = statistics_of(checkpoints, reference=collection[0]).part()
+        in_memory.merge(part)
+        part.write_means(tmp_path / str(i))
+        through_files.merge(replace(part, means=tmp_path / str(i)))
+    through_files.release_reference()
+    expected, found = (each.layout(64, normalisation) for each in (in_memory, through_files))
+    assert found.digest() == expected.digest()
+
+
+def test_a_file_of_means_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    collection = checkpoints(3)
+    part = statistics_of(collection).part()
+    part.write_means(tmp_path / "means")
+    with (tmp_path / "means").open("r+b") as file:
+        file.truncate(100)
+    merged = LayoutStatistics(collection[0])
+    refused("means: truncated", lambda: merged.merge(replace(part, means=tmp_path / "means")))
+    (tmp_path / "means").unlink()
+    refused(
+        "means: cannot be read: No such file", lambda: merged.merge(replace(part, means=tmp_path / "means"))
+    )
 
 
 def test_reference_is_a_copy_of_its_own_size() -> None:

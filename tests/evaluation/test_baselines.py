@@ -145,3 +145,10 @@ def test_majority_accuracy() -> None:
     assert majority_accuracy(torch.tensor([2, 2, 0, 1, 2])) == pytest.approx(0.6)
     with pytest.raises(RPGError, match="labels"):
         majority_accuracy(torch.tensor([]))
+
+
+def test_the_centre_is_summed_in_chunks() -> None:
+    weights = torch.randn(7, 1001, generator=torch.Generator().manual_seed(0)) * 1e3
+    expected = torch.from_numpy(weights.numpy().astype(np.float64).mean(axis=0)).float()
+    for chunk_elements in (1, 70, 10**6):
+        torch.testing.assert_close(centre(weights, chunk_elements), expected, rtol=1e-7, atol=0)

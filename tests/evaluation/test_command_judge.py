@@ -1,7 +1,9 @@
 """Commands as judges: real programs are run, in Python and in others' languages."""
 
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,40 @@ def test_placeholders_in_a_description_stay_as_they_are() -> None:
     )
     [found] = run(f'{sys.executable} -c "{program}" {{checkpoint}} {{condition}}', [network])
     assert found.metrics == {"score": 1.0}
+
+
+MEASURING = """
+import subprocess
+import sys
+import torch
+from rpg.evaluation.command_judge import CommandJudge
+from rpg.evaluation.judge import Candidate
+from rpg.tasks.families import Metric
+
+command = f"sh -c 'sleep 300 & echo $$ $! > {sys.argv[1]}; wait' {{checkpoint}}"
+CommandJudge(command, Metric("")).measure([Candidate("n", {"w": torch.zeros(1)}, None)], "test")
+"""
+
+
+def _eventually(true: Callable[[], bool], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+    return true()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_command_ends_with_all_that_it_started_when_the_process_that_measures_is_killed(
+    tmp_path: Path,
+) -> None:
+    note = tmp_path / "processes"
+    measuring = subprocess.Popen([sys.executable, "-c", MEASURING, str(note)])
+    try:
+        assert _eventually(lambda: note.is_file() and len(note.read_text().split()) == 2)
+        shell, child = map(int, note.read_text().split())
+        assert _runs(shell)
+        assert _runs(child)
+    finally:
+        measuring.kill()
+        measuring.wait()
+    assert _eventually(lambda: not _runs(shell) and not _runs(child), 10.0)

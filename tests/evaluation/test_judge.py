@@ -119,6 +119,26 @@ def test_a_family_that_hangs_is_left_behind() -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("hanging", [(7,), (0,), (0, 7), tuple(range(100))])
+def test_answers_that_hang_cost_the_time_limit_a_few_times_and_not_once_a_network(
+    hanging: tuple[int, ...],
+) -> None:
+    family = judge("HangsLater", time_limit=1.0)
+    networks = candidates(family, 100)
+    for i in hanging:
+        networks[i].state_dict["layers.3.bias"].fill_(1.0)
+    began = time.monotonic()
+    measured = family.measure(networks, "test")
+    assert time.monotonic() - began < 20
+    for i in hanging:
+        assert str(measured[i].failure).startswith(f"n{i}: ")
+        assert "took longer than" in str(measured[i].failure)
+    # The first one alone is known to hang, or to answer.
+    assert (measured[0].failure is None) == (0 not in hanging)
+    if hanging == (0,):
+        assert [each.failure for each in measured[1:]] == [None] * 99
+
+
 def test_a_familys_own_load_never_meets_the_network_before() -> None:
     family = judge("LoadsSome")
     first, second = candidates(family, 2)

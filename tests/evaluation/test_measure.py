@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
+from rpg.evaluation import baselines
 from rpg.evaluation.baselines import majority_accuracy
 from rpg.evaluation.judge import ACCURACY, Measurement
 from rpg.evaluation.measure import Network, TrainingSet, condition_name, flatten, measure, unflatten
@@ -227,3 +228,41 @@ def test_names_of_different_conditions_differ():
     conditions = [(0.0, 1.0, 1.0), (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.5), (0.5,), None]
     assert len({condition_name(condition) for condition in conditions}) == 5
     assert condition_name((0.0, 1.0, 1.0)) == "011"
+
+
+def test_baselines_are_measured_a_few_networks_at_a_time(measured, monkeypatch):
+    layout, trained, values, originals, *_ = measured
+    sizes = []
+
+    class Counts(ByHand):
+        def measure(self, networks, split):
+            sizes.append(len(networks))
+            return super().measure(networks, split)
+
+    predicted = []
+
+    def ridge(*arguments):
+        predicted.append(len(arguments[2]))
+        return baselines.ridge(*arguments)
+
+    def all_baselines():
+        sizes.clear()
+        predicted.clear()
+        everywhere = [
+            Network(f"g{c}", c, TaskSplit.unseen, network(c, 0.1, 300 + i)) for i, c in enumerate(CONDITIONS)
+        ]
+        return measure(
+            layout, TrainingSet(values, [c for c, _ in trained]), originals, everywhere,
+            Counts(), "test", str, noise_levels=(), ridge_penalty=1e-3, seed=0,
+        ).baselines  # fmt: skip
+
+    monkeypatch.setattr("rpg.evaluation.measure.ridge", ridge)
+    whole = all_baselines()
+    assert max(sizes) >= len(CONDITIONS)
+    assert predicted == [len(CONDITIONS)] * 3
+    # Two networks of six float32 weights and an int64.
+    monkeypatch.setattr("rpg.evaluation.measure._BYTES_AT_ONCE", 2 * (6 * 4 + 8))
+    found = all_baselines()
+    assert max(sizes) == 3
+    assert max(predicted) == 2
+    assert found == whole

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rpg.collection.collection import Collection
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +131,46 @@ def test_a_search_ranks_by_the_lowest_error(family_file, finished, join_job, tmp
     assert whole
 
 
+def test_a_search_says_why_networks_could_not_be_measured(family_file, finished, join_job, tmp_path):
+    output, _, _ = finished
+    # The command fails after so many networks.
+    counter = tmp_path / "counted"
+    script = tmp_path / "test.py"
+    script.write_text(
+        "import sys\n"
+        f"with open({str(counter)!r}, 'a+') as file:\n"
+        "    file.write('x')\n"
+        "    file.seek(0)\n"
+        "    if len(file.read()) > int(sys.argv[1]):\n"
+        "        sys.exit('no luck')\n"
+        "print(0.5)\n"
+    )
+    for measured, name in ((0, "none"), (1, "some")):
+        counter.unlink(missing_ok=True)
+        arguments = [
+            OWN, *SETTINGS, "tune.space={generator.denoiser.width: [16]}", "tune.trials=1",
+            "tune.reduction=2", f"collect.directory={output / 'collection'}", f"output={tmp_path / name}",
+            "train.validation_models=1", f"evaluate.command=python {script} {measured * _in_a_round(output)} "
+            "{checkpoint}",
+        ]  # fmt: skip
+        result = join_job("tune", arguments)
+        if measured:
+            assert result.returncode == 0, result.stderr
+            [row] = json.loads((tmp_path / name / "tune" / "table.json").read_text())
+            assert (row["score"], row["share_of_budget"]) == (0.5, 0.25)
+            assert re.search(r"could not be measured: .*exit status 1: no luck", row["failure"])
+            assert "tune: trial 0: networks could not be measured: " in result.stderr + result.stdout
+        else:
+            assert result.returncode == 2
+            assert "tune: all trials failed, one of them with: " in result.stderr
+            assert "exit status 1: no luck" in result.stderr
+
+
+def _in_a_round(output: Path) -> int:
+    tasks = Collection.load(output / "collection").tasks("validation")
+    return len(tasks)
+
+
 @pytest.mark.parametrize(
     ("tasks", "parts"),
     [
@@ -143,6 +185,14 @@ def test_a_family_that_cannot_train_is_refused_before_ray_starts(call_job, tmp_p
     assert result.returncode == 2
     [line] = result.stderr.strip().splitlines()
     assert all(part in line for part in parts), line
+
+
+def test_a_family_trains_networks_that_a_command_measures_later(join_job, family_file, tmp_path):
+    arguments = [OWN, f"tasks={family_file}:Sines", "evaluate.command=false {checkpoint}", *SETTINGS]
+    result = join_job("collect", [*arguments, f"output={tmp_path / 'run'}"])
+    assert result.returncode == 0, result.stderr
+    entries = Collection.load(tmp_path / "run" / "collection").entries
+    assert all("validation_mse" in entry.metrics for entry in entries)
 
 
 def test_a_family_whose_training_fails_is_told_in_one_line(join_job, family_file, tmp_path):

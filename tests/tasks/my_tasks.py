@@ -129,6 +129,18 @@ class Hangs(Minimal):
         return {"mse": 0.0}
 
 
+class HangsLater(Answers):
+    """Hangs at every network whose first bias is 1."""
+
+    def load(self, network: nn.Module, state_dict: dict[str, Tensor]) -> None:
+        network.load_state_dict(state_dict)
+
+    def predict(self, network: nn.Module, split: str) -> Tensor:
+        if float(network.layers[3].bias[0]) == 1:
+            time.sleep(60)
+        return super().predict(network, split)
+
+
 class Shape(Answers):
     def predict(self, network: nn.Module, split: str) -> Tensor:
         return network(INPUTS)[:, 0, None]

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import stack_module_state
 
 from rpg.errors import RPGError
+from rpg.tasks import predictions
 from rpg.tasks.families import load_family
 from rpg.tasks.predictions import predict_all
 
@@ -47,6 +49,25 @@ def test_networks_run_side_by_side_where_they_can() -> None:
     predict_all(family, "Fickle", networks(family, 20), "test")
     # One attempt for all sixteen of a group, whose first network answers otherwise alone; then each alone.
     assert type(family).calls == 1 + 1 + 20
+
+
+@pytest.mark.parametrize(("bound", "groups"), [(2**28, [16, 4]), (3, [3] * 6 + [2]), (1, []), (0, [])])
+def test_as_many_networks_run_side_by_side_as_their_weights_allow(
+    bound: int, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = load_family(f"{MINE}:Answers")
+    made = networks(family, 20)
+    size = sum(value.nbytes for value in made[0].values())
+    monkeypatch.setattr(predictions, "_BYTES_SIDE_BY_SIDE", bound if bound == 2**28 else bound * size)
+    stacked = []
+
+    def stack(modules: list[torch.nn.Module]) -> Any:
+        stacked.append(len(modules))
+        return stack_module_state(modules)
+
+    monkeypatch.setattr(predictions, "stack_module_state", stack)
+    assert predict_all(family, "Answers", made, "test").equal(alone(made))
+    assert stacked == groups
 
 
 def test_answers_of_another_shape_and_networks_that_do_not_fit_are_refused() -> None:
