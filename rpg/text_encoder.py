@@ -7,7 +7,7 @@ run. The digest of the files identifies the encoder: embeddings depend only on t
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from rpg.config import LONGEST_DESCRIPTION
 from rpg.errors import RPGError, one_line
-from rpg.storage.below import open_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import copy_file, sha256
 from rpg.storage.locations import AnyPath, fetched
@@ -178,21 +177,6 @@ def copy_encoder(source: AnyPath, target: AnyPath) -> None:
         _check_files(local)
         for name in _FILES:
             copy_file(local / name, target / name)
-
-
-def check_files_below(root: Path, name: str) -> None:
-    """Check that an encoder in the directory `name` below `root`, if there is one, consists of regular files.
-
-    Raises:
-        RPGError: naming the link, or what else is no regular file.
-    """
-    for file, what in _FILES.items():
-        try:
-            # What is missing is told when the encoder is needed.
-            with suppress(FileNotFoundError):
-                open_below(root, f"{name}/{file}").close()
-        except OSError as error:
-            raise RPGError(f"{root / name / file}: {error.strerror}; expected {what}") from error
 
 
 def _check_files(directory: Path) -> None:

@@ -29,7 +29,7 @@ from rpg.collection.tokens import (
 )
 from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError
-from rpg.storage.below import list_below, path_below
+from rpg.storage.below import check_ordinary_below, path_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath
@@ -337,9 +337,9 @@ class Layout:
         for spec in specs:
             centre[spec.name] = stored[spec.name] if spec.alias_of is None else centre[spec.alias_of]
         if "companions" in content:
-            # This refuses a link to a directory; links among the files are refused when they are read.
+            # Beside a user's own checkpoints there may be links, but not in what RPG wrote.
             with storage_errors_for(directory):
-                list_below(directory, COMPANIONS_DIRECTORY)
+                check_ordinary_below(directory, COMPANIONS_DIRECTORY)
         companions = companions_in(directory / COMPANIONS_DIRECTORY, content.get("companions", {}), str(path))
         normalisation = Normalisation(content["normalisation"])
         layout = cls(normalisation, content["token_size"], specs, centre, _cut_of(content), companions)

@@ -25,7 +25,7 @@ from rpg.config import (
 )
 from rpg.errors import RPGError
 from rpg.generator.networks import build_networks
-from rpg.storage.below import path_below
+from rpg.storage.below import check_ordinary_below, path_below
 from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import write_text
@@ -33,7 +33,6 @@ from rpg.storage.locations import AnyPath, fetched, location
 from rpg.text_encoder import (
     ENCODER_DIRECTORY,
     TextEncoder,
-    check_files_below,
     copy_encoder,
     load_encoder,
 )
@@ -200,7 +199,7 @@ class PretrainedMixin(nn.Module):
         config = generator_config_from_yaml(directory / CONFIG_FILE)
         layout = Layout.load(directory)
         if config.condition.encoder:
-            check_files_below(directory, ENCODER_DIRECTORY)
+            check_ordinary_below(directory, ENCODER_DIRECTORY)
         path = directory / WEIGHTS_FILE
         try:
             with path_below(directory, WEIGHTS_FILE) as local, safe_open(local, framework="pt") as file:

@@ -161,6 +161,20 @@ def list_below(root: AnyPath, name: str = "") -> dict[str, Listed]:
     return listed
 
 
+def check_ordinary_below(root: AnyPath, name: str) -> None:
+    """Check that nothing but regular files and directories lies in the directory `name` below `root`.
+
+    There need be no such directory.
+
+    Raises:
+        NotOrdinaryError: naming the link, or what else it is.
+        OSError: if the directory may not be read; behind a URI, whatever its storage raises.
+    """
+    for each, listed in list_below(root, name).items():
+        if not listed.is_directory and listed.size is None:
+            open_below(root, f"{name}/{each}").close()
+
+
 def below(path: AnyPath, root: AnyPath) -> str:
     """The name of `path` below `root`, as the functions here take it."""
     return str(path)[len(str(root).rstrip("/")) :].lstrip("/")

@@ -31,6 +31,7 @@ from rpg.collection.safetensors_file import read_metadata
 from rpg.errors import RPGError, one_line
 from rpg.storage.below import (
     NotOrdinaryError,
+    check_ordinary_below,
     list_below,
     make_directory_below,
     open_below,
@@ -119,9 +120,8 @@ class JobStore:
             return Companions()
         found = self._companions.get(digest)
         if found is None:
-            # This refuses links on the way; those among the files are refused when they are read.
             with storage_errors_for(self.root):
-                list_below(self.root, f"{COMPANIONS_DIRECTORY}/{digest}")
+                check_ordinary_below(self.root, f"{COMPANIONS_DIRECTORY}/{digest}")
             found = self._companions[digest] = companions_of(self.root / COMPANIONS_DIRECTORY / digest)
             if len(self._companions) > _KEPT_COMPANIONS:
                 self._companions.popitem(last=False)
