@@ -123,9 +123,12 @@ class AtomicFile:
     def _below(self, path: Path, root: AnyPath) -> Path:
         """The target by way of its directory, which stays open: no link can take that one's place."""
         assert isinstance(root, Path)
-        parent = str(path.parent.relative_to(root))
-        make_directory_below(root, parent)
-        directory = self._held.enter_context(held_directory(root, parent))
+        parent = below(path.parent, root)
+        try:
+            directory = self._held.enter_context(held_directory(root, parent))
+        except FileNotFoundError:
+            make_directory_below(root, parent)
+            directory = self._held.enter_context(held_directory(root, parent))
         return directory_path(directory, path.parent) / path.name
 
     def failure(self, error: OSError) -> RPGError:

@@ -20,7 +20,7 @@ listeners it comes later, as all messages do."""
 _MESSAGES_PER_SECOND = 100.0
 _ROUND_SECONDS = 10.0
 """All who may listen get a message within this time, even if that takes more messages a second."""
-_BURST = 20
+_BURST = 4
 """Messages that may go out at once after a while without any."""
 _RETRY_SECONDS = 1.0
 _STILL_HERE = ": still here\n\n"
