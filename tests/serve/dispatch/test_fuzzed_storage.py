@@ -111,8 +111,9 @@ async def check(storage: Path, original: Path, ids: dict[str, str]) -> None:
                 with store.open_model(id, model.index) as file:
                     content = file.read(2**20)
                 assert len(content) == model.bytes
-                # One that has ended is not read as a whole at a start, so its bytes may have been changed.
-                assert id == ids["ended"] or content == (original / path).read_bytes()
+                # Where a job has ended, or no state names a model, a start compares no digest.
+                if id == ids["healthy"] or (id == ids["half"] and model.index == 0):
+                    assert content == (original / path).read_bytes()
         assert (await api.models(caller("root"), ids["healthy"], 0, 9)).models[1].index == 1
         for id in known | quarantined.keys():
             if await api.cancel_or_remove(caller("root"), id) is not None:
