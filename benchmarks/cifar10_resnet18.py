@@ -35,7 +35,7 @@ from rpg.config import Config, load_config, to_plain
 from rpg.errors import RPGError
 from rpg.evaluation.distance import nearest_checkpoint, spread
 from rpg.evaluation.figures import Points, similarity_scatter, to_png, to_svg
-from rpg.evaluation.measure import flatten
+from rpg.evaluation.networks import flatten
 from rpg.evaluation.results import versions
 from rpg.evaluation.similarity import BoolArray, Predictions, add_noise, similarity, wrong_iou
 from rpg.generator.generator import Generator

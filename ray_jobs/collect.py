@@ -23,7 +23,7 @@ from ray_jobs.stage import Stage, stage_main
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, SPLITS, Collection, Entry
 from rpg.commands.progress import stage_progress
-from rpg.config import Config
+from rpg.config import Config, Split
 from rpg.errors import RPGError
 from rpg.evaluation.judge import Candidate, FamilyJudge
 from rpg.storage.directories import replacing_directory
@@ -33,6 +33,8 @@ from rpg.storage.locations import AnyPath, exists
 from rpg.tasks.families import Task, calling, can_collect, check_family, uses_gpu
 
 _WRITERS = 4
+BACKBONE_FILE = "backbone.safetensors"
+"""In the collection's directory: what the networks were fine-tuned from."""
 
 
 def run(config: Config) -> None:
@@ -42,12 +44,14 @@ def run(config: Config) -> None:
         load_collection(paths.collection)
         return
     tasks = _tasks(config)
-    copies = range(config.collect.checkpoints_per_task)
-    models = [(task.name, copy) for task in tasks for copy in copies]
+    copies_of = {task.name: _copies(task, config) for task in tasks}
+    models = [(task.name, copy) for task in tasks for copy in range(copies_of[task.name])]
     batches = [
         [(task, copy) for task in some]
-        for copy in copies
-        for some in _evenly(tasks, config.collect.models_per_batch)
+        for copy in range(max(copies_of.values()))
+        for some in _evenly(
+            [task for task in tasks if copy < copies_of[task.name]], config.collect.models_per_batch
+        )
     ]
     # A command measures generated networks. Those that are trained here are the family's.
     judge = JudgeSettings(family_name(config), paths.images, config.evaluate, _uses_gpu(config))
@@ -65,6 +69,9 @@ def run(config: Config) -> None:
             for (task, copy), entry in zip(batch_of[finished], _result(finished), strict=True):
                 entries[task.name, copy] = Entry(**entry)
             display.update(len(entries), len(models), _mean_metric(list(entries.values())))
+        with replacing_file(directory / BACKBONE_FILE) as temporary:
+            trained: dict[str, Tensor] = ray.get(backbone)
+            write_checkpoint(temporary, trained, {"format": "pt"})
         architecture = {FAMILY: config.tasks}
         Collection(directory, architecture, [entries[model] for model in models]).save()
 
@@ -75,6 +82,12 @@ def check(config: Config) -> None:
         check_family(loaded_family(config), family_name(config))
         _tasks(config)
         _refuse_foreign_files(RunPaths.of(config).collection)
+
+
+def _copies(task: Task, config: Config) -> int:
+    """How many networks are trained for a task."""
+    heldout = config.collect.heldout_checkpoints_per_task
+    return heldout if heldout and task.split == Split.heldout else config.collect.checkpoints_per_task
 
 
 def _tasks(config: Config) -> list[Task]:

@@ -12,6 +12,7 @@ import ray
 import torch
 from rich.console import Console
 
+from ray_jobs.collect import BACKBONE_FILE
 from ray_jobs.generate import GENERATE, JOB_FILE, chosen_conditions
 from ray_jobs.judging import JudgeSettings, judge_inputs
 from ray_jobs.loading import load_collection, load_generator, open_shards
@@ -25,21 +26,21 @@ from rpg.collection.shards import ShardedCollection
 from rpg.commands.progress import console, stage_progress
 from rpg.config import Config, Split, to_plain
 from rpg.errors import RPGError
+from rpg.evaluation.baseline_scores import BestOriginals, best_by_validation
 from rpg.evaluation.baselines import evenly_spaced
 from rpg.evaluation.judge import FamilyJudge, Judge
-from rpg.evaluation.measure import (
+from rpg.evaluation.measure import Measured, measure
+from rpg.evaluation.networks import (
     Condition,
-    Measured,
     Network,
     TaskName,
     TrainingSet,
     condition_name,
-    measure,
 )
 from rpg.evaluation.results import Results, TaskSplit, versions
 from rpg.generator.saving import CARD_FILE
 from rpg.storage.files import read_json, write_text
-from rpg.tasks.families import calling
+from rpg.tasks.families import Metric, calling
 
 _SLEEPING_THREADS = {"env_vars": {"OMP_WAIT_POLICY": "passive"}}
 """Threads of a task sleep while they wait for each other. Otherwise they keep their CPUs busy while waiting.
@@ -57,13 +58,8 @@ def run(config: Config) -> None:
     """Evaluate the generated networks and write the report."""
     # Every stage's job imports this module, and Matplotlib takes as long to import as all the rest of it.
     from rpg.evaluation.figures import to_svg
-    from rpg.evaluation.report import (
-        build_report,
-        figure_pairs,
-        model_card_table,
-        terminal_table,
-        write_report,
-    )
+    from rpg.evaluation.report import build_report, figure_pairs, write_report
+    from rpg.evaluation.tables import comparisons, model_card_table, terminal_table
 
     began = time.perf_counter()
     paths = RunPaths.of(config)
@@ -74,8 +70,8 @@ def run(config: Config) -> None:
         on_gpu = isinstance(settings, JudgeSettings) and settings.use_gpu and not settings.evaluate.command
         measured = _measure_on_gpu(config) if on_gpu else _measure(config, torch.device("cpu"))
         display.update(1, 2, "report")
-        history = read_json(paths.generator / HISTORY_FILE, "a training history")
-        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE)}
+        history = read_json(paths.fitted / HISTORY_FILE, "a training history")
+        seconds = {stage.name: stage_seconds(stage, config) for stage in with_stages_before(GENERATE, config)}
         results = Results(
             name=config.name,
             seed=config.seed,
@@ -84,6 +80,7 @@ def run(config: Config) -> None:
             timing_seconds={**seconds, "evaluate": time.perf_counter() - began},
             originals=measured.originals,
             generated=measured.generated,
+            recomputed=measured.recomputed,
             noised=measured.noised,
             baselines=measured.baselines,
             sibling_distances=measured.sibling_distances,
@@ -99,11 +96,15 @@ def run(config: Config) -> None:
         generator = load_generator(paths.generator, config.ray)
         write_text(paths.generator / CARD_FILE, generator.card(model_card_table(report)))
         display.update(2, 2)
-    for line in measured.left_out[:_LINES_LEFT_OUT]:
+    left_out = report["left_out"]
+    for line in left_out[:_LINES_LEFT_OUT]:
         console.print(f"evaluate: left out: {line}", soft_wrap=True, markup=False)
-    if (more := len(measured.left_out) - _LINES_LEFT_OUT) > 0:
+    if (more := len(left_out) - _LINES_LEFT_OUT) > 0:
         console.print(f"evaluate: left out: {more} more, see {REPORT_FILE}", soft_wrap=True)
-    Console().print(terminal_table(report))
+    terminal = Console()
+    terminal.print(terminal_table(report))
+    for line in comparisons(report):
+        terminal.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def check(config: Config) -> None:
@@ -158,8 +159,30 @@ def _measure(config: Config, device: torch.device) -> Measured:
         noise_levels=config.evaluate.noise_levels,
         ridge_penalty=config.evaluate.ridge_penalty,
         seed=config.seed,
+        best_originals=_best_originals(config, collection, originals),
+        read_backbone=lambda: read_checkpoint(paths.collection / BACKBONE_FILE),
     )  # fmt: skip
     return dataclasses.replace(measured, left_out=[*left_out, *measured.left_out])
+
+
+def _best_originals(config: Config, collection: Collection, originals: Sequence[Network]) -> BestOriginals:
+    """Finds the best original of each unseen task, or, without conditions, the best training checkpoint."""
+    known = {network.name: network for network in originals}
+    unseen = {network.name for network in originals if network.split == TaskSplit.unseen}
+    has_tasks = any(chosen_conditions(collection, config))
+
+    def best(metric: Metric) -> list[Network]:
+        if has_tasks:
+            entries = [entry for entry in collection.entries if entry.file in unseen]
+            return [known[entry.file] for entry in best_by_validation(entries, metric)]
+        # All training checkpoints are of one task then, whatever their conditions.
+        entries = [dataclasses.replace(entry, condition=None) for entry in collection.splits["train"]]
+        return [
+            known.get(entry.file) or Network(entry.file, None, TaskSplit.seen, collection.read_checked(entry))
+            for entry in best_by_validation(entries, metric)
+        ]
+
+    return best
 
 
 def _data_split(config: Config) -> str:

@@ -13,10 +13,10 @@ import torch
 
 from ray_jobs.loading import load_collection, load_generator
 from ray_jobs.ray_data import Row, map_rows, returns_errors
+from ray_jobs.refine import REFINE
 from ray_jobs.resources import generation_request
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
-from ray_jobs.train import TRAIN
 from rpg.collection.collection import Collection
 from rpg.commands.progress import stage_progress
 from rpg.config import (
@@ -135,7 +135,7 @@ GENERATE = Stage(
     name="generate",
     run=run,
     sections=("seed", "generate", "generator.sampling"),
-    after=TRAIN,
+    after=REFINE,
     ignored=("generate.models_per_batch",),
     resources=generation_request,
     check=lambda config: validate_sampling(

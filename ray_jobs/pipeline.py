@@ -1,4 +1,4 @@
-"""The whole flow: collect, shard, train, generate, evaluate. Stages whose inputs have not changed are kept.
+"""The whole flow, from collect to evaluate. Stages whose inputs have not changed are kept.
 
 python -m ray_jobs.pipeline CONFIG [key=value …]
 """
@@ -16,7 +16,7 @@ from rpg.config import Config
 def run(config: Config) -> None:
     """Run every stage of the flow that is not done yet."""
     began = time.perf_counter()
-    stages = with_stages_before(EVALUATE)
+    stages = with_stages_before(EVALUATE, config)
     require_resources_of([stage for stage in stages if not is_done(stage, config)], config)
     for stage in stages:
         if is_done(stage, config):
@@ -29,7 +29,7 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Refuse what any stage that is not done yet would refuse."""
-    for stage in with_stages_before(EVALUATE):
+    for stage in with_stages_before(EVALUATE, config):
         if not is_done(stage, config):
             stage.check(config)
 

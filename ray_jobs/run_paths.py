@@ -15,7 +15,13 @@ class RunPaths:
     collection: AnyPath
     shards: AnyPath
     train: AnyPath
+    """Runs of Ray Train that fit."""
+    fitted: AnyPath
+    """The generator as stage `train` leaves it; where none is refined, it is `generator`."""
+    refine: AnyPath
+    """Runs of Ray Train that refine."""
     generator: AnyPath
+    """The generator that networks are made with."""
     generated: AnyPath
     images: str
     """Location of the task family's images (`rpg.tasks.families.load_family`); empty if none is given."""
@@ -40,6 +46,8 @@ class RunPaths:
             collection=collection,
             shards=root / "shards",
             train=root / "train",
+            fitted=root / ("fitted" if config.refine.steps else "generator"),
+            refine=root / "refine",
             generator=root / "generator",
             generated=root / "generated",
             images=images,

@@ -41,8 +41,11 @@ class Stage:
     sections: tuple[str, ...]
     """Keys of the config (dotted) that its output depends on, besides the stage before."""
     after: "Stage | None"
+    """The stage before; see `stage_before`."""
     outputs: Callable[[RunPaths], list[AnyPath]]
     """Files that must be there for the stage to count as done."""
+    applies: Callable[[Config], bool] = lambda config: True
+    """Whether the stage is part of the flow."""
     distinguishing: Callable[[RunPaths], AnyPath] | None = None
     """An output whose content the later stages depend on, for a stage whose equal inputs need not give equal
     outputs."""
@@ -59,6 +62,14 @@ class Stage:
     """Raises an `RPGError` for what can be seen to be wrong before Ray is started."""
 
 
+def stage_before(stage: Stage, config: Config) -> Stage | None:
+    """The stage whose output this one takes; those that are not part of the flow are passed over."""
+    before = stage.after
+    while before and not before.applies(config):
+        before = before.after
+    return before
+
+
 def fingerprint(stage: Stage, config: Config) -> str:
     """SHA-256 of all that determines the stage's output."""
     plain = to_plain(config)
@@ -66,7 +77,8 @@ def fingerprint(stage: Stage, config: Config) -> str:
         section, _, name = key.rpartition(".")
         del _at(plain, section)[name]
     inputs = {section: _at(plain, section) for section in stage.sections}
-    before = fingerprint(stage.after, config) + _content_digest(stage.after, config) if stage.after else ""
+    earlier = stage_before(stage, config)
+    before = fingerprint(earlier, config) + _content_digest(earlier, config) if earlier else ""
     given = stage.given(config)
     content = sha256(given) if given and exists(given) else ""
     further = stage.further(config)
@@ -96,7 +108,7 @@ def check_stage(stage: Stage, config: Config) -> None:
         RPGError: with the reason.
     """
     stage.check(config)
-    before = stage.after
+    before = stage_before(stage, config)
     if before and not before.given(config) and not is_done(before, config):
         raise RPGError(
             f"{RunPaths.of(config).root}: stage '{stage.name}' needs stage '{before.name}', which has "
@@ -110,7 +122,7 @@ def run_stage(stage: Stage, config: Config) -> None:
     The stage before must be done, or its output given by the user; then that output is checked first.
     """
     check_stage(stage, config)
-    paths, before = RunPaths.of(config), stage.after
+    paths, before = RunPaths.of(config), stage_before(stage, config)
     if before and not is_done(before, config):
         run_stage(before, config)
     record, inputs = _record_path(paths, stage), fingerprint(stage, config)
@@ -132,9 +144,10 @@ def require_resources_of(stages: Sequence[Stage], config: Config) -> None:
     require_resources([request for request in requests if request], config.ray.wait_seconds)
 
 
-def with_stages_before(stage: Stage) -> list[Stage]:
+def with_stages_before(stage: Stage, config: Config) -> list[Stage]:
     """The chain of stages that ends with `stage`, first to last."""
-    return [*(with_stages_before(stage.after) if stage.after else []), stage]
+    before = stage_before(stage, config)
+    return [*(with_stages_before(before, config) if before else []), stage]
 
 
 def stage_seconds(stage: Stage, config: Config) -> float:

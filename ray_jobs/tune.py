@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     """Search, and write the ranked table, the figure and the best config."""
     paths, space = RunPaths.of(config), search_space(config)
     # Every trial validates, so a collection without validation tasks is refused here.
-    tasks = ValidationTasks.of(config, load_collection(paths.collection))
+    tasks = ValidationTasks.of(config, "train", load_collection(paths.collection))
     # Trials that share the machine take a thread each unless told otherwise.
     threads = config.ray.train_threads or 1
     # Trials run in other directories, where relative paths would lead elsewhere.
@@ -111,7 +111,7 @@ TUNE = Stage(
 
 def search(config: Config) -> None:
     """Search token size, model size and whatever else `tune.space` names."""
-    for stage in with_stages_before(TUNE):
+    for stage in with_stages_before(TUNE, config):
         if is_done(stage, config):
             console.print(f"{stage.name}: unchanged, reused")
         else:
@@ -122,7 +122,7 @@ def check(config: Config) -> None:
     """Refuse a search space that cannot be searched, and what the stages before the search would refuse."""
     search_space(config)
     check_judge(config)
-    for stage in with_stages_before(TUNE):
+    for stage in with_stages_before(TUNE, config):
         if not is_done(stage, config):
             stage.check(config)
 

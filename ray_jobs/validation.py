@@ -32,8 +32,8 @@ class ValidationTasks:
     """What was opened in this process, by device: a family may take seconds to read its data."""
 
     @classmethod
-    def of(cls, config: Config, collection: Collection) -> "ValidationTasks":
-        """The validation tasks of a collection.
+    def of(cls, config: Config, stage: str, collection: Collection) -> "ValidationTasks":
+        """The validation tasks of a collection, for the stage `train` or `refine`.
 
         Raises:
             RPGError: if it has none, or nothing can measure networks.
@@ -51,7 +51,7 @@ class ValidationTasks:
                         "learns from"
                     )
         except RPGError as error:
-            raise RPGError(f"{error}; without validation: train.validate_every=0") from error
+            raise RPGError(f"{error}; without validation: {stage}.validate_every=0") from error
         texts = collection.descriptions
         descriptions = [texts[tuple(condition)] for condition in conditions] if conditions and texts else None
         return cls(
@@ -59,7 +59,7 @@ class ValidationTasks:
             judge.metrics[0].higher_is_better if judge.metrics else True,
             conditions,
             descriptions,
-            config.train.validation_models,
+            getattr(config, stage).validation_models,
             config.seed,
         )
 

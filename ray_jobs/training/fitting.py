@@ -20,7 +20,7 @@ from ray_jobs.training.checkpoints import remove_interrupted_uploads
 from ray_jobs.training.tracking import refuse_missing_packages
 from ray_jobs.training.worker import WorkerConfig, train_worker
 from ray_jobs.validation import ValidationTasks
-from rpg.config import Config, RayConfig
+from rpg.config import Config, OptimiserConfig, RayConfig
 from rpg.errors import RPGError
 from rpg.storage.locations import AnyPath
 
@@ -39,6 +39,7 @@ def fit_generator(
     mailbox: Any,
     token_size: int | None = None,
     on_report: Callable[[dict[str, Any]], None] | None = None,
+    fitted: AnyPath | None = None,
 ) -> ray.train.Result:
     """Fit the generator that `config` describes, or go on where a run of this name in `storage` stopped.
 
@@ -51,6 +52,8 @@ def fit_generator(
         token_size: train on tokens of this size, cut anew from the shards' own; None: as they are.
         on_report: called with the metrics of every saved or validated step (`history_row`) in the process of
             Ray Train's controller. A run with it can be ended early (`TrainingMailbox.request_stop`).
+        fitted: directory of a generator that is refined, by the settings of `config.refine`; None: a new one
+            is fitted.
 
     Returns:
         Ray Train's result, whose checkpoint holds the best generator (`copy_generator`).
@@ -59,10 +62,12 @@ def fit_generator(
         RPGError: for input that no worker can train on.
         ray.train.TrainingFailedError: if workers keep failing.
     """
-    check_fit(config)
+    stage = "train" if fitted is None else "refine"
+    settings: OptimiserConfig = getattr(config, stage)
+    check_workers(config, stage)
     tasks = None
-    if config.train.validate_every:
-        tasks = ValidationTasks.of(config, load_collection(RunPaths.of(config).collection))
+    if settings.validate_every:
+        tasks = ValidationTasks.of(config, stage, load_collection(RunPaths.of(config).collection))
     # Ray Train takes in one report each time it looks, every two seconds unless told otherwise.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if config.tracking.mlflow and "://" not in config.tracking.mlflow:
@@ -71,7 +76,9 @@ def fit_generator(
         config = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, mlflow=local))
     filesystem, root = storage_filesystem(storage)
     remove_interrupted_uploads(filesystem, f"{root}/{name}")
-    worker = WorkerConfig(config, shards, storage, name, mailbox, token_size, tasks, on_report is not None)
+    worker = WorkerConfig(
+        config, shards, storage, name, mailbox, token_size, tasks, on_report is not None, fitted
+    )
     callbacks = [_ReportCallback(on_report)] if on_report else []
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
@@ -81,7 +88,7 @@ def fit_generator(
             name=name,
             storage_path=root,
             storage_filesystem=filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep),
             failure_config=ray.train.FailureConfig(max_failures=_RETRIES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=callbacks,  # type: ignore[arg-type]
@@ -99,18 +106,20 @@ def fit_generator(
     return result
 
 
-def check_fit(config: Config) -> None:
-    """Refuse a config that no worker can train with, before there are any.
+def check_workers(config: Config, stage: str) -> None:
+    """Refuse settings of the stage `train` or `refine` that no worker can train with, before there are any.
 
     Raises:
         RPGError: naming the key.
     """
-    if config.ray.train_workers > config.train.checkpoints_per_step:
+    rows = {"train": "checkpoints_per_step", "refine": "tasks_per_step"}[stage]
+    settings = getattr(config, stage)
+    if config.ray.train_workers > (there := getattr(settings, rows)):
         raise RPGError(
-            f"train.checkpoints_per_step: expected at least one for each of {config.ray.train_workers} "
-            f"training workers, got {config.train.checkpoints_per_step}"
+            f"{stage}.{rows}: expected at least one for each of {config.ray.train_workers} training workers, "
+            f"got {there}"
         )
-    refuse_missing_packages(config.tracking, config.train)
+    refuse_missing_packages(config.tracking, stage, settings)
 
 
 @contextmanager

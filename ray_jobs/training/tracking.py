@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from rpg.config import Optimiser, TrackingConfig, TrainConfig
+from rpg.config import Optimiser, OptimiserConfig, TrackingConfig
 from rpg.errors import RPGError, one_line
 from rpg.storage.locations import AnyPath
 
@@ -20,8 +20,8 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 _RUN_TAG = "rpg.run"
 
 
-def refuse_missing_packages(tracking: TrackingConfig, train: TrainConfig) -> None:
-    """Check that the optional packages which a config needs are installed.
+def refuse_missing_packages(tracking: TrackingConfig, stage: str, settings: OptimiserConfig) -> None:
+    """Check that the optional packages are installed which a config needs in the stage with these settings.
 
     Raises:
         RPGError: naming the key, and the command that installs what is missing.
@@ -29,7 +29,11 @@ def refuse_missing_packages(tracking: TrackingConfig, train: TrainConfig) -> Non
     needed = {
         "tracking.mlflow": ("mlflow", "mlflow", bool(tracking.mlflow)),
         "tracking.wandb": ("wandb", "wandb", bool(tracking.wandb)),
-        "train.optimiser=adamw8bit": ("torchao", "eightbit", train.optimiser == Optimiser.adamw8bit),
+        f"{stage}.optimiser=adamw8bit": (
+            "torchao",
+            "eightbit",
+            settings.optimiser == Optimiser.adamw8bit,
+        ),
     }
     for key, (package, extra, used) in needed.items():
         if used and importlib.util.find_spec(package) is None:

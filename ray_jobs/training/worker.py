@@ -1,6 +1,8 @@
 """One worker of Ray Train: resumes, trains, reports checkpoints and metrics."""
 
+import functools
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ import ray.train
 import ray.train.torch
 import torch
 
-from ray_jobs.loading import open_shards
+from ray_jobs.loading import load_collection, load_generator, open_shards
+from ray_jobs.refining_tasks import refining_family, training_tasks
+from ray_jobs.run_paths import RunPaths
 from ray_jobs.training.checkpoints import WorkerCheckpoints, history_row
 from ray_jobs.training.tracking import log_everywhere, trackers
 from ray_jobs.validation import ValidationTasks
@@ -19,6 +23,8 @@ from rpg.collection.retokenised import AnyShards, Retokenised
 from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.storage.locations import AnyPath
+from rpg.tasks.families import load_family, uses_gpu
+from rpg.tasks.task_loss import TaskLoss
 from rpg.training.progress import TrainingProgress
 
 if TYPE_CHECKING:
@@ -38,6 +44,7 @@ class WorkerConfig:
     tasks: ValidationTasks | None
     may_be_stopped: bool
     """Whether to ask the mailbox, whenever something is logged, if training is to end early."""
+    fitted: AnyPath | None = None
 
 
 class _StopRequestedError(Exception):
@@ -62,9 +69,6 @@ def train_worker(arguments: dict[str, WorkerConfig]) -> None:
 
 
 def _train(worker: WorkerConfig) -> None:
-    # Importing the training loop takes a while, and the driver and Ray's controller import this module too.
-    from rpg.training.fit import fit, new_trainer
-
     config = worker.config
     context: Any = ray.get_runtime_context()
     reserved = context.get_assigned_resources().get("CPU", 1)
@@ -72,12 +76,11 @@ def _train(worker: WorkerConfig) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shards = _open(worker)
-    trainer = new_trainer(shards, config.generator, config.train, config.seed, device)
+    trainer, run = _fitting(worker, device) if worker.fitted is None else _refining(worker, device)
     checkpoints = WorkerCheckpoints(
         trainer,
         worker.storage,
-        config.train.save_every,
+        trainer.config.save_every,
         worker.mailbox,
         worker.tasks.higher_is_better if worker.tasks else True,
     )
@@ -103,9 +106,36 @@ def _train(worker: WorkerConfig) -> None:
 
     validate = worker.tasks.validate if worker.tasks else None
     seconds = history[-1]["seconds"] if history else 0.0
-    fit(trainer, shards, config.seed, on_log, on_save, validate, seconds)
+    run(on_log, on_save, validate, seconds)
     for tracker in tracking:
         tracker.close()
+
+
+def _fitting(worker: WorkerConfig, device: torch.device) -> "tuple[Trainer, Callable[..., None]]":
+    """A trainer that fits a new generator to the shards, and the loop that it is for."""
+    # Importing the training loop takes a while, and the driver and Ray's controller import this module too.
+    from rpg.training.fit import fit, new_trainer
+
+    config = worker.config
+    shards = _open(worker)
+    trainer = new_trainer(shards, config.generator, config.train, config.seed, device)
+    return trainer, functools.partial(fit, trainer, shards, config.seed)
+
+
+def _refining(worker: WorkerConfig, device: torch.device) -> "tuple[Trainer, Callable[..., None]]":
+    """A trainer that refines the fitted generator, and the loop that it is for."""
+    from rpg.training.refining import new_refiner, refine
+
+    config = worker.config
+    assert worker.fitted is not None
+    collection = load_collection(RunPaths.of(config).collection)
+    name = refining_family(config, collection)
+    of_networks = device if uses_gpu(name) else torch.device("cpu")
+    family = load_family(name, RunPaths.of(config).images, of_networks)
+    loss = TaskLoss(family, name, of_networks)
+    fitted = load_generator(worker.fitted, config.ray)
+    trainer = new_refiner(fitted, loss, config.refine, config.generator.sampling, config.seed, device)
+    return trainer, functools.partial(refine, trainer, training_tasks(config, collection), loss, config.seed)
 
 
 def _open(worker: WorkerConfig) -> AnyShards:

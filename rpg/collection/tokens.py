@@ -94,8 +94,8 @@ def cut(values: Tensor, token_size: int, held: int | None = None) -> Tensor:
 
 
 def join(tokens: Tensor, numel: int, held: int | None = None) -> Tensor:
-    """Inverse of `cut`: tokens [t, token_size] to the first `numel` values, padding dropped."""
-    return tokens[:, :held].reshape(-1)[:numel]
+    """Inverse of `cut`: tokens [..., t, token_size] to the first `numel` values, padding dropped."""
+    return tokens[..., :held].flatten(-2)[..., :numel]
 
 
 def token_lengths(numel: int, token_size: int) -> Tensor:

@@ -75,6 +75,8 @@ class CollectConfig:
     """Directory or URI of the images, for a task family that takes some (cifar10: `train.parquet` and
     `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
     checkpoints_per_task: Count = 3
+    heldout_checkpoints_per_task: Annotated[int, Ge(0)] = 0
+    """The same for held-out tasks, whose networks are what reports compare with; 0: as for all tasks."""
     backbone_epochs: Count = 40
     epochs: Count = 6
     batch_size: Count = 32
@@ -100,13 +102,10 @@ class ShardConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Fitting a generator (stage `train`)."""
+class OptimiserConfig:
+    """How weights are changed in a number of steps, how often they are saved, and what chooses among them."""
 
     steps: Count = 2000
-    checkpoints_per_step: Count = 64
-    tokens_per_checkpoint: Count = 16
-    """Tokens sampled of each checkpoint; a step reads only those."""
     learning_rate: Annotated[Finite, Gt(0)] = 2e-3
     warmup_steps: Annotated[int, Ge(0)] = 100
     weight_decay: Annotated[Finite, Ge(0)] = 0.0
@@ -114,7 +113,6 @@ class TrainConfig:
     ema_decay: Annotated[Finite, Interval(ge=0, lt=1)] = 0.999
     precision: Precision = Precision.auto
     optimiser: Optimiser = Optimiser.adamw
-    sharding: Sharding = Sharding.none
     save_every: Count = 500
     """Steps between training checkpoints."""
     keep: Count = 2
@@ -126,6 +124,41 @@ class TrainConfig:
     """Networks generated for each validation task; where the generator takes no conditions, networks in
     all."""
     log_every: Count = 50
+
+
+@dataclass
+class TrainConfig(OptimiserConfig):
+    """Fitting a generator to checkpoints (stage `train`)."""
+
+    checkpoints_per_step: Count = 64
+    tokens_per_checkpoint: Count = 16
+    """Tokens sampled of each checkpoint; a step reads only those."""
+    sharding: Sharding = Sharding.none
+
+
+@dataclass
+class RefineConfig(OptimiserConfig):
+    """Training a fitted generator on, through what its networks are for (stage `refine`)."""
+
+    steps: Annotated[int, Ge(0)] = 0
+    """0: the generator stays as it was fitted. Networks are made through the steps of
+    `generator.sampling`, and gradients flow back through all of them; one or a few suffice."""
+    learning_rate: Annotated[Finite, Gt(0)] = 5e-4
+    warmup_steps: Annotated[int, Ge(0)] = 50
+    ema_decay: Annotated[Finite, Interval(ge=0, lt=1)] = 0.995
+    tasks_per_step: Count = 16
+    networks_per_task: Count = 4
+    samples_per_step: Count = 256
+    """Training samples of a step, the same for all its networks."""
+    states: Annotated[int, Ge(0)] = 0
+    """Permutation states of the refined generator, at least as many as the fitted one has. Networks of one
+    task differ by them; 0: as many as it has."""
+    variety: Annotated[Finite, Interval(ge=0, le=1)] = 0.95
+    """Share of the loss that the networks of a task answer for together, by the mean of their outputs. The
+    rest each answers for alone. The more they do together, the more they differ."""
+    anchor: Annotated[Finite, Ge(0)] = 0.0
+    """Weight of the squared distance between what the generator makes and what it made before, in
+    normalised values."""
 
 
 @dataclass
@@ -237,6 +270,7 @@ class Config:
     shard: ShardConfig = field(default_factory=ShardConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)

@@ -73,7 +73,7 @@ LIGHT = Theme(
     generated="#d55e00",
     generated_seen="#cc79a7",
     noised=("#b5b5b5", "#4a4a4a"),
-    baselines=("#009e73", "#a5710a", "#56b4e9", "#7a5195", "#8a8a8a", "#bcbcbc"),
+    baselines=("#009e73", "#a5710a", "#56b4e9", "#7a5195", "#8a8a8a", "#bcbcbc", "#7f3b08", "#2a4d69"),
 )
 DARK = Theme(
     name="dark",
@@ -83,7 +83,7 @@ DARK = Theme(
     generated="#f0883e",
     generated_seen="#e8a3c9",
     noised=("#6d747d", "#d5d9de"),
-    baselines=("#2fc79a", "#e6b422", "#7fa8ff", "#b39ddb", "#9aa0a6", "#686e76"),
+    baselines=("#2fc79a", "#e6b422", "#7fa8ff", "#b39ddb", "#9aa0a6", "#686e76", "#c98b6b", "#9fd3c7"),
 )
 
 
@@ -154,7 +154,8 @@ def score_per_task(
         for position, (key, name) in enumerate(names.items()):
             known = [(row.baselines[key], at) for row, at in placed if key in row.baselines]
             colour = theme.baselines[position % len(theme.baselines)]
-            marker = "DsPXvp"[position % 6]
+            # Seven markers and eight colours: no two of many baselines have both in common.
+            marker = "DsPXvp*"[position % 7]
             _mark(axes, known, s=26, marker=marker, linewidths=0, color=colour, label=name, zorder=4)
         labels = [_short(row.label) for row, _ in placed]
         axes.set_yticks([at for _, at in placed], labels, fontfamily="monospace", fontsize=9)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rpg.errors import RPGError
 from rpg.evaluation.baselines import majority_accuracy
+from rpg.evaluation.batchnorm import batchnorm_modules, recomputed_batchnorm, training_batches
 from rpg.evaluation.similarity import BoolArray
 from rpg.tasks.families import (
     Asked,
@@ -57,6 +58,8 @@ class Measurement:
     """[inputs]: True where its answer is wrong; None if the judge looks at no answers."""
     failure: str | None = None
     """Why it could not be measured, in one line that names it."""
+    answers: Tensor | None = None
+    """[inputs]: what it answers, on the CPU; None where `wrong` is."""
 
 
 class Judge(Protocol):
@@ -104,6 +107,13 @@ class _TimeLimitError(RPGError):
     """A call took too long."""
 
 
+class _Answers(NamedTuple):
+    given: Tensor
+    """[inputs]."""
+    wrong: BoolArray
+    """[inputs]."""
+
+
 class FamilyJudge:
     """Measures networks by a task family."""
 
@@ -137,14 +147,93 @@ class FamilyJudge:
         """Measure networks. What is wrong with one of them is told in its measurement."""
         if not networks:
             return []
-        wrong: Sequence[BoolArray | str | None] = [None] * len(networks)
+        found: Sequence[_Answers | str | None] = [None] * len(networks)
         if can_predict(self.family):
-            wrong = self._wrong_answers(networks, split)
-        return [self._measurement(network, row, split) for network, row in zip(networks, wrong, strict=True)]
+            found = self._checked_answers(networks, split)
+        return [self._measurement(network, row, split) for network, row in zip(networks, found, strict=True)]
 
     def majority(self, asked: Asked, split: str) -> float | None:
         """Accuracy of always giving the most frequent right answer."""
         return majority_accuracy(self._labels(asked, split)) if can_predict(self.family) else None
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the family answers tasks by networks that were not trained for them."""
+        return all(callable(getattr(self.family, method, None)) for method in ("references", "labels"))
+
+    def references(self, backbone: dict[str, Tensor], asked: Asked, split: str) -> dict[str, float]:
+        """Accuracy of the answers of networks that were not trained for the task, by name.
+
+        Args:
+            backbone: state dict that the family's `backbone` returned.
+            asked: the task.
+            split: whose data they answer.
+
+        Raises:
+            RPGError: if the family's code fails, or does not return one answer an input by name.
+        """
+
+        def references() -> Any:
+            with calling(self.name, "references"):
+                return self.family.references(backbone, asked, split)
+
+        found = within(self._time_limit, references, f"{self.name}: references")
+        if not isinstance(found, Mapping) or not all(
+            isinstance(name, str) and name and name.isprintable() for name in found
+        ):
+            raise RPGError(
+                f"{self.name}: references: expected answers by names of one line, got {found!r:.80}"
+            )
+        right = self._labels(asked, split)
+        scores: dict[str, float] = {}
+        for name, answers in found.items():
+            if not isinstance(answers, Tensor) or answers.shape != right.shape:
+                got = list(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
+                raise RPGError(
+                    f"{self.name}: references: '{name}': expected a tensor {list(right.shape)}, got {got}"
+                )
+            scores[name] = float((answers.cpu() == right).double().mean())
+        return scores
+
+    @property
+    def can_recompute_batchnorm(self) -> bool:
+        """Whether BatchNorm's statistics can be recomputed: the family says what networks are trained on, and
+        they have such statistics."""
+        if not callable(getattr(self.family, "batch", None)):
+            return False
+        with calling(self.name, "build_network"):
+            return bool(batchnorm_modules(self.family.build_network()))
+
+    def with_batchnorm_recomputed(
+        self, networks: Sequence[Candidate], seed: int
+    ) -> tuple[list[Candidate], list[str]]:
+        """The networks with BatchNorm's statistics of training data (`rpg.evaluation.batchnorm`), and why
+        some are left out.
+
+        Args:
+            networks: as they were generated.
+            seed: of the training data; they are the same for all networks.
+
+        Raises:
+            RPGError: if the family's `batch` fails.
+        """
+
+        def drawn() -> list[Any]:
+            return training_batches(self.family, self.name, torch.Generator().manual_seed(seed))
+
+        batches = within(self._time_limit, drawn, f"{self.name}: batch")
+        done, failures = [], []
+        for network in networks:
+
+            def recomputed(network: Candidate = network) -> dict[str, Tensor]:
+                return recomputed_batchnorm(self.family, self.name, network.state_dict, batches)
+
+            try:
+                found = within(self._time_limit, recomputed, f"{self.name}: outputs")
+                done.append(replace(network, state_dict=found))
+            except RPGError as error:
+                failures.append(f"{network.name}: BatchNorm recomputed: {error}")
+        return done, failures
 
     def _declared_metrics(self) -> Sequence[Metric]:
         with calling(self.name, "metrics"):
@@ -159,17 +248,18 @@ class FamilyJudge:
             )
         return tuple(declared)
 
-    def _measurement(self, network: Candidate, wrong: BoolArray | str | None, split: str) -> Measurement:
-        if isinstance(wrong, str):
-            return Measurement({}, None, wrong)
+    def _measurement(self, network: Candidate, found: _Answers | str | None, split: str) -> Measurement:
+        if isinstance(found, str):
+            return Measurement({}, failure=found)
+        given, wrong = found or (None, None)
         try:
             if can_evaluate(self.family):
                 with self._lock:
-                    return Measurement(self._evaluate(network, split), wrong)
+                    return Measurement(self._evaluate(network, split), wrong, answers=given)
             assert wrong is not None
-            return Measurement({ACCURACY.name: 1 - float(wrong.mean())}, wrong)
+            return Measurement({ACCURACY.name: 1 - float(wrong.mean())}, wrong, answers=given)
         except RPGError as error:
-            return Measurement({}, wrong, f"{network.name}: {error}")
+            return Measurement({}, wrong, f"{network.name}: {error}", given)
 
     def _evaluate(self, network: Candidate, split: str) -> dict[str, float]:
         if self._network is None:
@@ -197,10 +287,10 @@ class FamilyJudge:
         first = [metric.name for metric in self.metrics[:1]]
         return {name: metrics[name] for name in dict.fromkeys([*first, *metrics])}
 
-    def _wrong_answers(self, networks: Sequence[Candidate], split: str) -> list[BoolArray | str]:
-        """[inputs] for each network, or the reason why it has no answers."""
+    def _checked_answers(self, networks: Sequence[Candidate], split: str) -> list[_Answers | str]:
+        """What each network answers and what of it is wrong, or the reason why it has no answers."""
         right: dict[str, Tensor] = {}
-        rows: list[BoolArray | str] = []
+        rows: list[_Answers | str] = []
         for network, answer in zip(networks, self._answers(networks, split), strict=True):
             key = repr(network.asked)
             try:
@@ -213,7 +303,8 @@ class FamilyJudge:
                         f"{self.name}: expected as many answers as labels, "
                         f"got {len(answer)} and {len(right[key])}"
                     )
-                rows.append(np.asarray((answer != right[key]).numpy(), dtype=np.bool_))
+                wrong = np.asarray((answer != right[key]).numpy(), dtype=np.bool_)
+                rows.append(_Answers(answer, wrong))
             except RPGError as error:
                 rows.append(f"{network.name}: {error}")
         return rows

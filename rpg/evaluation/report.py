@@ -1,4 +1,4 @@
-"""The report of a run: `report.json`, `report.html`, and short tables for the terminal and the model card."""
+"""The report of a run: `report.json` and `report.html`."""
 
 import base64
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from rich.table import Table
 
+from rpg.evaluation.ensembles import LEAST_NETWORKS, Ensembles, Vote, ensembles
 from rpg.evaluation.figures import (
     DARK,
     LIGHT,
@@ -24,6 +24,7 @@ from rpg.evaluation.figures import (
     score_per_task,
     similarity_scatter,
 )
+from rpg.evaluation.judge import ACCURACY
 from rpg.evaluation.results import (
     Evaluated,
     Results,
@@ -34,31 +35,19 @@ from rpg.evaluation.results import (
     predictions,
 )
 from rpg.evaluation.similarity import FloatArray, Similarity, similarity
+from rpg.evaluation.tables import (
+    BASELINES,
+    baseline_name,
+    comparisons,
+    distance_names,
+    metric_title,
+    number,
+    score_rows,
+)
 from rpg.storage.files import write_json, write_text
 from rpg.storage.locations import AnyPath
 
-BASELINES = {
-    "ridge_3": "ridge regression, order 3",
-    "ridge_2": "ridge regression, order 2",
-    "ridge_1": "ridge regression, order 1",
-    "nearest_task": "nearest training task",
-    "centre": "mean checkpoint",
-    "majority": "majority class",
-}
-"""Names of the known baselines, strongest kind first; other baselines are shown under their key."""
-
-DISTANCES = {
-    "generated_unseen": "generated, unseen tasks",
-    "generated_seen": "generated, seen tasks",
-    "heldout_originals": "originals of unseen tasks",
-    "training_siblings": "training checkpoints, to another of the same task",
-    "among_generated": "generated, to another generated one of the same task",
-    "generated_to_centre": "generated, to the mean checkpoint",
-    "heldout_to_centre": "originals of unseen tasks, to the mean checkpoint",
-}
-"""Names of the distances in weight space, in the order of the tables; noised networks come after them."""
-
-STAGES = ("collect", "shard", "train", "generate", "evaluate")
+STAGES = ("collect", "shard", "train", "refine", "generate", "evaluate")
 
 FIGURES = {
     "similarity": (
@@ -85,7 +74,7 @@ def build_report(results: Results) -> dict[str, Any]:
 
     `score` is about the metric that counts, `metric` names it, and `metrics` has the others.
     `score.originals` are those of the unseen tasks, which `score.ratio` compares with; a run without unseen
-    tasks takes the seen ones for both. `left_out` says why something is missing.
+    tasks takes the seen ones for both, and for `ensembles`. `left_out` says why something is missing.
 
     Raises:
         RPGError: naming the network whose score or predictions make no sense.
@@ -95,6 +84,7 @@ def build_report(results: Results) -> dict[str, Any]:
     subject = TaskSplit.unseen if unseen else TaskSplit.seen
     originals = _scores(of_split(results.originals, subject))
     subjects = _scores(of_split(results.generated, subject))
+    votes = ensembles(of_split(results.originals, subject), of_split(results.generated, subject))
     report = {
         "name": results.name,
         "seed": results.seed,
@@ -104,6 +94,8 @@ def build_report(results: Results) -> dict[str, Any]:
             "originals_seen": _score_statistics(of_split(results.originals, TaskSplit.seen)),
             "generated_unseen": _score_statistics(of_split(results.generated, TaskSplit.unseen)),
             "generated_seen": _score_statistics(of_split(results.generated, TaskSplit.seen)),
+            "generated_batchnorm_recomputed": _score_statistics(results.recomputed),
+            "ensembles": _vote_statistics(votes) if results.metric == ACCURACY else None,
             "ratio": float(np.mean(subjects) / np.mean(originals))
             if subjects and originals and np.mean(originals) > 0
             else None,
@@ -113,6 +105,7 @@ def build_report(results: Results) -> dict[str, Any]:
             },
         },
         "metrics": _other_metrics(results, subject),
+        "ensembles": _ensembles_json(votes),
         "similarity": {
             str(split): _similarity_json(results, split)
             for split in (TaskSplit.unseen, TaskSplit.seen)
@@ -125,7 +118,7 @@ def build_report(results: Results) -> dict[str, Any]:
             **results.timing_seconds,
         },
         "conditions": any(network.condition is not None for network in results.generated),
-        "left_out": results.left_out,
+        "left_out": [*results.left_out, *_too_few_to_vote(results.generated, votes)],
         "config": results.config,
         "versions": results.versions,
     }
@@ -209,11 +202,12 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, tuple[bytes, by
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
+    environment.filters["number"] = number
     environment.filters["seconds"] = _seconds
     return environment.get_template("report.html").render(
         report=report,
-        scores=_score_rows(report),
+        scores=score_rows(report),
+        comparisons=comparisons(report),
         baseline_names={key: baseline_name(key) for key in report["score"]["baselines"]},
         figures=[
             (title, caption, *(base64.b64encode(image).decode() for image in figures[key]))
@@ -221,92 +215,15 @@ def render_html(report: Mapping[str, Any], figures: Mapping[str, tuple[bytes, by
             if key in figures
         ],
         condition_label=condition_label,
-        title=_title(report["metric"]) if report["metric"] else "Score",
-        distance_names=_distance_names(report),
+        title=metric_title(report["metric"]) if report["metric"] else "Score",
+        distance_names=distance_names(report),
         noise_levels=_noise_levels(report["similarity"]),
         config=json.dumps(report["config"], indent=2, ensure_ascii=False),
     )
 
 
-def terminal_table(report: Mapping[str, Any]) -> Table:
-    """The scores, for a terminal; without any, the distances in weight space."""
-    if report["metric"] is None:
-        return _distance_table(report)
-    table = Table(title=_title(report["metric"]), title_justify="left", caption_justify="left")
-    table.add_column("networks", no_wrap=True)
-    for heading in ("mean", "min", "max", "n"):
-        table.add_column(heading, justify="right")
-    for kind, name, row in _score_rows(report):
-        style = "bold" if kind == "generated" else "dim" if kind == "baseline" else ""
-        table.add_row(name, *_cells(row), style=style)
-    ratio = report["score"]["ratio"]
-    if ratio is not None:
-        table.caption = f"generated / originals: {ratio:.3f}"
-    return table
-
-
-def _distance_table(report: Mapping[str, Any]) -> Table:
-    table = Table(title="Distance to the nearest training checkpoint", title_justify="left")
-    table.add_column("networks", no_wrap=True)
-    for heading in ("median", "min", "max", "n"):
-        table.add_column(heading, justify="right")
-    for key, name in _distance_names(report).items():
-        row = report["distance"][key]
-        if row["n"]:
-            cells = [_number(row["median"]), _number(row["min"]), _number(row["max"]), str(row["n"])]
-            table.add_row(name, *cells, style="bold" if key.startswith("generated") else "")
-    return table
-
-
-def model_card_table(report: Mapping[str, Any]) -> str:
-    """The scores as a Markdown table, for the generator's README; empty if there are none."""
-    if report["metric"] is None:
-        return ""
-    metric = report["metric"]["name"].replace("|", "\\|")
-    lines = [f"| networks | mean {metric} | min | max | n |", "| --- | ---: | ---: | ---: | ---: |"]
-    for kind, name, row in _score_rows(report):
-        mark = "**" if kind == "generated" else ""
-        cells = _cells(row)
-        safe = name.replace("|", "\\|")
-        lines.append(f"| {mark}{safe}{mark} | {mark}{cells[0]}{mark} | {' | '.join(cells[1:])} |")
-    return "\n".join(lines) + "\n"
-
-
-def baseline_name(key: str) -> str:
-    """A baseline's key in words."""
-    return BASELINES.get(key, key.replace("_", " "))
-
-
 def _ordered(baselines: Mapping[str, Any]) -> list[str]:
-    return [key for key in BASELINES if key in baselines] + sorted(set(baselines) - set(BASELINES))
-
-
-def _score_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(kind, name, statistics) of every line of the table of scores."""
-    score = report["score"]
-    where = "seen" if score["ratio_of"] == "generated_seen" else "unseen"
-    # A collection without conditions is one task.
-    of = {key: f", {key} tasks" if report["conditions"] else "" for key in ("seen", "unseen")}
-    rows = [("original", f"originals{of[where]}", score["originals"])]
-    rows.append(("generated", f"generated{of['unseen']}", score["generated_unseen"]))
-    if where == "seen":
-        rows.append(("generated", f"generated{of['seen']}", score["generated_seen"]))
-    rows += [("baseline", baseline_name(key), row) for key, row in score["baselines"].items()]
-    if where == "unseen":
-        rows.append(("original", f"originals{of['seen']}", score["originals_seen"]))
-        rows.append(("generated", f"generated{of['seen']}", score["generated_seen"]))
-    return [row for row in rows if row[2]["n"] or row[2].get("failed")]
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    failed = f" ({row['failed']} failed)" if row.get("failed") else ""
-    return [_number(row["mean"]), _number(row["min"]), _number(row["max"]), f"{row['n']}{failed}"]
-
-
-def _title(metric: Mapping[str, Any]) -> str:
-    name = "Accuracy" if metric["name"] == "accuracy" else metric["name"]
-    unit = f" [{metric['unit']}]" if metric["unit"] else ""
-    return f"{name}{unit} on held-out data" + ("" if metric["higher_is_better"] else " (lower is better)")
+    return sorted(set(baselines) - set(BASELINES)) + [key for key in BASELINES if key in baselines]
 
 
 def _other_metrics(results: Results, subject: TaskSplit) -> dict[str, Any]:
@@ -339,6 +256,43 @@ def _score_statistics(networks: Sequence[Evaluated]) -> dict[str, Any]:
     }
 
 
+def _vote_statistics(votes: Ensembles | None) -> dict[str, Any] | None:
+    """Statistics of the ensembles' accuracies over tasks."""
+    if votes is None:
+        return None
+    return {
+        "originals": _statistics([vote.accuracy for vote in votes.originals.values()]),
+        "generated": _statistics([vote.accuracy for vote in votes.generated.values()]),
+    }
+
+
+def _too_few_to_vote(generated: Sequence[Evaluated], votes: Ensembles | None) -> list[str]:
+    """Why there are no ensembles, if answers were looked at."""
+    if votes is not None or all(network.answers is None for network in generated):
+        return []
+    return [f"ensembles: no task has {LEAST_NETWORKS} originals and {LEAST_NETWORKS} generated networks"]
+
+
+def _ensembles_json(votes: Ensembles | None) -> dict[str, Any] | None:
+    """Means over tasks. `gain` is the accuracy of the ensemble minus the mean accuracy of its members, and
+    `gain_ratio` the gain of generated networks in that of originals, if the latter is positive."""
+    if votes is None:
+        return None
+
+    def means(by_task: Mapping[str, Vote]) -> dict[str, float]:
+        accuracy, members = np.mean(list(by_task.values()), axis=0).tolist()
+        return {"accuracy": accuracy, "members": members, "gain": accuracy - members}
+
+    originals, generated = means(votes.originals), means(votes.generated)
+    return {
+        "size": votes.size,
+        "tasks": len(votes.originals),
+        "originals": originals,
+        "generated": generated,
+        "gain_ratio": generated["gain"] / originals["gain"] if originals["gain"] > 0 else None,
+    }
+
+
 def _points(similarities: FloatArray, networks: Sequence[Evaluated]) -> Points:
     """The networks whose predictions were looked at, which the similarities are of."""
     scores = [math.nan if n.score is None else n.score for n in networks if n.wrong is not None]
@@ -366,6 +320,9 @@ def _similarity_json(results: Results, split: TaskSplit) -> dict[str, Any]:
         "generated_generated": measured.generated_generated,
         "original_original": measured.original_original,
         "original_original_max": measured.original_original_max,
+        "generated_minus_original": None
+        if measured.generated_generated is None or measured.original_original is None
+        else measured.generated_generated - measured.original_original,
         "noised_original_max": {f"{level:g}": value for level, value in measured.noised_original_max.items()},
         "noised_score": {f"{level:g}": scores[f"{level:g}"] for level in measured.noised_original_max},
     }
@@ -411,13 +368,6 @@ def _distance_json(results: Results) -> dict[str, Any]:
             for level, distances in sorted(results.noised_distances.items())
         },
     }
-
-
-def _distance_names(report: Mapping[str, Any]) -> dict[str, str]:
-    """What each row of distances is called, in the order of the tables."""
-    levels = [key for key in report["distance"] if key.startswith("noised_")]
-    noised = {key: f"a training checkpoint with noise {key.removeprefix('noised_')}" for key in levels}
-    return {**DISTANCES, **noised}
 
 
 def _per_task(results: Results) -> list[dict[str, Any]]:
@@ -474,14 +424,14 @@ def _summary(report: Mapping[str, Any]) -> list[str]:
         if report["conditions"]:
             sentence += f" for {_counted(tasks, f'{split} task')}"
         sentence += f" {'reach' if generated['n'] > 1 else 'reaches'} a mean {metric['name']} of "
-        sentence += _number(generated["mean"])
+        sentence += number(generated["mean"])
         if score["ratio"] is not None:
-            sentence += f", {score['ratio']:.1%} of the {_number(originals['mean'])} of trained originals"
+            sentence += f", {score['ratio']:.1%} of the {number(originals['mean'])} of trained originals"
         sentences.append(sentence + ("." if metric["higher_is_better"] else " (lower is better)."))
     known = {key: row["mean"] for key, row in score["baselines"].items() if row["mean"] is not None}
     if known and metric:
         best = (max if metric["higher_is_better"] else min)(known, key=lambda key: known[key])
-        sentences.append(f"The strongest baseline, {baseline_name(best)}, reaches {_number(known[best])}.")
+        sentences.append(f"The strongest baseline, {baseline_name(best)}, reaches {number(known[best])}.")
     near, siblings = report["distance"][f"generated_{split}"], report["distance"]["training_siblings"]
     if near["n"] and siblings["n"]:
         comparison = "farther than" if near["median"] > siblings["median"] else "no farther than"
@@ -496,14 +446,6 @@ def _summary(report: Mapping[str, Any]) -> list[str]:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "–"
-    # Losses and such may be so small or large that three decimals say nothing.
-    plain = value == 0 or 0.01 <= abs(value) < 10_000
-    return f"{value:.{digits}f}" if plain else f"{value:.{digits}g}"
 
 
 def _seconds(value: float | None) -> str:

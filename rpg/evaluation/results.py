@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from rpg import __version__
 from rpg.errors import RPGError
@@ -53,6 +54,8 @@ class Evaluated:
     """All that was measured of it, by name."""
     failure: str | None = None
     """Why it could not be measured."""
+    answers: Tensor | None = None
+    """[inputs]: what it answers; None if answers were not looked at, or are not needed."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,12 @@ class Results:
     generated: Sequence[Evaluated]
     noised: Mapping[float, Sequence[Evaluated]] = field(default_factory=dict)
     """Per noise level, originals with noise added."""
+    recomputed: Sequence[Evaluated] = ()
+    """Some generated networks of the unseen tasks, with BatchNorm's statistics recomputed on training data.
+    For a collection without unseen tasks: of any task."""
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Score by baseline (centre, nearest_task, ridge_1, ridge_2, ridge_3, majority), then by unseen task.
-    For a collection without unseen tasks: by any task."""
+    """Score by baseline (best_original, centre, nearest_task, ridge_1, ridge_2, ridge_3, majority, and what a
+    family calls its references), then by unseen task. For a collection without unseen tasks: by any task."""
     sibling_distances: Sequence[float] = ()
     """Relative distances of training checkpoints to the nearest other one of their task."""
     generated_distances: Sequence[float] = ()
@@ -117,7 +123,7 @@ def check_results(results: Results) -> None:
         RPGError: naming the network at fault: a score that is not finite, an accuracy outside 0…1, or
             predictions on other inputs.
     """
-    everything = [*results.originals, *results.generated]
+    everything = [*results.originals, *results.generated, *results.recomputed]
     everything += [network for group in results.noised.values() for network in group]
     first = next((network for network in everything if network.wrong is not None), None)
     for network in everything:
@@ -133,6 +139,10 @@ def check_results(results: Results) -> None:
             raise RPGError(
                 f"{network.name}: expected predictions on the same {len(first.wrong)} inputs as "
                 f"{first.name}, got shape {list(network.wrong.shape)}"
+            )
+        if network.answers is not None and network.answers.shape != network.wrong.shape:
+            raise RPGError(
+                f"{network.name}: expected {len(network.wrong)} answers, got {list(network.answers.shape)}"
             )
 
 

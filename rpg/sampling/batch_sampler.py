@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from rpg.config import SamplingConfig, SamplingPrecision, validate_sampling
-from rpg.generator.denoiser.direct import DirectPrediction
 from rpg.generator.generator import Generator
 from rpg.sampling.gpu.results import SampledWeights, TokenDecoder
 from rpg.sampling.model_writer import ModelWriter
@@ -28,7 +27,7 @@ from rpg.sampling.plain_loop import PlainLoop
 from rpg.sampling.precision import used_precision
 from rpg.sampling.prototypes import Prototypes, sampling_threads
 from rpg.sampling.rows import Rows
-from rpg.sampling.solvers import SolverStep, solver_steps
+from rpg.sampling.solvers import generator_steps
 
 if TYPE_CHECKING:
     from rpg.sampling.gpu.loop import GPULoop
@@ -125,10 +124,7 @@ class BatchSampler:
 
     def _build_loop(self) -> "PlainLoop | GPULoop":
         sampling, generator = self._sampling, self.generator
-        steps = solver_steps(generator.diffusion.alpha_bar, sampling)
-        if isinstance(generator.denoiser, DirectPrediction):
-            # Without diffusion the only estimate is the result.
-            steps = [SolverStep(0, current=0.0, estimate=1.0, previous_estimate=0.0, noise=0.0)]
+        steps = generator_steps(generator, sampling)
         precision = used_precision(generator, sampling)
         if precision != SamplingPrecision.float32:
             from rpg.sampling.gpu.loop import GPULoop

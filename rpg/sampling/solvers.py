@@ -18,6 +18,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rpg.config import SamplingConfig, Solver
+from rpg.generator.denoiser.direct import DirectPrediction
+from rpg.generator.generator import Generator
 
 
 class SolverStep(NamedTuple):
@@ -28,6 +30,14 @@ class SolverStep(NamedTuple):
     estimate: float
     previous_estimate: float
     noise: float
+
+
+def generator_steps(generator: Generator, sampling: SamplingConfig) -> list[SolverStep]:
+    """The steps through which a generator makes networks with these settings."""
+    if isinstance(generator.denoiser, DirectPrediction):
+        # Without diffusion the only estimate is the result.
+        return [SolverStep(0, current=0.0, estimate=1.0, previous_estimate=0.0, noise=0.0)]
+    return solver_steps(generator.diffusion.alpha_bar, sampling)
 
 
 def solver_steps(alpha_bar: Tensor, sampling: SamplingConfig) -> list[SolverStep]:

@@ -4,7 +4,7 @@ Side by side means that the parameters of many networks are stacked along a lead
 operation computes them all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,23 @@ from torch import Tensor, nn
 from rpg.config import CollectConfig
 from rpg.seeds import derived_seed
 from rpg.tasks.adam import SideBySideAdam
-from rpg.tasks.class_subsets import CLASSES, class_labels, class_tasks, in_set, task_name
-from rpg.tasks.digits import DigitsNet, digits_images, digits_patches, digits_side_by_side
+from rpg.tasks.class_subsets import (
+    CLASSES,
+    class_labels,
+    class_labels_many,
+    class_tasks,
+    in_set,
+    task_name,
+)
+from rpg.tasks.digits import (
+    FIRST_LAYER,
+    DigitsNet,
+    after_first_layer,
+    digits_images,
+    digits_patches,
+    digits_side_by_side,
+    shared_first_layer,
+)
 from rpg.tasks.families import Asked, Task
 from rpg.tasks.fine_tuning import binary_loss, ten_class_loss, unstacked, with_fresh_heads
 
@@ -53,6 +68,9 @@ class BinaryDigits:
     ) -> list[dict[str, Tensor]]:
         """Fine-tune binary classifiers from the backbone's convolutions and a fresh head of zeros.
 
+        The first convolution stays the backbone's. That costs no accuracy, and computes it once for all
+        models, so that in the same time the rest is trained for longer (docs/ablations.md).
+
         Args:
             backbone: from `backbone`.
             models: (task, copy) of each model; copies of a task differ in their data order.
@@ -63,18 +81,28 @@ class BinaryDigits:
             One state dict a model, of `DigitsNet()`.
         """
         train = digits_images()["train"]
+        start = with_fresh_heads(backbone, len(models))
+        frozen = {name: start.pop(name) for name in FIRST_LAYER}
         trained = train_side_by_side(
-            with_fresh_heads(backbone, len(models)),
-            digits_side_by_side,
+            start,
+            after_first_layer,
             binary_loss,
-            digits_patches(train.images),
+            shared_first_layer(backbone, digits_patches(train.images)),
             in_set([task.condition for task, _ in models], train.classes),
             seeds=[derived_seed(seed, f"task {task.name}", copy) for task, copy in models],
             epochs=config.epochs,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
         )
-        return unstacked(trained, list(DigitsNet().state_dict()))
+        return unstacked({**frozen, **trained}, list(DigitsNet().state_dict()))
+
+    def references(self, backbone: dict[str, Tensor], condition: Asked, split: str) -> dict[str, Tensor]:
+        """What the ten-class backbone answers: whether its class is in the set, bool [images]."""
+        images = digits_images()[split].images
+        logits = digits_side_by_side(
+            {name: value[None] for name, value in backbone.items()}, digits_patches(images)[None]
+        )
+        return {"ten-class backbone": class_labels(condition, logits[0].argmax(1))}
 
     def build_network(self) -> nn.Module:
         """The plain PyTorch network that checkpoints of this family load into."""
@@ -95,6 +123,33 @@ class BinaryDigits:
             logits = digits_side_by_side(stacked, patches.expand(len(some), *patches.shape))
             answers.append(logits[..., 0] > 0)
         return torch.cat(answers) if answers else torch.zeros(0, len(patches), dtype=torch.bool)
+
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Training images, their classes, and their patches (`digits_patches`)."""
+        train = digits_images()["train"]
+        chosen = torch.randint(len(train.images), (size,), generator=random)
+        images = train.images[chosen]
+        return images, train.classes[chosen], digits_patches(images)
+
+    def outputs_many(self, networks: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Logits [M, images, 1] of networks, stacked."""
+        parameters, count = dict(networks), len(networks["head.weight"])
+        if any(parameters[name].stride(0) for name in FIRST_LAYER):
+            return digits_side_by_side(parameters, batch[2].expand(count, *batch[2].shape))
+        # One layer, expanded: the networks share it.
+        first = {name: parameters[name][0] for name in FIRST_LAYER}
+        shared = shared_first_layer(first, batch[2])
+        return after_first_layer(parameters, shared.expand(count, *shared.shape))
+
+    def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor, Tensor], condition: Asked) -> Tensor:
+        """Mean cross-entropy of logits [images, 1]."""
+        return self.loss_many(outputs[None], batch, [condition])[0]
+
+    def loss_many(
+        self, outputs: Tensor, batch: tuple[Tensor, Tensor, Tensor], conditions: Sequence[Asked]
+    ) -> Tensor:
+        """Mean cross-entropy [M] of logits [M, images, 1]."""
+        return binary_loss(outputs, class_labels_many(conditions, batch[1]))
 
 
 def train_side_by_side(

@@ -5,7 +5,7 @@ Convolutions are matrix products of patches, batched over the models: with so fe
 times faster than PyTorch's grouped convolutions. The first layer's patches are the same for all models.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ EPSILON = 1e-5
 # Mean and deviation of CIFAR-10's training images by channel, with values from 0 to 1.
 _MEAN = (0.4914, 0.4822, 0.4465)
 _DEVIATION = (0.2470, 0.2435, 0.2616)
-_PLACES = (16 * 16, 8 * 8, 8 * 8, 4 * 4)
+_PLACES = {"norm1": 16 * 16, "norm2": 8 * 8, "norm3": 8 * 8, "norm4": 4 * 4}
 """Places of the feature map that each BatchNorm layer normalises."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -82,16 +82,17 @@ def is_trained(name: str) -> bool:
     return name.rpartition(".")[2] not in _STATISTICS
 
 
-def training_logits(parameters: StateDict, patches: Tensor, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
+def training_logits(parameters: StateDict, inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
     """`Cifar10Net` for M models at once in training mode.
 
     Args:
         parameters: a state dict's parameters with a leading dimension M; its buffers are not used.
-        patches: [N, 256, 48], from `first_patches`, seen by all models.
+        inputs: [N, 256, 48], from `first_patches`, seen by all models; or [N, 8, 8, 32], from
+            `shared_first_layer`, for models whose first layer is the same.
         dtype: of matrix products and activations; statistics are in float32 or, with float64, in that.
 
     Returns:
-        Logits [M, N, outputs], and the batch's statistics.
+        Logits [M, N, outputs], and the batch's statistics of the layers that were computed.
     """
     statistics: Statistics = {}
 
@@ -101,7 +102,7 @@ def training_logits(parameters: StateDict, patches: Tensor, dtype: torch.dtype) 
         statistics[layer] = (mean.detach(), variance.detach())
         return mean, variance
 
-    return _logits(parameters, patches, dtype, normalise), statistics
+    return _logits(parameters, inputs, dtype, normalise), statistics
 
 
 def update_running_statistics(buffers: StateDict, statistics: Statistics, count: int) -> None:
@@ -113,25 +114,45 @@ def update_running_statistics(buffers: StateDict, statistics: Statistics, count:
         count: images in the batch.
     """
     momentum = 0.1
-    for (layer, (mean, variance)), places in zip(statistics.items(), _PLACES, strict=True):
-        values = count * places
+    for layer, (mean, variance) in statistics.items():
+        values = count * _PLACES[layer]
         buffers[f"{layer}.running_mean"].lerp_(mean, momentum)
         buffers[f"{layer}.running_var"].lerp_(variance * (values / max(1, values - 1)), momentum)
         buffers[f"{layer}.num_batches_tracked"] += 1
 
 
-def evaluation_logits(state: StateDict, patches: Tensor) -> Tensor:
+def evaluation_logits(state: StateDict, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`Cifar10Net` for M models at once in evaluation mode: logits [M, N, outputs].
 
     Args:
         state: state dicts with a leading dimension M.
-        patches: [N, 256, 48], from `first_patches`.
+        inputs: as `training_logits` takes them.
+        dtype: of matrix products and activations; None: that of `inputs`.
     """
 
     def normalise(layer: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return state[f"{layer}.running_mean"], state[f"{layer}.running_var"]
 
-    return _logits(state, patches, patches.dtype, normalise)
+    return _logits(state, inputs, dtype or inputs.dtype, normalise)
+
+
+def is_first_layer(name: str) -> bool:
+    """Whether a tensor of the state dict belongs to the first convolution or its BatchNorm."""
+    return name.partition(".")[0] in ("conv1", "norm1")
+
+
+def shared_first_layer(state: StateDict, patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first layer in evaluation mode, for models that share it: [N, 8, 8, 32].
+
+    Args:
+        state: state dict of one model.
+        patches: [N, 256, 48], from `first_patches`.
+        dtype: of the product and the result.
+    """
+    one = {name: value[None] for name, value in state.items() if is_first_layer(name)}
+    return _first_layer(
+        one, patches, dtype, lambda layer, hidden: (one["norm1.running_mean"], one["norm1.running_var"])
+    )[0]
 
 
 def stacked(models: Iterable[StateDict], device: torch.device) -> StateDict:
@@ -140,29 +161,49 @@ def stacked(models: Iterable[StateDict], device: torch.device) -> StateDict:
     return {name: torch.stack([model[name] for model in models]).to(device) for name in models[0]}
 
 
-def _logits(parameters: StateDict, patches: Tensor, dtype: torch.dtype, normalise: Any) -> Tensor:
-    def norm(layer: str, hidden: Tensor) -> Tensor:
-        mean, variance = normalise(layer, hidden)
-        scale = parameters[f"{layer}.weight"] * (variance + EPSILON).rsqrt()
-        shift = parameters[f"{layer}.bias"] - mean * scale
-        scale, shift = (each[:, None, None, None] for each in (scale, shift))
-        result: Tensor = (hidden * scale + shift).relu().to(dtype)
-        return result
+Normalise = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+"""The mean and variance [M, channels] by which a layer, named first, normalises its [M, N, height, width,
+channels]."""
 
-    count = len(patches)
-    weight = parameters["conv1.weight"].to(dtype)
-    models = len(weight)
-    # In patches and weight the values of a channel are adjacent.
-    inputs = patches.to(dtype).reshape(1, count * 256, -1).expand(models, -1, -1)
-    hidden = torch.bmm(inputs, weight.reshape(models, CHANNELS[0], -1).transpose(1, 2))
-    hidden = _pooled(norm("norm1", hidden.view(models, count, 16, 16, CHANNELS[0])))
-    hidden = norm("norm2", convolved(hidden, parameters["conv2.weight"].to(dtype)))
-    hidden = _pooled(norm("norm3", convolved(hidden, parameters["conv3.weight"].to(dtype))))
-    hidden = norm("norm4", convolved(hidden, parameters["conv4.weight"].to(dtype)))
+
+def _logits(parameters: StateDict, inputs: Tensor, dtype: torch.dtype, normalise: Normalise) -> Tensor:
+    if inputs.ndim == 3:
+        hidden = convolved(
+            _first_layer(parameters, inputs, dtype, normalise), parameters["conv2.weight"].to(dtype)
+        )
+    else:
+        hidden = _shared_convolved(inputs.to(dtype), parameters["conv2.weight"].to(dtype))
+    hidden = _normalised(parameters, "norm2", hidden, dtype, normalise)
+    hidden = convolved(hidden, parameters["conv3.weight"].to(dtype))
+    hidden = _pooled(_normalised(parameters, "norm3", hidden, dtype, normalise))
+    hidden = convolved(hidden, parameters["conv4.weight"].to(dtype))
+    hidden = _normalised(parameters, "norm4", hidden, dtype, normalise)
     features = hidden.mean((2, 3))
     weight = parameters["head.weight"].to(dtype).transpose(1, 2)
     logits = torch.baddbmm(parameters["head.bias"].to(dtype)[:, None], features, weight)
     return logits.to(torch.promote_types(dtype, torch.float32))
+
+
+def _first_layer(parameters: StateDict, patches: Tensor, dtype: torch.dtype, normalise: Normalise) -> Tensor:
+    """[M, N, 8, 8, 32] of patches [N, 256, 48]."""
+    count, weight = len(patches), parameters["conv1.weight"].to(dtype)
+    models = len(weight)
+    # In patches and weight the values of a channel are adjacent.
+    inputs = patches.to(dtype).reshape(1, count * 256, -1).expand(models, -1, -1)
+    hidden = torch.bmm(inputs, weight.reshape(models, CHANNELS[0], -1).transpose(1, 2))
+    hidden = hidden.view(models, count, 16, 16, CHANNELS[0])
+    return _pooled(_normalised(parameters, "norm1", hidden, dtype, normalise))
+
+
+def _normalised(
+    parameters: StateDict, layer: str, hidden: Tensor, dtype: torch.dtype, normalise: Normalise
+) -> Tensor:
+    mean, variance = normalise(layer, hidden)
+    scale = parameters[f"{layer}.weight"] * (variance + EPSILON).rsqrt()
+    shift = parameters[f"{layer}.bias"] - mean * scale
+    scale, shift = (each[:, None, None, None] for each in (scale, shift))
+    result: Tensor = (hidden * scale + shift).relu().to(dtype)
+    return result
 
 
 def _pooled(images: Tensor) -> Tensor:
@@ -185,6 +226,17 @@ def convolved(images: Tensor, weight: Tensor) -> Tensor:
     matrix = weight.permute(0, 3, 4, 2, 1).flatten(1, 3)
     result: Tensor = _Convolution.apply(images, matrix)  # type: ignore[no-untyped-call]
     return result
+
+
+def _shared_convolved(images: Tensor, weight: Tensor) -> Tensor:
+    """`convolved` where all M models see the same images [N, height, width, channels].
+
+    It is one large matrix product, several times faster than M of them.
+    """
+    models, outputs = weight.shape[:2]
+    matrix = weight.permute(3, 4, 2, 0, 1).reshape(-1, models * outputs)
+    product = _neighbourhoods(images[None])[0] @ matrix
+    return product.view(*images.shape[:-1], models, outputs).permute(3, 0, 1, 2, 4)
 
 
 def _neighbourhoods(images: Tensor) -> Tensor:

@@ -48,9 +48,17 @@ def class_labels(condition: Asked, classes: Tensor) -> Tensor:
     Raises:
         RPGError: for anything but ten class bits.
     """
-    if not isinstance(condition, Sequence) or isinstance(condition, str) or len(condition) != CLASSES:
-        raise RPGError(f"expected a condition of {CLASSES} class bits, got {condition!r:.80}")
-    return in_set([condition], classes)[0]
+    return class_labels_many([condition], classes)[0]
+
+
+def class_labels_many(conditions: Sequence[Asked], classes: Tensor) -> Tensor:
+    """`class_labels` for several conditions, bool [conditions, N]."""
+    sets = []
+    for condition in conditions:
+        if not isinstance(condition, Sequence) or isinstance(condition, str) or len(condition) != CLASSES:
+            raise RPGError(f"expected a condition of {CLASSES} class bits, got {condition!r:.80}")
+        sets.append(condition)
+    return in_set(sets, classes)
 
 
 def class_tasks(validation_tasks: int, seed: int) -> list[Task]:

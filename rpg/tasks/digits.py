@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 _CHANNELS = (12, 24)
 _TEST_IMAGES, _VALIDATION_IMAGES = 450, 210
+FIRST_LAYER = ("conv1.weight", "conv1.bias")
+"""Tensors of the first convolution."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,45 @@ def digits_side_by_side(parameters: dict[str, Tensor], patches: Tensor) -> Tenso
         Logits [M, N, outputs].
     """
     models, count = patches.shape[:2]
-    first, second = _CHANNELS
+    first = _CHANNELS[0]
     weight = parameters["conv1.weight"].reshape(models, first, 16).transpose(1, 2)
     hidden = torch.baddbmm(parameters["conv1.bias"][:, None], patches.reshape(models, count * 16, 16), weight)
-    hidden = hidden.relu().view(models, count, 16, first)
-    # Patches of the second convolution: four places, nine neighbours each, of the 4 × 4 map.
-    hidden = hidden.index_select(2, _neighbours()).view(models, count * 4, 9 * first)
+    return after_first_layer(parameters, _second_patches(hidden.relu().view(models, count, 16, first)))
+
+
+def shared_first_layer(parameters: dict[str, Tensor], patches: Tensor) -> Tensor:
+    """The first layer of one `DigitsNet`, for models that share it: the second layer's patches, [N, 4, 108].
+
+    Args:
+        parameters: of one model.
+        patches: [N, 16, 16], from `digits_patches`.
+    """
+    weight = parameters["conv1.weight"].reshape(_CHANNELS[0], 16)
+    return _second_patches((patches @ weight.T + parameters["conv1.bias"]).relu())
+
+
+def after_first_layer(parameters: dict[str, Tensor], patches: Tensor) -> Tensor:
+    """The rest of `DigitsNet` for M models at once: logits [M, N, outputs].
+
+    Args:
+        parameters: with a leading dimension M; those of the first layer are not used.
+        patches: of the second convolution, [M, N, 4, 108].
+    """
+    models, count = patches.shape[:2]
+    first, second = _CHANNELS
     weight = parameters["conv2.weight"].reshape(models, second, first, 9).permute(0, 3, 2, 1)
     weight = weight.reshape(models, 9 * first, second)
+    hidden = patches.reshape(models, count * 4, 9 * first)
     hidden = torch.baddbmm(parameters["conv2.bias"][:, None], hidden, weight).relu()
     hidden = hidden.view(models, count, 4 * second)
     weight = torch.unflatten(parameters["head.weight"], 2, (second, 4)).permute(0, 3, 2, 1).flatten(1, 2)
     return torch.baddbmm(parameters["head.bias"][:, None], hidden, weight)
+
+
+def _second_patches(hidden: Tensor) -> Tensor:
+    """Of the first layer's 4 × 4 map [..., 16, channels]: four places' nine neighbours each."""
+    patches: Tensor = hidden.index_select(-2, _neighbours()).unflatten(-2, (4, 9)).flatten(-2)
+    return patches
 
 
 @cache

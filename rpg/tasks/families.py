@@ -77,6 +77,10 @@ class TaskFamily(Protocol):
     - `predict_many(state_dicts, split) -> Tensor [networks, inputs]`: `predict` for many networks at once,
       where the family knows something faster than `torch.func.vmap`;
     - `check()`: raises an error if data are missing, before any work is done;
+    - `references(backbone, condition, split) -> {name: Tensor [inputs]}`: what networks answer by themselves
+      that were not trained for the task, such as a classifier of ten classes a question about some of them.
+      `backbone` is the state dict that the family's `backbone(config, seed)` returned. Each name is a row of
+      the report, with the accuracy by `labels(condition, split)`;
     - `uses_gpu`: True if its networks are trained and run on a GPU where there is one;
     - for stage `collect`: `tasks(validation_tasks, seed) -> [Task]`, `backbone(config, seed) -> state_dict`,
       and `fine_tune(backbone, models, config, seed) -> [state_dict]` for `models`, a list of (`Task`, copy);

@@ -88,18 +88,19 @@ def _predict_side_by_side(family: Any, state_dicts: Sequence[dict[str, Tensor]],
         for network, state_dict in zip(networks, state_dicts, strict=True):
             network.load_state_dict(state_dict, strict=True)
         stacked = stack_module_state(networks)
-        answers = vmap(lambda state: family.predict(_WithState(networks[0], state), split))(stacked)
+        answers = vmap(lambda state: family.predict(WithState(networks[0], state), split))(stacked)
         return _checked(answers, (len(state_dicts), None), "predict")
     # Code that branches on values, or changes its network, fails in many ways. It is then run as it is.
     except Exception:
         return None
 
 
-class _WithState(nn.Module):
+class WithState(nn.Module):
     """A network with other parameters and buffers. It has no parameters of its own that code could look
     at."""
 
-    def __init__(self, network: nn.Module, state: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+    def __init__(self, network: nn.Module, state: Any) -> None:
+        """`network` with `state`, tensors by name as `torch.func.functional_call` takes them."""
         super().__init__()
         self.eval()
         # As a list it is not registered: its own weights are none of this network's.

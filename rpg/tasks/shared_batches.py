@@ -17,22 +17,29 @@ from rpg.tasks.cifar10_net import (
     StateDict,
     Statistics,
     first_patches,
+    is_first_layer,
     is_trained,
     normalised,
+    shared_first_layer,
     training_logits,
     update_running_statistics,
 )
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [M, N, outputs] and answers [M, N] to one loss a model, [M]."""
+Answers = Callable[[Tensor, Tensor], Tensor]
+"""A batch's patches (`first_patches`) and classes [N] to what is right for each model, [M, N]."""
+
+_FEWEST_COMPILED = 64
+"""Models whose step is compiled. With fewer it is so short that compiling takes longer than it saves."""
 
 SHIFT = 4
 """The most pixels by which augmentation moves an image, in each direction."""
 
 
 def train_on_shared_batches(
-    start: StateDict, images: Images, answers: Tensor, loss: Loss, seed: int, epochs: int, batch_size: int,
-    learning_rate: float, dtype: torch.dtype,
+    start: StateDict, images: Images, answers: Answers, loss: Loss, seed: int, epochs: int, batch_size: int,
+    learning_rate: float, dtype: torch.dtype, first_layer: StateDict | None = None,
 ) -> StateDict:  # fmt: skip
     """Minimise the loss of each of M models with Adam (warm-up, then a half cosine), BatchNorm in training
     mode.
@@ -42,38 +49,50 @@ def train_on_shared_batches(
     Args:
         start: state dicts of `Cifar10Net` with a leading dimension M, on the device of `images`.
         images: the training images.
-        answers: [M, 10], for each model and class the right answer for an image of the class.
+        answers: what is right.
         loss: of a batch.
         seed: of the order of images and their augmentation; a GPU and a CPU draw different ones.
         epochs: passes over the images.
         batch_size: images a step; the rest of an epoch is dropped.
         learning_rate: at its peak.
         dtype: of matrix products and activations; weights keep the type they start with.
+        first_layer: state dict of one model, whose first layer all models have and keep; None: it is trained
+            as well.
 
     Returns:
         The trained state dicts.
     """
-    weights = {name: value.clone().requires_grad_() for name, value in start.items() if is_trained(name)}
-    buffers = {name: value.clone() for name, value in start.items() if not is_trained(name)}
+
+    def is_kept(name: str) -> bool:
+        return first_layer is not None and is_first_layer(name)
+
+    weights = {
+        name: value.clone().requires_grad_()
+        for name, value in start.items()
+        if is_trained(name) and not is_kept(name)
+    }
+    buffers = {name: value.clone() for name, value in start.items() if name not in weights}
     leaves = list(weights.values())
     batch_size = min(batch_size, len(images.classes))
     adam = SideBySideAdam(leaves, learning_rate, epochs * (len(images.classes) // batch_size))
     total_loss = _total_loss
-    # The step of a single model is so short that compiling takes longer than it saves.
-    if images.pixels.is_cuda and len(answers) > 1 and has_gpu_compiler():
+    if images.pixels.is_cuda and len(start["head.bias"]) >= _FEWEST_COMPILED and has_gpu_compiler():
         total_loss = _compiled_total_loss()
     for pixels, classes in batches(images, seed, epochs, batch_size):
         patches = first_patches(normalised(pixels).to(dtype))
-        total, statistics = total_loss(weights, patches, answers[:, classes], loss, dtype)
+        with torch.no_grad():
+            right = answers(patches, classes)
+            inputs = patches if first_layer is None else shared_first_layer(first_layer, patches, dtype)
+        total, statistics = total_loss(weights, inputs, right, loss, dtype)
         adam.step(torch.autograd.grad(total, leaves))
         update_running_statistics(buffers, statistics, batch_size)
-    return {name: (weights if is_trained(name) else buffers)[name].detach() for name in start}
+    return {name: (weights if name in weights else buffers)[name].detach() for name in start}
 
 
 def _total_loss(
-    weights: StateDict, patches: Tensor, right: Tensor, loss: Loss, dtype: torch.dtype
+    weights: StateDict, inputs: Tensor, right: Tensor, loss: Loss, dtype: torch.dtype
 ) -> tuple[Tensor, Statistics]:
-    logits, statistics = training_logits(weights, patches, dtype)
+    logits, statistics = training_logits(weights, inputs, dtype)
     # In the gradient of the sum, each model has the gradient of its own loss.
     return loss(logits, right).sum(), statistics
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,34 @@ _STEPS_AHEAD = 2
 _GPU_READERS = 3
 """Batches read at the same time for a GPU, whose steps can be shorter than reading one. For a CPU one is
 read, since the processor has to compute the steps."""
+
+
+class AnyBatch(Protocol):
+    """What a training step is computed from."""
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors."""
+        ...
+
+
+class Source(Protocol):
+    """Where the batches of training come from.
+
+    Attributes:
+        device: where they lie.
+        on_gpu: whether that is a GPU.
+        readers: how many of them may be made at the same time, each by a thread of its own.
+        tokens_per_step: tokens in the batches of all workers together.
+    """
+
+    device: torch.device
+    on_gpu: bool
+    readers: int
+    tokens_per_step: int
+
+    def batch(self, step: int) -> Any:
+        """This worker's part of the batch of step number `step`, an `AnyBatch`."""
+        ...
 
 
 class BatchSource:
@@ -73,6 +102,8 @@ class BatchSource:
         self.rows = workers.rows(config.checkpoints_per_step)
         self.device = device
         self.on_gpu = device.type == "cuda"
+        self.readers = _GPU_READERS if self.on_gpu else 1
+        self.tokens_per_step = self.checkpoints_per_step * self.tokens_per_checkpoint
 
     def batch(self, step: int) -> Batch:
         """This worker's rows of the batch of step number `step`, on the source's device.
@@ -147,17 +178,16 @@ class Prefetch:
         waited: seconds that `next` spent waiting for data.
     """
 
-    def __init__(self, source: BatchSource, first: int, end: int) -> None:
+    def __init__(self, source: Source, first: int, end: int) -> None:
         """Batches of the steps `first` to `end - 1` of `source`, in order."""
         self.waited = 0.0
         self._source = source
         self._steps = iter(range(first, end))
         self._stream = torch.cuda.Stream(source.device) if source.on_gpu else None
         self._queued: deque[torch.cuda.Event] = deque()
-        readers = _GPU_READERS if source.on_gpu else 1
-        self._readers = ThreadPoolExecutor(readers)
-        self._pending: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
-        for _ in range(readers):
+        self._readers = ThreadPoolExecutor(source.readers)
+        self._pending: deque[Future[tuple[Any, torch.cuda.Event | None]]] = deque()
+        for _ in range(source.readers):
             self._begin()
 
     def __enter__(self) -> "Prefetch":
@@ -168,7 +198,7 @@ class Prefetch:
     ) -> None:
         self._readers.shutdown(cancel_futures=True)
 
-    def next(self) -> Batch:
+    def next(self) -> Any:
         """The batch of the next step, for use in the device's current stream."""
         self._let_catch_up()
         before = time.perf_counter()
@@ -187,7 +217,7 @@ class Prefetch:
         if step is not None:
             self._pending.append(self._readers.submit(self._read, step))
 
-    def _read(self, step: int) -> tuple[Batch, torch.cuda.Event | None]:
+    def _read(self, step: int) -> tuple[Any, torch.cuda.Event | None]:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             batch = self._source.batch(step)
             return batch, None if self._stream is None else self._stream.record_event()

@@ -1,9 +1,10 @@
-"""The training loop over a sharded collection."""
+"""The training loop, and fitting a generator to a sharded collection."""
 
 import math
 import resource
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from rpg.config import ConditionConfig, ConditionKind, GeneratorConfig, TrainCon
 from rpg.errors import RPGError
 from rpg.generator.generator import Batch, Generator
 from rpg.seeds import derived_seed
-from rpg.training.batch import BatchSource, Prefetch
+from rpg.training.batch import BatchSource, Prefetch, Source
 from rpg.training.optimiser import learning_rate
 from rpg.training.progress import NOISE_LEVELS, TrainingProgress, Validation
 from rpg.training.trainer import Trainer
@@ -44,22 +45,13 @@ def fit(
     validate: Callable[[Generator], Validation] | None = None,
     seconds: float = 0.0,
 ) -> None:
-    """Train from `trainer.step` to the configured number of steps; all workers must call this.
-
-    Args:
-        trainer: fresh or resumed.
-        shards: the training checkpoints.
-        seed: of the run; with the step number it determines every batch.
-        on_log: called every `log_every` steps, and before `on_save`.
-        on_save: called every `save_every` steps, after the last step, and after every validation.
-        validate: returns the score of the moving average; the first worker calls it every `validate_every`
-            steps and after the last step. None: there is no validation.
-        seconds: that earlier runs, which this one resumes, spent on training.
+    """Fit the trainer's generator to `shards`, the training checkpoints (`run_steps`).
 
     Raises:
         RPGError: if the loss stops being a number, or a step has fewer checkpoints than there are workers.
     """
     config, generator = trainer.config, trainer.generator.config
+    assert isinstance(config, TrainConfig)
     source = BatchSource(
         shards,
         condition_inputs(shards, generator.condition),
@@ -70,7 +62,34 @@ def fit(
         trainer.workers,
         trainer.device,
     )
+    run_steps("train", trainer, source, on_log, on_save, validate, seconds)
 
+
+def run_steps(
+    stage: str,
+    trainer: Trainer,
+    source: Source,
+    on_log: Callable[[TrainingProgress], None],
+    on_save: Callable[[Trainer, TrainingProgress], None],
+    validate: Callable[[Generator], Validation] | None = None,
+    seconds: float = 0.0,
+) -> None:
+    """Train from `trainer.step` to the configured number of steps; all workers must call this.
+
+    Args:
+        stage: whose settings the trainer has, for messages.
+        trainer: fresh or resumed.
+        source: of batches; with the step number it determines each.
+        on_log: called every `log_every` steps, and before `on_save`.
+        on_save: called every `save_every` steps, after the last step, and after every validation.
+        validate: returns the score of the moving average; the first worker calls it every `validate_every`
+            steps and after the last step. None: there is no validation.
+        seconds: that earlier runs, which this one resumes, spent on training.
+
+    Raises:
+        RPGError: if the loss stops being a number.
+    """
+    config = trainer.config
     with Prefetch(source, trainer.step, config.steps) as batches:
         meter = _Meter(trainer, batches, source, seconds)
         while trainer.step < config.steps:
@@ -84,8 +103,8 @@ def fit(
             progress = meter.read()
             if not math.isfinite(progress.loss):
                 raise RPGError(
-                    f"train: the loss is {progress.loss} at step {trainer.step}: "
-                    "lower train.learning_rate or train.gradient_clip"
+                    f"{stage}: the loss is {progress.loss} at step {trainer.step}: "
+                    f"lower {stage}.learning_rate or {stage}.gradient_clip"
                 )
             if check and validate:
                 average = trainer.whole_average()
@@ -102,11 +121,12 @@ def fit(
 class _Meter:
     """Collects what `TrainingProgress` reports."""
 
-    def __init__(self, trainer: Trainer, batches: Prefetch, source: BatchSource, seconds: float) -> None:
+    def __init__(self, trainer: Trainer, batches: Prefetch, source: Source, seconds: float) -> None:
         self._trainer = trainer
         self._batches = batches
         self._source = source
         self._seconds = seconds
+        self._has_levels = False
         self.start()
 
     def start(self) -> None:
@@ -117,13 +137,15 @@ class _Meter:
         self._sums = torch.zeros(1 + 2 * NOISE_LEVELS, device=self._trainer.device)
         self._norms = torch.zeros((), device=self._trainer.device)
 
-    def add(self, batch: Batch, result: dict[str, Tensor]) -> None:
+    def add(self, batch: Any, result: dict[str, Tensor]) -> None:
         """Count a finished step."""
-        level = batch.t * NOISE_LEVELS // self._source.timesteps
         self._sums[0] += result["loss"]
-        self._sums.index_add_(0, 1 + level, result["losses"].float() * result["weights"])
-        self._sums.index_add_(0, 1 + NOISE_LEVELS + level, result["weights"])
         self._norms += result["gradient_norm"]
+        self._has_levels = isinstance(batch, Batch)
+        if isinstance(batch, Batch):
+            level = batch.t * NOISE_LEVELS // self._trainer.generator.diffusion.timesteps
+            self._sums.index_add_(0, 1 + level, result["losses"].float() * result["weights"])
+            self._sums.index_add_(0, 1 + NOISE_LEVELS + level, result["weights"])
 
     def read(self) -> TrainingProgress:
         """The report since `start`; all workers must call this."""
@@ -132,14 +154,15 @@ class _Meter:
         count, elapsed = trainer.step - self._since, time.perf_counter() - self._began
         self._seconds += elapsed
         losses, weights = sums[1 : 1 + NOISE_LEVELS], sums[1 + NOISE_LEVELS :]
+        by_noise = [a / b if b else None for a, b in zip(losses, weights, strict=True)]
         return TrainingProgress(
             step=trainer.step,
             steps=trainer.config.steps,
             loss=sums[0] / count,
-            loss_by_noise=[a / b if b else None for a, b in zip(losses, weights, strict=True)],
+            loss_by_noise=by_noise if self._has_levels else [],
             gradient_norm=norms / count,
             learning_rate=learning_rate(trainer.config, trainer.step - 1),
-            tokens_per_second=count * source.checkpoints_per_step * source.tokens_per_checkpoint / elapsed,
+            tokens_per_second=count * source.tokens_per_step / elapsed,
             waiting_share=(self._batches.waited - self._waited) / elapsed,
             memory_bytes=_memory(trainer.device),
             workers=trainer.workers.count,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from rpg.config import Precision
 from rpg.generator.generator import Batch, Generator
 from rpg.training.workers import Workers
 
-Gradients = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+Objective = Callable[[Generator, Any], tuple[Tensor, Tensor]]
+"""What training minimises: for each row of a batch its loss, and how much that counts, both [rows]."""
+
+Gradients = Callable[[Any], tuple[Tensor, Tensor, Tensor]]
 """Sets the gradients of a generator's parameters to those of a batch.
 
 Returns, detached: this worker's share of the batch's loss (their sum over the workers), scalar; and for each
@@ -23,11 +27,24 @@ _WARM_UP = 2
 """Passes before a graph is captured. They compile and tune kernels, and libraries allocate workspaces."""
 
 
+def fitting_loss(generator: Generator, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The `Objective` of fitting a generator to checkpoints.
+
+    A checkpoint counts by the number of values sampled of it, so that every value weighs the same.
+    """
+    return generator.loss(batch), batch.mask.sum((1, 2)).float()
+
+
 class EagerGradients:
     """Computes `Gradients` kernel by kernel, together with other workers where there are any."""
 
     def __init__(
-        self, generator: Generator, precision: Precision, device: torch.device, sharded: bool
+        self,
+        generator: Generator,
+        precision: Precision,
+        device: torch.device,
+        sharded: bool,
+        objective: Objective = fitting_loss,
     ) -> None:
         """Prepare to compute the gradients of `generator`.
 
@@ -36,24 +53,23 @@ class EagerGradients:
             precision: see `arithmetic`.
             device: where batches lie.
             sharded: whether FSDP has split the generator's tensors between the workers.
+            objective: what is minimised.
         """
         self._generator = generator
         self._precision = precision
         self._device = device
         self._workers = Workers.current()
-        self._losses: Callable[[Batch], Tensor] = generator.loss
+        self._losses: nn.Module = _Losses(generator, objective)
         if self._workers.count > 1 and not sharded:
             # Every worker computes the same buffers, so they need no broadcast.
-            self._losses = DistributedDataParallel(_Losses(generator), broadcast_buffers=False)
+            self._losses = DistributedDataParallel(self._losses, broadcast_buffers=False)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Set the gradients to those of `batch`; `Gradients` says what is returned."""
-        # A checkpoint counts by the number of values sampled of it, so that every value weighs the same.
-        weights = batch.mask.sum((1, 2)).float()
-        total = self._workers.sum(weights.sum())
         self._generator.zero_grad(set_to_none=True)
         with arithmetic(self._precision, self._device):
-            losses = self._losses(batch)
+            losses, weights = self._losses(batch)
+            total = self._workers.sum(weights.sum())
             loss = (losses * weights).sum() / total
             # PyTorch averages the workers' gradients, but the batch's gradient is their sum.
             torch.autograd.backward(loss * self._workers.count if self._workers.count > 1 else loss)
@@ -111,14 +127,15 @@ class CapturedGradients:
 
 
 class _Losses(nn.Module):
-    """A generator's loss as the module call that PyTorch's data parallelism expects."""
+    """An objective as the module call that PyTorch's data parallelism expects."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, objective: Objective) -> None:
         super().__init__()
         self.generator = generator
+        self.objective = objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.generator.loss(batch)
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self.objective(self.generator, batch)
 
 
 @contextmanager

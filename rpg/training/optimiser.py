@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rpg.config import Optimiser, TrainConfig
+from rpg.config import Optimiser, OptimiserConfig
 from rpg.errors import RPGError
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.training.sharding import local, sharded_as, shards_evenly, share, whole
 
 
-def build_optimiser(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimiser(module: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters of `module`, as `train.optimiser` asks.
 
     `adamw8bit` quantises the moments of large tensors in blocks of 256 values (arXiv 2110.02861; torchao).
@@ -78,7 +78,7 @@ def load_optimiser_state(
             _load_moment(own[key], value)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: OptimiserConfig, step: int) -> float:
     """The learning rate of a step: linear warm-up, then a half cosine to zero at `config.steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -86,7 +86,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def _parameter_groups(module: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases, norms and the decay rates of Mamba-2 without."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]

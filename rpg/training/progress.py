@@ -26,7 +26,7 @@ class TrainingProgress:
     steps: int
     loss: float
     loss_by_noise: list[float | None]
-    """From the least noise to the most; None where no timestep fell into the range."""
+    """From the least noise to the most; None where no timestep fell into the range. Empty in refining."""
     gradient_norm: float
     learning_rate: float
     tokens_per_second: float

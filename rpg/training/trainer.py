@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpg.config import Sharding, TrainConfig
+from rpg.config import OptimiserConfig, Sharding, TrainConfig
 from rpg.errors import RPGError, one_line
 from rpg.generator.condition import VectorCondition
 from rpg.generator.denoiser.unet import ConditionalUNet
-from rpg.generator.generator import Batch, Generator
+from rpg.generator.generator import Generator
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.storage.files import replacing_file
-from rpg.training.gradients import CapturedGradients, EagerGradients, Gradients
+from rpg.training.gradients import CapturedGradients, EagerGradients, Gradients, Objective, fitting_loss
 from rpg.training.optimiser import (
     build_optimiser,
     learning_rate,
@@ -44,8 +44,14 @@ class Trainer:
         step: number of finished steps.
     """
 
-    def __init__(self, generator: Generator, config: TrainConfig, device: torch.device) -> None:
-        """Train `generator`, the same for every worker, on `device`."""
+    def __init__(
+        self,
+        generator: Generator,
+        config: OptimiserConfig,
+        device: torch.device,
+        objective: Objective = fitting_loss,
+    ) -> None:
+        """Train `generator`, the same for every worker, on `device`, to minimise `objective`."""
         self.config = config
         self.device = device
         self.workers = Workers.current()
@@ -55,7 +61,8 @@ class Trainer:
             # Without dropout the null vector gets no gradient, which other workers must not wait for.
             condition.null.requires_grad_(False)
         self.average = copy.deepcopy(generator).eval().requires_grad_(False)
-        self._sharded = config.sharding == Sharding.fsdp and self.workers.count > 1
+        sharding = config.sharding if isinstance(config, TrainConfig) else Sharding.none
+        self._sharded = sharding == Sharding.fsdp and self.workers.count > 1
         if self.workers.count > 1:
             normalise_globally(generator)
         if self._sharded:
@@ -68,8 +75,11 @@ class Trainer:
             if isinstance(module, nn.RNNBase) and not self._sharded:
                 # cuDNN needs these weights in one piece of memory, and a deep copy scatters them.
                 module.flatten_parameters()
-        self.gradients: Gradients = EagerGradients(self.generator, config.precision, device, self._sharded)
-        if device.type == "cuda" and self.workers.count == 1:
+        self.gradients: Gradients = EagerGradients(
+            self.generator, config.precision, device, self._sharded, objective
+        )
+        # Other objectives run code that a graph might not be able to hold.
+        if device.type == "cuda" and self.workers.count == 1 and objective is fitting_loss:
             if isinstance(generator.denoiser, ConditionalUNet) and has_gpu_compiler():
                 # The compiler fuses the six passes over memory between two convolutions into one.
                 generator.denoiser.compile()
@@ -77,7 +87,7 @@ class Trainer:
         self.optimiser = build_optimiser(self.generator, config)
         self.step = 0
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+    def train_step(self, batch: Any) -> dict[str, Tensor]:
         """Take one step on this worker's rows of a batch, which lies on its device.
 
         Returns:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from rpg.errors import RPGError
+from rpg.evaluation.batchnorm import BATCH_SIZE, BATCHES
 from rpg.evaluation.judge import (
     ACCURACY,
     Candidate,
@@ -68,8 +70,30 @@ def test_predictions_give_wrong_answers_beside_the_familys_own_metrics() -> None
         right = torch.sin(network.asked[0] * inputs) > 0
         assert found.wrong is not None
         assert found.wrong.tolist() == ((outputs(network) > 0) != right).tolist()
+        assert found.answers is not None
+        assert found.answers.equal(outputs(network) > 0)
     assert metric_that_counts(family, measured) == Metric("mse", higher_is_better=False, unit="V²")
     assert family.majority([1.0], "test") == 0.5
+
+
+def test_batchnorm_is_recomputed_on_the_same_data_for_every_network() -> None:
+    family = judge("Referenced")
+    assert family.can_recompute_batchnorm
+    assert not judge("Answers").can_recompute_batchnorm
+    networks = candidates(family)
+    odd = Candidate("odd", {"weight": torch.zeros(3)}, [1.0])
+    done, failures = family.with_batchnorm_recomputed([*networks, odd], seed=4)
+    assert [each.name for each in done] == ["n0", "n1", "n2"]
+    assert [line.partition(":")[0] for line in failures] == ["odd"]
+    random = torch.Generator().manual_seed(4)
+    inputs = [family.family.batch(BATCH_SIZE, random)[0] for _ in range(BATCHES)]
+    for network, after in zip(networks, done, strict=True):
+        module = sys.modules["my_tasks"].Net()
+        module.load_state_dict(network.state_dict)
+        update_bn(inputs, module)
+        torch.testing.assert_close(after.state_dict, module.state_dict())
+    again, _ = family.with_batchnorm_recomputed(networks[1:2], seed=4)
+    assert again[0].state_dict["layers.1.running_mean"].equal(done[1].state_dict["layers.1.running_mean"])
 
 
 def test_answers_alone_give_the_accuracy() -> None:

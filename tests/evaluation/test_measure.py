@@ -1,6 +1,7 @@
 """Measuring networks whose answers are known: linear classifiers, evaluated by hand beside it."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation
 from rpg.evaluation import baselines
 from rpg.evaluation.baselines import majority_accuracy
-from rpg.evaluation.judge import ACCURACY, Measurement
-from rpg.evaluation.measure import Network, TrainingSet, condition_name, flatten, measure, unflatten
+from rpg.evaluation.judge import ACCURACY, Candidate, FamilyJudge, Measurement
+from rpg.evaluation.measure import measure
+from rpg.evaluation.networks import Network, TrainingSet, condition_name, flatten, unflatten
 from rpg.evaluation.results import TaskSplit
+from rpg.seeds import derived_seed
 from rpg.tasks.families import Metric
 
 IMAGES = torch.randn(80, 6, generator=torch.Generator().manual_seed(3))
@@ -230,6 +233,44 @@ def test_names_of_different_conditions_differ():
     assert condition_name((0.0, 1.0, 1.0)) == "011"
 
 
+def test_a_family_gives_its_references_its_answers_and_its_training_data():
+    family = FamilyJudge(f"{Path(__file__).parents[1] / 'tasks' / 'my_tasks.py'}:Referenced")
+    torch.manual_seed(2)
+    conditions = [(1.0,), (1.5,), (2.0,)]
+    trained = [family.family.build_network().state_dict() for _ in conditions]
+    unseen = (1.25,)
+    originals = [
+        Network(f"o{i}", unseen, TaskSplit.unseen, family.family.build_network().state_dict())
+        for i in range(3)
+    ]
+    generated = [
+        Network(f"g{i}", unseen, TaskSplit.unseen, family.family.build_network().state_dict())
+        for i in range(3)
+    ]
+    statistics = LayoutStatistics(trained[0])
+    for state_dict in trained:
+        statistics.update(state_dict)
+    layout = statistics.layout(4, Normalisation.residual)
+    values = torch.stack([flatten(layout, state_dict) for state_dict in trained])
+    found = measure(
+        layout, TrainingSet(values, conditions), originals, generated, family, "test", str, (0.02,), 1e-3, 5,
+        best_originals=lambda metric: originals[1:2], read_backbone=lambda: trained[0],
+    )  # fmt: skip
+    assert found.left_out == []
+    assert found.baselines["best_original"] == {str(unseen): found.originals[1].score}
+    [alone] = family.measure([Candidate("b", trained[0], [1.25])], "test")
+    assert found.baselines["the backbone"] == {str(unseen): pytest.approx(alone.metrics["accuracy"])}
+    assert found.baselines["all wrong"] == {str(unseen): 0.0}
+    assert all(each.answers is not None for each in (*found.originals, *found.generated))
+    assert all(each.answers is None for each in found.noised[0.02])
+    networks = [Candidate(n.name, n.state_dict, n.asked) for n in generated]
+    recomputed, _ = family.with_batchnorm_recomputed(networks, derived_seed(5, "BatchNorm", 0))
+    scores = [each.metrics["accuracy"] for each in family.measure(recomputed, "test")]
+    assert [each.score for each in found.recomputed] == scores
+    assert [each.name for each in found.recomputed] == [f"g{i} with BatchNorm recomputed" for i in range(3)]
+    assert scores != [each.score for each in found.generated]
+
+
 def test_baselines_are_measured_a_few_networks_at_a_time(measured, monkeypatch):
     layout, trained, values, originals, *_ = measured
     sizes = []
@@ -256,12 +297,13 @@ def test_baselines_are_measured_a_few_networks_at_a_time(measured, monkeypatch):
             Counts(), "test", str, noise_levels=(), ridge_penalty=1e-3, seed=0,
         ).baselines  # fmt: skip
 
-    monkeypatch.setattr("rpg.evaluation.measure.ridge", ridge)
+    monkeypatch.setattr("rpg.evaluation.baseline_scores.ridge", ridge)
     whole = all_baselines()
     assert max(sizes) >= len(CONDITIONS)
     assert predicted == [len(CONDITIONS)] * 3
     # Two networks of six float32 weights and an int64.
-    monkeypatch.setattr("rpg.evaluation.measure._BYTES_AT_ONCE", 2 * (6 * 4 + 8))
+    for module in ("networks", "baseline_scores"):
+        monkeypatch.setattr(f"rpg.evaluation.{module}.BYTES_AT_ONCE", 2 * (6 * 4 + 8))
     found = all_baselines()
     assert max(sizes) == 3
     assert max(predicted) == 2

@@ -1,13 +1,14 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from rpg.errors import RPGError
@@ -16,12 +17,12 @@ from rpg.evaluation.report import (
     build_figures,
     build_report,
     figure_pairs,
-    model_card_table,
     render_html,
-    terminal_table,
     write_report,
 )
 from rpg.evaluation.results import Evaluated, Results, TaskSplit, condition_label, of_split
+from rpg.evaluation.tables import comparisons, model_card_table, score_rows, terminal_table
+from rpg.tasks.families import Metric
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(2)>{{ 7*7 }} $x | &amp;"
 
@@ -69,6 +70,8 @@ def test_report_holds_accuracies_similarities_distances_and_tasks(results: Resul
         assert {"mean", "min", "max", "n"} <= set(report["score"][group])
     assert set(report["score"]["baselines"]) == {
         "centre", "nearest_task", "ridge_1", "ridge_2", "ridge_3", "majority"}  # fmt: skip
+    assert (report["ensembles"], report["score"]["ensembles"]) == (None, None)
+    assert report["score"]["generated_batchnorm_recomputed"]["n"] == 0
     assert set(report["timing_seconds"]) == {"collect", "shard", "train", "generate", "evaluate"}
     assert {"similarity", "distance", "config", "versions", "seed", "per_task"} <= set(report)
     assert len(report["per_task"]) == 40
@@ -178,7 +181,7 @@ def test_hostile_names_are_text(make_results: Callable[..., Results]) -> None:
     assert sum(tag == "img" for tag, _ in page.tags) == 4
     assert HOSTILE in page.text
     assert "<script" not in html
-    assert model_card_table(build_report(results)).count("\n") == 7
+    assert model_card_table(build_report(results)).count("\n") == 10
 
 
 def test_without_conditions_the_page_says_so(make_results: Callable[..., Results]) -> None:
@@ -255,8 +258,10 @@ def test_tables_carry_the_same_numbers(results: Results) -> None:
     mean = f"{report['score']['generated_unseen']['mean']:.3f}"
     assert mean in shown
     assert f"| **generated, unseen tasks** | **{mean}** |" in card
-    assert f"generated / originals: {report['score']['ratio']:.3f}" in shown
-    assert {line.count("|") for line in card.strip().splitlines()} == {6}
+    assert comparisons(report)[0] == f"generated / originals: {report['score']['ratio']:.3f}"
+    table, _, lines = card.partition("\n\n")
+    assert {line.count("|") for line in table.splitlines()} == {6}
+    assert f"- generated / originals: {report['score']['ratio']:.3f}" in lines
 
 
 def test_conditions_are_labelled_by_bits_or_first_values() -> None:
@@ -264,3 +269,90 @@ def test_conditions_are_labelled_by_bits_or_first_values() -> None:
     assert condition_label((0.0, 1.0, 1.0)) == "011"
     assert condition_label((0.25, -1.0)) == "0.25, -1"
     assert condition_label([0.0] * 384) == "0, 0, 0, …"
+
+
+def with_answers(results: Results) -> Results:
+    """The same with answers of two classes, a family's reference, and BatchNorm recomputed."""
+    right = np.random.default_rng(1).random(540) < 0.5
+
+    def answered(networks: Sequence[Evaluated]) -> list[Evaluated]:
+        return [dataclasses.replace(n, answers=torch.from_numpy(n.wrong ^ right)) for n in networks]
+
+    unseen = {network.task for network in of_split(results.generated, TaskSplit.unseen)}
+    further = {
+        "ten-class backbone": dict.fromkeys(unseen, 0.99),
+        "best_original": dict.fromkeys(unseen, 0.97),
+    }
+    return dataclasses.replace(
+        results,
+        originals=answered(results.originals),
+        generated=answered(results.generated),
+        recomputed=of_split(results.generated, TaskSplit.unseen)[:40],
+        baselines={**results.baselines, **further},
+    )
+
+
+def test_ensembles_references_and_variety_are_rows_and_lines(results: Results) -> None:
+    whole = with_answers(results)
+    report = build_report(whole)
+    originals = of_split(whole.originals, TaskSplit.unseen)
+    accuracies, gains = [], []
+    for task in dict.fromkeys(network.task for network in originals):
+        wrong = np.stack([network.wrong for network in originals if network.task == task])
+        # Of two classes the majority is wrong where most networks are.
+        accuracies.append(1 - float((wrong.mean(axis=0) > 0.5).mean()))
+        gains.append(accuracies[-1] - 1 + float(wrong.mean()))
+    votes = report["ensembles"]
+    assert (votes["size"], votes["tasks"]) == (3, 20)
+    assert report["score"]["ensembles"]["originals"]["mean"] == pytest.approx(np.mean(accuracies))
+    assert report["score"]["ensembles"]["originals"]["min"] == pytest.approx(min(accuracies))
+    assert votes["originals"]["gain"] == pytest.approx(np.mean(gains))
+    assert votes["gain_ratio"] == pytest.approx(votes["generated"]["gain"] / votes["originals"]["gain"])
+    alike = report["similarity"]["unseen"]
+    assert alike["generated_minus_original"] == pytest.approx(
+        alike["generated_generated"] - alike["original_original"]
+    )
+    names = [name for _, name, _ in score_rows(report)]
+    assert names[:8] == [
+        "originals, unseen tasks",
+        "generated, unseen tasks",
+        "generated, BatchNorm recomputed",
+        "ensemble of 3 originals",
+        "ensemble of 3 generated",
+        "ten-class backbone",
+        "best original by validation",
+        "ridge regression, order 3",
+    ]
+    assert "The strongest baseline, ten-class backbone, reaches 0.990." in report["summary"]
+    lines = comparisons(report)
+    assert lines[1].startswith(f"gain in accuracy by ensembles of 3: originals {np.mean(gains):+.4f}, ")
+    assert lines[1].endswith(f"({votes['gain_ratio']:.2f} ×)")
+    assert lines[2] == (
+        f"similarity of wrong answers: originals {alike['original_original']:.2f}, "
+        f"generated {alike['generated_generated']:.2f} ({alike['generated_minus_original']:+.2f})"
+    )
+    _, page = page_of(whole)
+    text = " ".join(page.text.split())
+    for line in (*names, *lines[1:]):
+        assert line[1:] in text
+    assert all(line in model_card_table(report) for line in lines)
+
+
+def test_too_few_networks_to_vote_are_told(make_results: Callable[..., Results]) -> None:
+    few = with_answers(make_results(models_per_task=2))
+    report = build_report(few)
+    assert report["ensembles"] is None
+    assert report["left_out"] == ["ensembles: no task has 3 originals and 3 generated networks"]
+
+
+def test_ensembles_of_another_metric_are_no_row_of_its_table(results: Results) -> None:
+    report = build_report(dataclasses.replace(with_answers(results), metric=Metric("loss", False)))
+    assert report["ensembles"]["size"] == 3
+    assert not [name for _, name, _ in score_rows(report) if "ensemble" in name]
+
+
+def test_answers_of_other_inputs_are_refused(results: Results) -> None:
+    whole = with_answers(results)
+    short = dataclasses.replace(whole.originals[0], answers=torch.zeros(3))
+    with pytest.raises(RPGError, match=r"original_0314\.safetensors: expected 540 answers, got \[3\]"):
+        build_report(dataclasses.replace(whole, originals=[short, *whole.originals[1:]]))

@@ -119,6 +119,13 @@ def test_a_command_measures_networks_without_conditions(join_job, checkpoints, t
     assert rpg("register", checkpoints).returncode == 0
     (tmp_path / "test.py").write_text(TEST)
     output = tmp_path / "run"
+    norm = {
+        file.name: float(torch.load(file)["embedding.weight"].norm()) for file in checkpoints.glob("*.pth")
+    }
+    # What was recorded says that the largest norm was the smallest on validation data.
+    recorded = {name: {"validation_norm": -value} for name, value in norm.items()}
+    (tmp_path / "metrics.json").write_text(json.dumps(recorded))
+    assert rpg("register", checkpoints, "--metrics", tmp_path / "metrics.json").returncode == 0
     # The command runs where `evaluate.directory` says, and Ray's workers elsewhere.
     command = "evaluate.command=python test.py {checkpoint} {split}"
     settings = [
@@ -149,7 +156,8 @@ def test_a_command_measures_networks_without_conditions(join_job, checkpoints, t
     trained = [torch.load(file)["embedding.weight"].norm() for file in checkpoints.glob("*.pth")]
     assert report["score"]["originals"]["mean"] == pytest.approx(float(sum(trained)) / 6)
     assert report["metrics"]["scale"]["generated"]["n"] == 2
-    assert list(report["score"]["baselines"]) == ["centre"]
+    assert list(report["score"]["baselines"]) == ["best_original", "centre"]
+    assert report["score"]["baselines"]["best_original"]["mean"] == pytest.approx(max(norm.values()))
     assert "validation norm" in result.stderr
     assert "2 (1 failed)" in result.stdout
 

@@ -76,6 +76,18 @@ def test_the_report_has_the_familys_own_metric(finished, family_file):
     assert report["score"]["generated_unseen"]["n"] == len(errors) == 10
     assert {"ridge_1", "nearest_task", "centre"} <= set(report["score"]["baselines"])
     assert "majority" not in report["score"]["baselines"]
+    collection = json.loads((output / "collection" / "collection.json").read_text())
+    best = {}
+    for entry in sorted(collection["entries"], key=lambda entry: -entry["metrics"]["validation_mse"]):
+        if entry["split"] == "heldout":
+            best[entry["condition"][0]] = entry["file"]
+    scores = []
+    for a, file in best.items():
+        network = module.Sines().build_network()
+        network.load_state_dict(load_file(output / "collection" / file), strict=True)
+        with torch.no_grad():
+            scores.append((network(inputs) - torch.sin(a * inputs)).square().mean().item())
+    assert report["score"]["baselines"]["best_original"]["mean"] == pytest.approx(sum(scores) / len(scores))
     assert "validation mse" in printed
     assert "mse on held-out data (lower is better)" in printed
 

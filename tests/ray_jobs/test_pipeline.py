@@ -22,9 +22,12 @@ def test_report_holds_what_is_promised(small_run):
     report = json.loads((small_run.root / "report.json").read_text())
     for group in ("originals", "generated_unseen", "generated_seen"):
         assert set(report["score"][group]) >= {"mean", "min", "max", "n"}
-    for baseline in ("centre", "nearest_task", "ridge_1", "ridge_2", "ridge_3", "majority"):
+    for baseline in (
+        "centre", "nearest_task", "ridge_1", "ridge_2", "ridge_3", "majority", "best_original",
+        "ten-class backbone",
+    ):  # fmt: skip
         assert 0 < report["score"]["baselines"][baseline]["mean"] <= 1
-    assert set(report["timing_seconds"]) == {"collect", "shard", "train", "generate", "evaluate"}
+    assert set(report["timing_seconds"]) == {"collect", "shard", "train", "refine", "generate", "evaluate"}
     assert report["score"]["generated_unseen"]["n"] == 20 * 2
     assert report["score"]["generated_seen"]["n"] == 20 * 2
     assert report["config"]["train"]["steps"] == 60

@@ -191,3 +191,25 @@ class KeywordSplit(Minimal):
 class Exits(Minimal):
     def evaluate(self, network: nn.Module, condition: list[float]) -> dict[str, float]:
         raise SystemExit(0)
+
+
+class Referenced(Answers):
+    """Tasks that networks answer which were not trained for them, and what its own were trained on."""
+
+    def references(
+        self, backbone: dict[str, Tensor], condition: list[float], split: str
+    ) -> dict[str, Tensor]:
+        network = Net().eval()
+        network.load_state_dict(backbone)
+        return {"the backbone": self.predict(network, split), "all wrong": ~self.labels(condition, split)}
+
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        inputs = 3 * torch.randn(size, 1, generator=random)
+        return inputs, torch.sin(inputs)
+
+
+class FailingReferences(Answers):
+    def references(
+        self, backbone: dict[str, Tensor], condition: list[float], split: str
+    ) -> dict[str, Tensor]:
+        return {"short": torch.zeros(3, dtype=torch.bool)}

@@ -5,18 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rpg.config import CollectConfig
 from rpg.errors import RPGError
-from rpg.tasks.binary_cifar10 import BinaryCifar10
+from rpg.tasks.binary_cifar10 import TEACHERS, BinaryCifar10
 from rpg.tasks.cifar10_images import cifar10_images
-from rpg.tasks.cifar10_net import Cifar10Net, normalised
+from rpg.tasks.cifar10_net import Cifar10Net, is_first_layer, normalised, stacked
 from rpg.tasks.class_subsets import class_bits
-from rpg.tasks.families import Task
+from rpg.tasks.families import Asked, Task
+from rpg.tasks.fine_tuning import with_set_heads
 from tests.cifar10_files import write_cifar10
 
 TASKS = [314, 1, 589]
-CONFIG = CollectConfig(backbone_epochs=5, epochs=8, batch_size=32, learning_rate=5e-3)
+CONFIG = CollectConfig(backbone_epochs=25, epochs=8, batch_size=32, learning_rate=5e-3)
 
 
 def task_of(task: int) -> Task:
@@ -82,10 +84,12 @@ def test_a_model_is_determined_by_seed_task_and_copy(
         torch.testing.assert_close(among[1][name], value, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(other["head.weight"], alone["head.weight"], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(among[2]["head.weight"], alone["head.weight"], rtol=1e-3, atol=1e-4)
-    # The head starts at zero and everything is trained, BatchNorm's statistics as well.
+    # All but the first layer is trained, BatchNorm's statistics as well.
+    start = with_set_heads(
+        {name: value[0] for name, value in backbone.items()}, torch.tensor([class_bits(314)])
+    )
     for name, value in alone.items():
-        before = torch.zeros_like(value) if name.startswith("head.") else backbone[name]
-        assert not torch.equal(value, before), name
+        assert torch.equal(value, start[name][0]) == name.startswith(("conv1.", "norm1.")), name
 
 
 def test_the_backbone_knows_ten_classes_and_other_randomness_is_left_alone(family: BinaryCifar10) -> None:
@@ -96,8 +100,44 @@ def test_the_backbone_knows_ten_classes_and_other_randomness_is_left_alone(famil
     first = family.backbone(quick, seed=0)
     assert torch.equal(torch.rand(2), expected)
     assert first.keys() == Cifar10Net(outputs=10).state_dict().keys()
-    assert first["head.weight"].shape == (10, 64)
+    assert first["head.weight"].shape == (TEACHERS, 21, 64)
     assert not torch.equal(family.backbone(quick, seed=1)["conv1.weight"], first["conv1.weight"])
+
+
+def test_references_are_what_the_ten_class_networks_answer(
+    family: BinaryCifar10, backbone: dict[str, Tensor], directory: str
+) -> None:
+    found = family.references(backbone, class_bits(314), "test")
+    images = normalised(cifar10_images(directory, "test").pixels)
+    network, likely = Cifar10Net(outputs=21).eval(), []
+    for number in range(TEACHERS):
+        network.load_state_dict({name: value[number] for name, value in backbone.items()})
+        with torch.no_grad():
+            likely.append(network(images)[:, :10].softmax(1)[:, [1, 4, 5, 6, 8]].sum(1))
+    alone, together = found.values()
+    assert torch.equal(alone, likely[0] > 0.5)
+    mean = torch.stack(likely).mean(0)
+    sure = (mean - 0.5).abs() > 1e-4
+    assert torch.equal(together[sure], (mean > 0.5)[sure])
+
+
+def test_the_loss_is_that_of_the_plain_networks(family: BinaryCifar10) -> None:
+    """With a first layer of their own, and with one that they share."""
+    networks = [Cifar10Net().eval() for _ in range(3)]
+    stacks = stacked([network.state_dict() for network in networks], torch.device("cpu"))
+    batch = family.batch(20, torch.Generator().manual_seed(1))
+    conditions: list[Asked] = [class_bits(task) for task in TASKS]
+    shared = {
+        name: value[:1].expand(3, *value.shape[1:]) if is_first_layer(name) else value
+        for name, value in stacks.items()
+    }
+    for state in (stacks, shared):
+        losses = family.loss_many(family.outputs_many(state, batch), batch, conditions)
+        for i, condition in enumerate(conditions):
+            networks[i].load_state_dict({name: value[i] for name, value in state.items()})
+            logits = networks[i](batch[0])[:, 0]
+            right = torch.tensor(condition)[batch[1]]
+            torch.testing.assert_close(losses[i], F.binary_cross_entropy_with_logits(logits, right))
 
 
 def test_predictions_of_no_models_are_empty(family: BinaryCifar10) -> None:

@@ -20,6 +20,7 @@ from rpg.tasks.cifar10_net import (
 )
 from rpg.tasks.fine_tuning import binary_loss, ten_class_loss
 from rpg.tasks.shared_batches import (
+    Answers,
     _compiled_total_loss,
     _total_loss,
     augmented,
@@ -69,12 +70,17 @@ def train_by_itself(network: nn.Module, images: Images, answers: Tensor, outputs
         optimiser.step()
 
 
+def told(answers: Tensor) -> Answers:
+    """The answers [M, 10] by class."""
+    return lambda patches, classes: answers[:, classes]
+
+
 @pytest.mark.parametrize("outputs", [1, 10])
 def test_equals_training_each_model_by_itself(outputs: int) -> None:
     made, images = networks(3, outputs), some_images()
     answers = torch.randint(2, (3, 10)).bool() if outputs == 1 else torch.stack([torch.randperm(10)] * 3)
     trained = train_on_shared_batches(
-        stacked([network.state_dict() for network in made], CPU), images, answers,
+        stacked([network.state_dict() for network in made], CPU), images, told(answers),
         binary_loss if outputs == 1 else ten_class_loss, SEED, EPOCHS, BATCH, RATE, torch.float64,
     )  # fmt: skip
     for i, network in enumerate(made):
@@ -85,6 +91,26 @@ def test_equals_training_each_model_by_itself(outputs: int) -> None:
             torch.testing.assert_close(trained[name][i], value, rtol=1e-6, atol=1e-8)
 
 
+def test_a_first_layer_that_is_kept_is_that_of_a_frozen_network() -> None:
+    """Its convolution and its BatchNorm, which takes the statistics that it had."""
+    (made,), images = networks(1, 1), some_images()
+    answers = torch.randint(2, (1, 10)).bool()
+    first = {name: value.clone() for name, value in made.state_dict().items()}
+    trained = train_on_shared_batches(
+        stacked([first], CPU), images, told(answers), binary_loss, SEED, EPOCHS, BATCH, RATE, torch.float64,
+        first_layer=first,
+    )  # fmt: skip
+    made.conv1.requires_grad_(False)
+    made.norm1.requires_grad_(False)
+    made.norm1.train = lambda mode=True: made.norm1  # type: ignore[method-assign]
+    made.norm1.training = False
+    train_by_itself(made, images, answers[0], 1)
+    for name, value in made.state_dict().items():
+        torch.testing.assert_close(trained[name][0], value, rtol=1e-6, atol=1e-8)
+        if name.startswith(("conv1.", "norm1.")):
+            assert torch.equal(trained[name][0], first[name])
+
+
 def test_a_model_does_not_depend_on_its_neighbours() -> None:
     start, images = stacked([network.state_dict() for network in networks(2)], CPU), some_images()
     answers = torch.tensor([[1, 0] * 5, [0, 0, 1, 1, 1] * 2]).bool()
@@ -92,7 +118,7 @@ def test_a_model_does_not_depend_on_its_neighbours() -> None:
     def trained(rows: slice, seed: int = SEED) -> dict[str, Tensor]:
         some = {name: value[rows] for name, value in start.items()}
         return train_on_shared_batches(
-            some, images, answers[rows], binary_loss, seed, EPOCHS, BATCH, RATE, torch.float64
+            some, images, told(answers[rows]), binary_loss, seed, EPOCHS, BATCH, RATE, torch.float64
         )
 
     together, one = trained(slice(0, 2)), trained(slice(1, 2))

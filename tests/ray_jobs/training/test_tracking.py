@@ -84,13 +84,15 @@ def test_wandb_logs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_missing_packages(TrackingConfig(mlflow="x", wandb="y"), TrainConfig(optimiser=Optimiser.adamw8bit))
+    refuse_missing_packages(
+        TrackingConfig(mlflow="x", wandb="y"), "train", TrainConfig(optimiser=Optimiser.adamw8bit)
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refuse_missing_packages(TrackingConfig(), TrainConfig())
-    for tracking, train, message in (
+    refuse_missing_packages(TrackingConfig(), "train", TrainConfig())
+    for tracking, settings, message in (
         (TrackingConfig(mlflow="x"), TrainConfig(), r"tracking.mlflow: .* pip install 'rpg\[mlflow\]'"),
         (TrackingConfig(wandb="x"), TrainConfig(), r"tracking.wandb: .* pip install 'rpg\[wandb\]'"),
         (TrackingConfig(), TrainConfig(optimiser=Optimiser.adamw8bit), r"adamw8bit: .*'rpg\[eightbit\]'"),
     ):
         with pytest.raises(RPGError, match=message):
-            refuse_missing_packages(tracking, train)
+            refuse_missing_packages(tracking, "train", settings)
