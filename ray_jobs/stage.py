@@ -27,7 +27,7 @@ from rpg.commands.progress import console
 from rpg.config import Config, load_config, to_plain
 from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for
-from rpg.storage.files import read_json, sha256, write_json, write_text
+from rpg.storage.files import is_number, read_json, sha256, write_json, write_text
 from rpg.storage.locations import AnyPath, exists, identity, is_remote
 from rpg.storage.locks import LOCK_FILE, LockedError, exclusive_lock, lock_path
 
@@ -152,8 +152,12 @@ def with_stages_before(stage: Stage, config: Config) -> list[Stage]:
 
 def stage_seconds(stage: Stage, config: Config) -> float:
     """How many seconds the stage took when it last ran."""
-    record = read_json(_record_path(RunPaths.of(config), stage), "a stage's record")
-    return float(record["seconds"])
+    path = _record_path(RunPaths.of(config), stage)
+    record = read_json(path, "a stage's record")
+    seconds: Any = record.get("seconds") if isinstance(record, dict) else None
+    if not is_number(seconds):
+        raise RPGError(f"{path}: seconds: expected how long the stage took, got {seconds!r:.80}")
+    return float(seconds)
 
 
 def stage_main(name: str, **switches: str) -> int:

@@ -31,6 +31,8 @@ _FILES = {
     TOKENIZER_FILE: "a text encoder's tokenizer, in the format of the tokenizers package",
     WEIGHTS_FILE: "a text encoder's weights in one .safetensors file; RPG never executes a pickle",
 }
+_MOST_TEXT_BYTES = 2**26
+"""Of configuration and tokenizer: the largest tokenizers have half of this."""
 _ADAPTER_FILE = "adapter_config.json"
 # Embeddings use the outputs for the tokens, so files may lack the weights of the pooled output.
 _UNUSED = "pooler."
@@ -179,8 +181,12 @@ def copy_encoder(source: AnyPath, target: AnyPath) -> None:
 
 def _check_files(directory: Path) -> None:
     for name, what in _FILES.items():
-        if not (directory / name).is_file():
-            raise RPGError(f"{directory / name}: not found; expected {what}")
+        path = directory / name
+        if not path.is_file():
+            raise RPGError(f"{path}: not found; expected {what}")
+        # The packages read these two into memory, and whatever they are.
+        if name != WEIGHTS_FILE and path.stat().st_size > _MOST_TEXT_BYTES:
+            raise RPGError(f"{path}: has more than {_MOST_TEXT_BYTES:,} bytes; expected {what}")
     # transformers would load the network that the adapter names from another place.
     if (directory / _ADAPTER_FILE).exists():
         raise RPGError(f"{directory / _ADAPTER_FILE}: expected a text encoder, found an adapter to one")

@@ -21,13 +21,11 @@ from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.dispatcher import Dispatcher
 from serve.dispatch.store import JobStore
 from serve.http.application import http_app
+from serve.http.front_deadline import ANSWER_SECONDS
 from serve.metrics import JobMetrics, prometheus_text
 from serve.ray_proxy import RayProxy
 from serve.replicas.apps import DEPLOYMENT_OPTIONS, GeneratorApps, check_capacity
 from serve.replicas.reconciler import Reconciler, generator_configs
-
-_ANSWER_SECONDS = 30.0
-"""How long the front waits for the dispatcher."""
 
 
 class DispatcherDeployment(DispatcherAPI):
@@ -62,7 +60,7 @@ class Front:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application that Ray Serve runs in this process."""
         store = JobStore(location(self._config.storage))
-        api = cast(DispatcherAPI, RayProxy(self._dispatcher, timeout_seconds=_ANSWER_SECONDS))
+        api = cast(DispatcherAPI, RayProxy(self._dispatcher, timeout_seconds=ANSWER_SECONDS))
         return http_app(api, store, self._config, prometheus_text)
 
 

@@ -51,10 +51,13 @@ def serve(file: ConfigFile) -> None:
     from ray_jobs.cluster import ray_cluster
     from rpg.config import RayConfig
     from serve.app import application, lock_storage
+    from serve.http.front_deadline import PROXY_ENVIRONMENT
     from serve.replicas.apps import GeneratorApps
     from serve.replicas.reconciler import generator_configs
 
     generator_configs(config)
+    for name, value in PROXY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not os.environ.get("RAY_ADDRESS"):
         # This only tells early that another service runs: the lock is released, and the dispatcher's process
         # takes it. In a cluster the service that holds it may be the one that is to be replaced.

@@ -60,6 +60,8 @@ class LimitsConfig:
     steps: AtLeastOne = 1000
     """Steps of the solver."""
     body_bytes: AtLeastOne = 8_000_000
+    listeners: AtLeastOne = 1000
+    """Connections that follow the events of jobs at once."""
 
 
 @dataclass

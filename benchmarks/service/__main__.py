@@ -3,9 +3,9 @@
     python -m benchmarks.service chaos --generator runs/digits/generator
     python -m benchmarks.service all --generator runs/digits/generator --minutes 5 --num-gpus 1
 
-Measurements: chaos, latency, packing, start, soak, gpus; `all` is each in turn. Everything is a real
-`rpg serve` on a Ray of its own, called through `rpg.client`. The generator takes class vectors, as that of
-`make demo`.
+Measurements: chaos, latency, listeners, packing, start, soak, gpus; `all` is each in turn. Everything is a
+real `rpg serve` on a Ray of its own, called through `rpg.client`. The generator takes class vectors, as that
+of `make demo`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.service import chaos, gpus, latency, packing, soak, start
+from benchmarks.service import chaos, gpus, latency, listeners, packing, soak, start
 from benchmarks.service.running import Setup
 from benchmarks.service.table import Row, load, show
 from rpg.config import generator_config_from_yaml
@@ -26,13 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("chaos", "latency", "packing", "start", "soak", "gpus")
+    names = ("chaos", "latency", "listeners", "packing", "start", "soak", "gpus")
     parser.add_argument("what", choices=[*names, "all"])
     parser.add_argument("--generator", type=Path, required=True, help="directory of a saved generator")
     parser.add_argument("--num-gpus", type=int, choices=(0, 1), default=0, help="of a replica")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--num-cpus", type=int, default=os.cpu_count(), help="that Ray is told of")
-    parser.add_argument("--minutes", type=float, help="of load: 5 (chaos), 1 (latency, packing), 20 (soak)")
+    parser.add_argument(
+        "--minutes", type=float, help="of load: 5 (chaos), 1 (latency, listeners, packing), 20 (soak)"
+    )
     parser.add_argument("--models", type=int, default=100, help="of each of chaos's 200 jobs")
     options = parser.parse_args()
     generator = options.generator.absolute()
@@ -45,6 +47,7 @@ def main() -> None:
     measurements: dict[str, Callable[[Path], list[Row]]] = {
         "chaos": lambda at: chaos.measure(setup, at, minutes(5), options.models),
         "latency": lambda at: latency.measure(setup, at, minutes(1)),
+        "listeners": lambda at: listeners.measure(setup, at, minutes(1)),
         "packing": lambda at: packing.measure(setup, at, minutes(1)),
         "start": lambda at: start.measure(setup, at),
         "soak": lambda at: soak.measure(setup, at, minutes(20)),

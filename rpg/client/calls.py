@@ -29,6 +29,8 @@ BytesCallback = Callable[[int, int], None]
 
 POLL_SECONDS = 2.0
 _POLLS_WITHOUT_EVENTS = 30
+_TOO_MANY = 429
+_LONGEST_SLEEP = 60.0
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -137,12 +139,19 @@ class Calls:
                     progress(job)
 
         while True:
-            before = seen
-            job = await self._follow(id, tell)
-            if job is not None and job.has_ended:
-                return job
-            # A proxy may hold events back: asking now and then is quicker there.
-            for _ in range(_POLLS_WITHOUT_EVENTS if seen == before else 1):
+            before, polls = seen, 1
+            try:
+                job = await self._follow(id, tell)
+                if job is not None and job.has_ended:
+                    return job
+                # A proxy may hold events back: asking now and then is quicker there.
+                polls = _POLLS_WITHOUT_EVENTS if seen == before else 1
+            except CallError as error:
+                if error.status != _TOO_MANY:
+                    raise
+                # Too many listen. If all of them asked as often instead, that would be more work.
+                await self._transport.sleep(min(error.retry_after or 0.0, _LONGEST_SLEEP))
+            for _ in range(polls):
                 job = await self.job(id)
                 tell(job)
                 if job.has_ended:
@@ -247,7 +256,7 @@ class Calls:
             finally:
                 await response.close()
         except CallError as error:
-            if not error.is_temporary:
+            if not error.is_temporary or error.status == _TOO_MANY:
                 raise
         return job
 
@@ -260,6 +269,8 @@ class Calls:
             response = await self._call("GET", f"{_job(id)}/models", params={"start": start})
             page = ModelPage.from_json(response.json())
             found += page.models
+            if page.next is not None and page.next <= start:
+                raise RPGError("the answer is wrong at next: expected a later model of RPG's service")
             start = page.next
             if page.weights is not None and page.models and form is None:
                 form = await self._form(id, page)

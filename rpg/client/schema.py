@@ -37,6 +37,12 @@ Priority = Annotated[int, Interval(ge=-LARGEST_PRIORITY, le=LARGEST_PRIORITY)]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}$")]
 
 
+# Files are named after an index, and a digest and a size are what a file is checked by.
+Index = Annotated[int, Strict(), Interval(ge=0, lt=2**53)]
+Size = Annotated[int, Strict(), Interval(ge=0, lt=2**63)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
 class JobState(StrEnum):
     """Where a job is. The last three are ends."""
 
@@ -182,9 +188,9 @@ class JobPage(_View):
 class ModelFile(_View):
     """A finished model: its index in the job, the SHA-256 and the size of its weights, what it is worth."""
 
-    index: int
-    sha256: str
-    bytes: int
+    index: Index
+    sha256: Sha256
+    bytes: Size
     accuracy: float | None
     """Share of right answers on test data, where measured."""
     similarity: float | None
@@ -201,15 +207,15 @@ class CompanionFile(_View):
     """A file that lies beside the weights in every model's directory, such as its configuration."""
 
     name: FileName
-    sha256: str
-    bytes: int
+    sha256: Sha256
+    bytes: Size
 
 
 class ModelPage(_View):
     """A page of a job's finished models by index; `next` goes into `start` for the following page."""
 
     models: list[ModelFile]
-    next: int | None
+    next: Index | None
     weights: FileName | None = None
     """What the file of weights is called in a model's directory; null where a model is one file."""
     companions: list[CompanionFile] = []

@@ -23,10 +23,12 @@ from torch import Tensor
 from rpg.collection.adapter import canonical_factors
 from rpg.collection.checkpoint_directory import files_of_directory, needed_files, read_config
 from rpg.collection.reading import AS_STORED, Reading
+from rpg.collection.safetensors_file import LARGEST_HEADER
 from rpg.collection.state_dicts import check_entries
 from rpg.collection.torch_file import LEGACY_MAGIC, ZIP_MAGIC, is_torch_archive, read_torch_file
 from rpg.collection.wrappers import unwrapped
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import NotOrdinaryError, open_regular
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, fetched
 
@@ -36,10 +38,10 @@ ORDER_KEY = "tensor_order"
 """Metadata key of written files: JSON list of tensor names, as safetensors itself forgets their order."""
 
 _REPEATED_BYTES = 2**26
+_REPEATED_TIMES = 4
+"""How often the values of a storage may be in tensors that differ, such as a matrix and its transpose."""
 _CHECKED_VALUES = 2**20
 _GGUF_MAGIC = b"GGUF"
-_LARGEST_HEADER = 100_000_000
-"""The longest header that safetensors reads."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,9 @@ def looks_like_checkpoint(path: Path) -> bool:
     if path.suffix.lower() == ".distcp" or not path.is_file():
         return False
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(LEGACY_MAGIC))
-    except OSError:
+    except (OSError, NotOrdinaryError):
         return False
     if start.startswith(ZIP_MAGIC):
         return is_torch_archive(path)
@@ -257,15 +259,12 @@ def _read_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], list[str
 
 def _begins_as_safetensors(start: bytes, path: Path) -> bool:
     length = int.from_bytes(start[:8], "little")
-    return start[8:9] == b"{" and length <= min(_LARGEST_HEADER, path.stat().st_size - 8)
+    return start[8:9] == b"{" and length <= min(LARGEST_HEADER, path.stat().st_size - 8)
 
 
 def _start(path: Path) -> bytes:
-    # Opening a FIFO would wait for its writer.
-    if path.exists() and not path.is_file():
-        raise RPGError(f"{path}: not a regular file; expected a checkpoint")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(LEGACY_MAGIC))
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; expected a checkpoint") from error
@@ -316,12 +315,26 @@ def _check(state_dict: Mapping[str, Tensor], path: AnyPath) -> None:
 
 def _check_repeats(state_dict: Mapping[str, Tensor]) -> None:
     """Refuse a small file whose tensors would fill the memory; masks and such may repeat stored values."""
+    views: dict[int, set[tuple[object, ...]]] = {}
+    sizes: dict[int, int] = {}
     for name, tensor in state_dict.items():
-        size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        size, stored = tensor.numel() * tensor.element_size(), storage.nbytes()
+        view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        known = views.setdefault(storage.data_ptr(), set())
+        # Tied tensors are one.
+        if view not in known:
+            known.add(view)
+            sizes[storage.data_ptr()] = sizes.get(storage.data_ptr(), 0) + size
         if size > max(stored, _REPEATED_BYTES):
             raise RPGError(
                 f"tensor '{name}' of shape {list(tensor.shape)} repeats {stored} stored bytes to {size}; "
                 "expected every value to be stored"
+            )
+        if sizes[storage.data_ptr()] > max(_REPEATED_TIMES * stored, _REPEATED_BYTES):
+            raise RPGError(
+                f"tensor '{name}' and others repeat {stored} stored bytes to "
+                f"{sizes[storage.data_ptr()]}; expected every value to be stored"
             )
 
 

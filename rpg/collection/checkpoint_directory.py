@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rpg.errors import RPGError
+from rpg.storage.below import read_regular
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath
 
@@ -137,8 +138,8 @@ def _weights_name(names: Collection[str], known: tuple[str, ...]) -> str | None:
 
 def _describes_a_model(config: Path) -> bool:
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(config))
+    except (RPGError, OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and any(key in content for key in _MODEL_KEYS)
 
@@ -156,7 +157,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path))
     except OSError as error:
         raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -19,6 +19,8 @@ from rpg.text_encoder import ENCODER_DIRECTORY
 
 COLLECTION_FILE = "collection.json"
 VERSION = 1
+_MOST_BYTES = 2**30
+"""Of `collection.json`: the embeddings of ten thousand descriptions take 100 MB."""
 FAMILY = "family"
 """Key of the architecture that names the task family of a collection's networks (`rpg.tasks.families`)."""
 LARGEST_STATE = 2**31 - 1
@@ -92,7 +94,8 @@ class Collection:
         with storage_errors_for(path):
             is_file = path.name == COLLECTION_FILE and not path.is_dir()
         path = path if is_file else path / COLLECTION_FILE
-        content = read_json(path, "a collection (`rpg register` makes one)")
+        what = "a collection (`rpg register` makes one)"
+        content = read_json(path, what, most_bytes=_MOST_BYTES)
         if not isinstance(content, dict):
             raise RPGError(f"{path}: expected a JSON object, found {type(content).__name__}")
         if content.get("version") != VERSION:

@@ -29,6 +29,8 @@ from rpg.collection.tokens import (
 )
 from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError
+from rpg.storage.below import check_ordinary_below, path_below
+from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath
 
@@ -315,11 +317,18 @@ class Layout:
                 the centre or a companion is not the layout's own.
         """
         path = directory / LAYOUT_FILE
-        content = read_json(path, "a layout")
+        content = read_json(path, "a layout", root=directory)
         specs = _read_specs(content, str(path))
         centre_path = directory / CENTRE_FILE
-        # Copied, because the tensors are mapped from the file and would change with it.
-        stored = {name: owned(tensor) for name, tensor in read_checkpoint(centre_path).items()}
+        try:
+            with path_below(directory, CENTRE_FILE) as local:
+                # Copied, because the tensors are mapped from the file and would change with it.
+                stored = {name: owned(tensor) for name, tensor in read_checkpoint(local).items()}
+        except OSError as error:
+            why = (
+                "not found; expected a checkpoint" if isinstance(error, FileNotFoundError) else error.strerror
+            )
+            raise RPGError(f"{centre_path}: {why}") from error
         try:
             check_structure(stored, {spec.name: (spec.shape, spec.dtype) for spec in specs})
         except RPGError as error:
@@ -327,6 +336,10 @@ class Layout:
         centre: dict[str, Tensor] = {}
         for spec in specs:
             centre[spec.name] = stored[spec.name] if spec.alias_of is None else centre[spec.alias_of]
+        if "companions" in content:
+            # Beside a user's own checkpoints there may be links, but not in what RPG wrote.
+            with storage_errors_for(directory):
+                check_ordinary_below(directory, COMPANIONS_DIRECTORY)
         companions = companions_in(directory / COMPANIONS_DIRECTORY, content.get("companions", {}), str(path))
         normalisation = Normalisation(content["normalisation"])
         layout = cls(normalisation, content["token_size"], specs, centre, _cut_of(content), companions)

@@ -21,6 +21,7 @@ from rpg.collection.reading import AS_STORED, Reading
 from rpg.collection.shard_file import ShardInfo
 from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import read_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import is_storable, read_json, replacing_file, sha256, write_json
 from rpg.storage.locations import AnyPath
@@ -28,6 +29,7 @@ from rpg.storage.locations import AnyPath
 MANIFEST_FILE = "shards.json"
 ENTRIES_FILE = "entries.arrow"
 VERSION = 2
+_MOST_ENTRIES_BYTES = 2**32
 _KEYS = {"version", "dtype", "token_size", "layout", "fitted", "entries_sha256", "shards"}
 _SHARD_KEYS = {"file", "bytes", "sha256", "checkpoints"}
 _COLUMNS = {"name": pa.string(), "sha256": pa.string(), "shard": pa.int32(), "batch": pa.int32()}
@@ -130,7 +132,7 @@ def read_manifest(directory: AnyPath) -> ShardManifest:
         RPGError: naming the file that is missing, damaged, of another version, or not what it should be.
     """
     path = directory / MANIFEST_FILE
-    content = read_json(path, "the manifest of a directory of shards")
+    content = read_json(path, "the manifest of a directory of shards", root=directory)
     _check(content, str(path))
     entries = _read_entries(directory, content["entries_sha256"])
     names: list[str] = entries.column("name").to_pylist()
@@ -204,7 +206,7 @@ def _read_entries(directory: AnyPath, expected: str) -> Any:
     path = directory / ENTRIES_FILE
     try:
         with storage_errors_for(path):
-            content = path.read_bytes()
+            content = read_below(directory, ENTRIES_FILE, _MOST_ENTRIES_BYTES)
     except OSError as error:
         raise RPGError(
             f"{path}: cannot be read: {error.strerror}; expected the checkpoints' entries"

@@ -1,18 +1,22 @@
-"""Writing `.safetensors` files of known tensors piece by piece, so that no model is held in memory.
+"""`.safetensors` files, written or checked piece by piece, so that no model is held in memory.
 
 The format lets every tensor's place be known beforehand: an 8-byte length, a JSON header, the raw values.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
+LARGEST_HEADER = 100_000_000
+"""The longest header that the reference implementation of the format reads."""
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -56,6 +60,30 @@ class SafetensorsHeader:
         content = struct.pack("<Q", len(text)) + text
         starts = {name: len(content) + offset for name, offset in offsets.items()}
         return cls(content, starts, len(content) + end)
+
+
+def read_metadata(file: IO[bytes]) -> tuple[dict[str, str], int]:
+    """The metadata and the size of a file that is open at its beginning, and whole.
+
+    Raises:
+        ValueError: saying why it is not: it has no header, or another size than its header says.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(LARGEST_HEADER, size - 8):
+        raise ValueError("truncated or not a .safetensors file")
+    try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        said = 8 + length + max((each["data_offsets"][1] for each in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise ValueError("its header is damaged") from None
+    if said != size:
+        raise ValueError(f"its header says {said} bytes, and it has {size}")
+    if not isinstance(metadata, dict) or not all(isinstance(each, str) for each in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    return metadata, size
 
 
 def write_tensors(path: Path, header: SafetensorsHeader, tensors: Iterable[tuple[str, Tensor]]) -> None:

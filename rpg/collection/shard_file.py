@@ -19,6 +19,7 @@ from torch import Tensor
 from rpg.collection.layout import Layout
 from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import path_below
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath
 
@@ -164,8 +165,9 @@ def _mapped(path: Path) -> Any:
     soon as it is read.
     """
     try:
-        size = path.stat().st_size
-        values = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+        with path_below(path.parent, path.name) as local:
+            size = local.stat().st_size
+            values = torch.from_file(str(local), shared=False, size=size, dtype=torch.uint8).numpy()
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; expected a shard") from error
     except (OSError, RuntimeError) as error:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rpg.errors import RPGError
+from rpg.storage.below import read_regular
 
 SUFFIXES = (".csv", ".json")
+_MOST_BYTES = 2**28
 
 
 class Located(Protocol):
@@ -46,7 +48,8 @@ def read_table(path: Path, what: str, suffixes: Sequence[str] = SUFFIXES) -> str
         raise RPGError(f"{path}: {expected}")
     try:
         # Spreadsheets often begin a CSV with a byte-order mark, which utf-8-sig skips.
-        return path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, _MOST_BYTES).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; {expected}") from error
     except UnicodeDecodeError as error:

@@ -14,12 +14,13 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch._weights_only_unpickler import _get_allowed_globals
 
 from rpg.errors import RPGError
 
@@ -123,7 +124,9 @@ def read_torch_file(path: Path, key: str | None) -> tuple[dict[str, Tensor], lis
         if isinstance(loaded, Tensor) and loaded.dtype == torch.uint8 and loaded.dim() == 1:
             raise OtherContentError(path, "the state of a random number generator")
         raise RPGError(f"{path}: holds a {type(loaded).__name__}; expected a state_dict")
-    return _tensors(_chosen(loaded, key, path), path)
+    tensors, left_out = _tensors(_chosen(loaded, key, path), path)
+    _check_stored(tensors, path)
+    return tensors, left_out
 
 
 def is_torch_archive(path: Path) -> bool:
@@ -167,8 +170,37 @@ def _load(path: Path) -> Any:
             forms[wrong[0]] = _MappingPlaceholder if "Can only SETITEM" in message else _ListPlaceholder
 
 
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    """`_codecs.encode` as pickles use it for bytes; other codecs lengthen what they are given."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"codec {encoding}")
+    return text.encode("latin1")
+
+
+def _bytearray(content: bytes = b"") -> bytearray:
+    """`bytearray` of bytes that a file holds; of a number it would be as many zeros."""
+    if not isinstance(content, bytes):
+        raise pickle.UnpicklingError(f"bytearray of {type(content).__name__}")
+    return bytearray(content)
+
+
+_BOUNDED = {"_codecs.encode": _latin1, "builtins.bytearray": _bytearray}
+"""What PyTorch may call that makes much of little, and what is called in its place."""
+
+
+@contextmanager
+def _bounded_calls() -> Iterator[None]:
+    known = _get_allowed_globals()
+    usual = {name: known[name] for name in _BOUNDED if name in known}
+    known.update({name: _BOUNDED[name] for name in usual})
+    try:
+        yield
+    finally:
+        known.update(usual)
+
+
 def _interpret(path: Path, is_zip: bool, placeholders: Collection[type[Placeholder]]) -> Any:
-    with _lock, warnings.catch_warnings():
+    with _lock, _bounded_calls(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Other packages add classes of theirs to PyTorch's list. A file must be read the same without them.
         others = torch.serialization.get_safe_globals()
@@ -375,6 +407,18 @@ def _tensors(mapping: dict[Any, Any], path: Path) -> tuple[dict[str, Tensor], li
         else:
             left_out.append(str(name))
     return tensors, left_out
+
+
+def _check_stored(tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse tensors whose values are not in the file, as those of `torch.Tensor(NUMBER)` are not."""
+    # Tensors of other layouts are refused by what they are.
+    dense = [tensor.untyped_storage() for tensor in tensors.values() if tensor.layout == torch.strided]
+    needed = sum({storage.data_ptr(): storage.nbytes() for storage in dense}.values())
+    size = path.stat().st_size
+    if needed > size:
+        raise RPGError(
+            f"{path}: has {size} bytes for tensors of {needed} bytes; expected every value to be stored"
+        )
 
 
 def _holds_tensors(value: Any) -> bool:

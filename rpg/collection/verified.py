@@ -6,7 +6,6 @@ right, so that tens of gigabytes need not be read each time they are opened. Dam
 three is found by `ShardedCollection.verify` (`rpg inspect --verify`), which reads everything.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,8 @@ from typing import Any
 from rpg.collection.manifest import MANIFEST_FILE
 from rpg.collection.shard_file import ShardInfo
 from rpg.errors import RPGError
-from rpg.storage.files import sha256, write_json
+from rpg.storage.below import open_below
+from rpg.storage.files import read_json, sha256_of, write_json
 from rpg.storage.locations import AnyPath
 
 VERIFIED_FILE = ".verified.json"
@@ -74,7 +74,10 @@ def _wrong_size(directory: AnyPath, shard: ShardInfo) -> str:
 def _wrong_content(directory: AnyPath, shard: ShardInfo) -> str:
     path = directory / shard.file
     try:
-        found = sha256(path)
+        with open_below(directory, shard.file) as file:
+            found = sha256_of(file)
+    except RPGError as error:
+        return str(error)
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
     return "" if found == shard.sha256 else f"{path}: damaged: its SHA-256 is not the one in {MANIFEST_FILE}"
@@ -87,7 +90,7 @@ def _mark(directory: AnyPath, shard: ShardInfo) -> Mark:
 
 def _remembered(directory: AnyPath) -> dict[str, Any]:
     try:
-        content = json.loads((directory / VERIFIED_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(directory / VERIFIED_FILE, "verified shards", root=directory)
+    except RPGError:
         return {}
     return content if isinstance(content, dict) else {}

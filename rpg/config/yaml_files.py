@@ -1,22 +1,28 @@
 """Configs as YAML files: reading with `key=value` overrides, refusing unknown keys, saving."""
 
 import difflib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rpg.config.generator import GeneratorConfig, validate_generator
 from rpg.config.run import Config, validate
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import read_below, read_regular
 from rpg.storage.files import write_text
 from rpg.storage.locations import AnyPath
 
 T = TypeVar("T")
 
+_MOST_BYTES = 2**20
+_MOST_NESTED = 64
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _RENAMED = {"collect.family": "tasks"}
 """Keys that earlier versions had."""
 
@@ -35,6 +41,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             raise RPGError(f"override '{override}': expected key=value")
         check_key(key, "override")
         try:
+            _check_nesting(override)
             # Replaced, not merged: a mapping such as tune.space is one value.
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             OmegaConf.update(merged, key, value, merge=False)
@@ -67,24 +74,33 @@ def with_values(config: Config, values: Mapping[str, Any], source: str) -> Confi
 
 
 def generator_config_from_yaml(path: Path) -> GeneratorConfig:
-    """Read a saved generator's `config.yaml`.
+    """Read a saved generator's `config.yaml`, which somebody else may have written.
+
+    It is no link, and its values stand for themselves: nothing in it asks for a variable of the environment.
 
     Raises:
         RPGError: for a missing or malformed file, an unknown key, a value of the wrong type or out of range.
     """
-    config = read_config(path, GeneratorConfig, "a generator's configuration")
+    config = read_config(path, GeneratorConfig, "a generator's configuration", is_foreign=True)
     validate_generator(config, prefix=f"{path}: ")
     return config
 
 
-def read_config(path: Path, schema: type[T], what: str) -> T:
-    """Read a YAML file over the defaults of a dataclass `schema`; `what` names its role in messages.
+def read_config(path: Path, schema: type[T], what: str, is_foreign: bool = False) -> T:
+    """Read a YAML file over the defaults of a dataclass `schema`.
+
+    Args:
+        path: of the file.
+        schema: a dataclass.
+        what: names the file's role in messages.
+        is_foreign: whether somebody else may have written the file: a link, and values that stand for
+            others (`${...}`), are refused then.
 
     Raises:
         RPGError: for a missing or malformed file, an unknown key (the nearest valid one is named), or a
             value of the wrong type.
     """
-    config = _to_object(_read_yaml(path, schema, what), path)
+    config = _to_object(_read_yaml(path, schema, what, is_foreign), path)
     assert isinstance(config, schema)
     return config
 
@@ -120,23 +136,58 @@ def check_key(dotted: str, source: str) -> None:
         )
 
 
-def _read_yaml(path: Path, schema: type, what: str) -> DictConfig:
+def _read_yaml(path: Path, schema: type, what: str, is_foreign: bool = False) -> DictConfig:
     """The schema's defaults with a file's values; `what` names the file's role in error messages."""
     try:
-        given = OmegaConf.load(path)
+        if is_foreign:
+            content = read_below(path.parent, path.name, _MOST_BYTES)
+        else:
+            content = read_regular(path, _MOST_BYTES)
+        text = content.decode()
+        _check_nesting(text)
+        given = OmegaConf.load(io.StringIO(text))
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; expected {what}") from error
+    except RPGError:
+        raise
     except Exception as error:
         raise RPGError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(given, DictConfig):
         raise RPGError(f"{path}: expected a mapping of sections, found {type(given).__name__}")
-    _refuse_unknown_keys(OmegaConf.to_container(given), schema, prefix="", source=str(path))
+    plain = OmegaConf.to_container(given)
+    _refuse_unknown_keys(plain, schema, prefix="", source=str(path))
+    if is_foreign:
+        _refuse_interpolations(plain, "", str(path))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
     except OmegaConfBaseException as error:
         raise RPGError(f"{path}: {one_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _check_nesting(text: str) -> None:
+    """Refuse what is nested so deep that the parser, which calls itself, would end the process.
+
+    Raises:
+        ValueError: if it is; or an error of the parser, if the text is no YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_NESTED:
+            raise ValueError(f"line {event.start_mark.line + 1}: nested more than {_MOST_NESTED} deep")
+
+
+def _refuse_interpolations(value: Any, key: str, source: str) -> None:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _refuse_interpolations(each, f"{key}.{name}" if key else str(name), source)
+    elif isinstance(value, list):
+        for i, each in enumerate(value):
+            _refuse_interpolations(each, f"{key}[{i}]", source)
+    elif isinstance(value, str) and "${" in value:
+        raise RPGError(f"{source}: {key}: expected a plain value, got one that stands for another (${{...}})")
 
 
 def _to_object(merged: Any, path: Path) -> Any:

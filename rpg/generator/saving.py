@@ -25,11 +25,17 @@ from rpg.config import (
 )
 from rpg.errors import RPGError
 from rpg.generator.networks import build_networks
+from rpg.storage.below import check_ordinary_below, path_below
 from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import write_text
 from rpg.storage.locations import AnyPath, fetched, location
-from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, load_encoder
+from rpg.text_encoder import (
+    ENCODER_DIRECTORY,
+    TextEncoder,
+    copy_encoder,
+    load_encoder,
+)
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "generator.safetensors"
@@ -192,13 +198,15 @@ class PretrainedMixin(nn.Module):
             raise RPGError(f"{directory}: not found; expected a generator's directory")
         config = generator_config_from_yaml(directory / CONFIG_FILE)
         layout = Layout.load(directory)
+        if config.condition.encoder:
+            check_ordinary_below(directory, ENCODER_DIRECTORY)
         path = directory / WEIGHTS_FILE
-        if not path.is_file():
-            raise RPGError(f"{path}: not found; expected the generator's weights")
         try:
-            with safe_open(path, framework="pt") as file:
+            with path_below(directory, WEIGHTS_FILE) as local, safe_open(local, framework="pt") as file:
                 metadata = file.metadata() or {}
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise RPGError(f"{path}: not found; expected the generator's weights") from error
         except (SafetensorError, OSError) as error:
             raise RPGError(f"{path}: not a readable safetensors file: {error}") from error
         if metadata.get(LAYOUT_KEY, layout.digest()) != layout.digest():

@@ -23,8 +23,10 @@ from rpg.collection.tensor_spec import TensorKind, TensorSpec
 from rpg.collection.tokens import LOG_SHIFT
 from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import read_regular
 from rpg.storage.locations import AnyPath, fetched
 
+_MOST_BYTES = 2**30
 _FLOOR = 0.001
 """Smallest running variance, as a share of `pre_mean`, that the published code restores."""
 
@@ -41,7 +43,7 @@ def read_structure(path: AnyPath) -> dict[str, tuple[TensorSpec, Tensor]]:
     """
     with fetched(path) as local:
         try:
-            content = local.read_bytes()
+            content = read_regular(local, _MOST_BYTES)
         except OSError as error:
             raise RPGError(f"{path}: cannot be read: {error.strerror}") from error
     try:

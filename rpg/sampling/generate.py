@@ -6,11 +6,13 @@ from threading import Lock
 from safetensors import SafetensorError, safe_open
 
 from rpg.config import SamplingConfig
+from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.engine import Engine
 from rpg.sampling.job import GenerationJob, JobPlan
 from rpg.sampling.model_writer import ModelWriter, remote_metadata
 from rpg.sampling.request import Request
+from rpg.storage.below import path_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, is_remote
 
@@ -95,8 +97,8 @@ def _metadata(path: AnyPath) -> dict[str, str] | None:
         with storage_errors_for(path):
             return remote_metadata(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with path_below(path.parent, path.name) as local, safe_open(local, framework="pt") as file:
             metadata: dict[str, str] | None = file.metadata()
             return metadata
-    except (OSError, SafetensorError):
+    except (RPGError, OSError, SafetensorError):
         return None

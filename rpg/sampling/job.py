@@ -52,6 +52,11 @@ class GenerationJob:
 
     def __len__(self) -> int:
         """Models in the job."""
+        return self.models
+
+    @property
+    def models(self) -> int:
+        """Models in the job; unlike a length, it may be any integer."""
         return self.number * (1 if self.conditions is None else len(self.conditions))
 
     def condition_of(self, index: int) -> list[float] | None:
@@ -144,14 +149,14 @@ class JobPlan:
         path = self.path(index, out)
         return path / self.companions.weights_name if self.companions else path
 
-    def open_file(self, index: int, out: AnyPath) -> ModelWriter:
-        """Begin model `index` in the directory `out`.
+    def open_file(self, index: int, out: AnyPath, root: AnyPath | None = None) -> ModelWriter:
+        """Begin model `index` in the directory `out`, and with `root` write nothing outside of that.
 
         Raises:
             RPGError: naming the file or directory, if it cannot be written.
         """
         layout, path = self._generator.layout, self.path(index, out)
-        return ModelWriter(path, layout, self.provenance(index), self._dtype, self.companions).open()
+        return ModelWriter(path, layout, self.provenance(index), self._dtype, self.companions, root).open()
 
 
 def checked_condition(config: ConditionConfig, condition: list[float]) -> Tensor:

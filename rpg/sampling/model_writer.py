@@ -16,15 +16,13 @@ from upath import UPath
 
 from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
-from rpg.collection.safetensors_file import SafetensorsHeader
+from rpg.collection.safetensors_file import LARGEST_HEADER, SafetensorsHeader
 from rpg.errors import RPGError
 from rpg.sampling.model_directory import ModelDirectory
 from rpg.storage.files import AtomicFile, sha256
 from rpg.storage.locations import AnyPath
 
 _FIRST_READ = 2**16
-_LARGEST_HEADER = 100_000_000
-"""As in the reference implementation of the format."""
 
 
 class NotFiniteError(RPGError):
@@ -51,6 +49,7 @@ class ModelWriter:
         metadata: Mapping[str, str],
         dtype: torch.dtype | None = None,
         companions: Companions | None = None,
+        root: AnyPath | None = None,
     ) -> None:
         """Write to `path` a model of `layout`, with `metadata` in the file's header.
 
@@ -60,8 +59,10 @@ class ModelWriter:
             metadata: texts by key.
             dtype: of its floating-point tensors, as with `module.to(dtype)`; None: the layout's own.
             companions: files to lie beside the weights; if there are none, the model is one file.
+            root: a directory that a model which is a file lies below, as in `AtomicFile`.
         """
         self.path = path
+        self._root = root
         self._companions = companions
         self.layout = layout
         self._names: dict[str, list[str]] = {}
@@ -82,7 +83,9 @@ class ModelWriter:
             RPGError: naming the file, if it cannot be written; nothing is left of it then.
         """
         companions = self._companions
-        self._target = ModelDirectory(self.path, companions) if companions else AtomicFile(self.path)
+        self._target = (
+            ModelDirectory(self.path, companions) if companions else AtomicFile(self.path, root=self._root)
+        )
         try:
             with self._storage_errors():
                 self._file: IO[bytes] = self._target.temporary.open("wb")
@@ -198,7 +201,7 @@ def remote_metadata(path: UPath) -> dict[str, str] | None:
         head = path.fs.cat_file(path.path, start=0, end=_FIRST_READ)
         (length,) = struct.unpack("<Q", head[:8])
         if 8 + length > len(head):
-            head = path.fs.cat_file(path.path, start=0, end=min(8 + length, _LARGEST_HEADER))
+            head = path.fs.cat_file(path.path, start=0, end=min(8 + length, LARGEST_HEADER))
         metadata: dict[str, str] = json.loads(head[8 : 8 + length])["__metadata__"]
         return metadata
     # What is no model is replaced by one.

@@ -30,6 +30,7 @@ class Request:
         is_there: whether a model need not be made; asked when its turn comes.
         job: requests of one job take turns as one.
         priority: of the job; higher ones are sampled first.
+        root: a directory that `out` lies below, outside of which nothing is written; None: `out` is trusted.
         dropped: nothing more is sampled or written.
     """
 
@@ -41,6 +42,7 @@ class Request:
     is_there: Callable[[int], bool] = _nowhere
     job: str = ""
     priority: int = 0
+    root: AnyPath | None = None
     dropped: bool = field(default=False, init=False)
     _left: Iterator[int] = field(init=False)
     _is_sampled: bool = field(default=False, init=False)
@@ -113,7 +115,9 @@ class Request:
 
     def file_for(self, index: int, first_token: int) -> ModelWriter:
         """The file that tokens of a model from `first_token` on go into; a new one for the first token."""
-        return self.plan.open_file(index, self.out) if first_token == 0 else self._files.pop(index)
+        if first_token:
+            return self._files.pop(index)
+        return self.plan.open_file(index, self.out, self.root)
 
     def keep_file(self, index: int, file: ModelWriter) -> None:
         """More tokens of this model will come."""

@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rpg.errors import RPGError
+from rpg.storage.below import below, list_below, remove_below
 from rpg.storage.files import PARTIAL_SUFFIX, error_reason
 from rpg.storage.locations import AnyPath, is_remote
 
@@ -54,10 +54,8 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
         # If a worker was killed while it wrote a file, another has written it again, but the unfinished one
         # is still there. safetensors names its temporary files `.tmp…`.
         for leftover in [*temporary.rglob(f".*{PARTIAL_SUFFIX}"), *temporary.rglob(".tmp*")]:
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                remove_below(temporary, below(leftover, temporary))
         previous = temporary.with_suffix(_PREVIOUS_SUFFIX)
         if path.exists():
             path.rename(previous)
@@ -67,21 +65,25 @@ def replacing_directory(path: AnyPath) -> Iterator[AnyPath]:
             if previous.exists():
                 previous.rename(path)
             raise
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         os.close(lock)
 
 
 def remove_directory(path: AnyPath) -> None:
+    """Remove a directory and all below it, as far as that is allowed. Of a link, the link is removed."""
+    # A storage's package may raise anything.
+    with suppress(Exception):
+        remove_below(path.parent, path.name)
+
+
+def _remove(path: Path) -> None:
     """Remove a directory and all below it, as far as that is allowed."""
-    if is_remote(path):
-        with suppress(Exception):
-            path.fs.rm(path.path, recursive=True)
-    else:
-        shutil.rmtree(str(path), ignore_errors=True)
+    with suppress(OSError, RPGError):
+        remove_below(path.parent, path.name)
 
 
 def _prefix(path: Path) -> str:
@@ -115,7 +117,13 @@ def _tidy(path: Path) -> None:
     moved back. Whatever a living process may still need stays.
     """
     known = re.compile(re.escape(_prefix(path)) + "[a-z0-9_]{8}")
-    beside = [each for each in path.parent.iterdir() if each.name.startswith(f".{path.name}.")]
+    # A link is none of what `replacing_directory` leaves: whoever put it there would have it take the place
+    # of `path`.
+    beside = [
+        path.parent / name
+        for name, each in list_below(path.parent).items()
+        if name.startswith(f".{path.name}.") and each.is_directory
+    ]
     moved = [each for each in beside if each.suffix == _PREVIOUS_SUFFIX]
     for partial in (each for each in beside if each.suffix == PARTIAL_SUFFIX and known.fullmatch(each.stem)):
         with _if_abandoned(partial) as abandoned:
@@ -125,10 +133,10 @@ def _tidy(path: Path) -> None:
             # Only a directory whose successor is unfinished is whole: another may be half removed.
             if previous in moved and not path.exists():
                 previous.rename(path)
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
     for previous in (each for each in moved if known.fullmatch(each.stem)):
         if path.exists() and not previous.with_suffix(PARTIAL_SUFFIX).exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            _remove(previous)
 
 
 @contextmanager

@@ -13,11 +13,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rpg.errors import RPGError, one_line
+from rpg.storage.below import (
+    MOST_JSON_BYTES,
+    below,
+    directory_path,
+    held_directory,
+    make_directory_below,
+    open_regular,
+    read_below,
+    read_regular,
+)
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, is_remote
 
@@ -41,21 +51,25 @@ class AtomicFile:
             `.NAME.PID.NUMBER.partial`; for a URI it is in a directory of its own and has the target's name.
     """
 
-    def __init__(self, path: AnyPath, synced: bool = True) -> None:
+    def __init__(self, path: AnyPath, synced: bool = True, root: AnyPath | None = None) -> None:
         """Prepare to write `path`, whose directory is made if it is missing.
 
         Args:
             path: the target.
             synced: whether `commit` waits until a local file is on the disk. Without it the machine may crash
                 before that.
+            root: a directory that the target lies below. Nothing outside of it is written then, whatever
+                links others put there (`rpg.storage.below`).
 
         Raises:
-            RPGError: naming `path`, if the directory cannot be made.
+            RPGError: naming `path`, if the directory cannot be made, or the link on the way to it.
         """
         self.path = path
         self.temporary: Path
         self._synced = synced
         self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._held = ExitStack()
+        self._is_done = False
         try:
             if is_remote(path):
                 self._directory = tempfile.TemporaryDirectory(prefix="rpg-", ignore_cleanup_errors=True)
@@ -63,8 +77,10 @@ class AtomicFile:
                 self.temporary = Path(self._directory.name) / path.name
             else:
                 assert isinstance(path, Path)
-                self.temporary = partial_path(path)
-                path.parent.mkdir(parents=True, exist_ok=True)
+                if root is None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                self._target = path if root is None else self._below(path, root)
+                self.temporary = partial_path(self._target)
         except OSError as error:
             raise self.failure(error) from error
 
@@ -82,11 +98,10 @@ class AtomicFile:
                 with storage_errors_for(self.path, "cannot be written"):
                     self.path.fs.put_file(str(self.temporary), self.path.path)
                 return
-            assert isinstance(self.path, Path)
             if self._synced:
                 with self.temporary.open("rb") as file:
                     os.fsync(file.fileno())
-            self.temporary.replace(self.path)
+            self.temporary.replace(self._target)
         except OSError as error:
             raise self.failure(error) from error
         finally:
@@ -94,12 +109,27 @@ class AtomicFile:
 
     def discard(self) -> None:
         """Remove the temporary file, if there is one. The target stays as it is. May be called again."""
+        if self._is_done:
+            return
+        self._is_done = True
         if self._directory is not None:
             self._directory.cleanup()
         else:
             # Removing the file also fails where it could not be made.
             with suppress(OSError):
                 self.temporary.unlink()
+        self._held.close()
+
+    def _below(self, path: Path, root: AnyPath) -> Path:
+        """The target by way of its directory, which stays open: no link can take that one's place."""
+        assert isinstance(root, Path)
+        parent = below(path.parent, root)
+        try:
+            directory = self._held.enter_context(held_directory(root, parent))
+        except FileNotFoundError:
+            make_directory_below(root, parent)
+            directory = self._held.enter_context(held_directory(root, parent))
+        return directory_path(directory, path.parent) / path.name
 
     def failure(self, error: OSError) -> RPGError:
         """The error to raise for `error`, which occurred while `temporary` was written."""
@@ -113,19 +143,20 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def replacing_file(path: AnyPath, synced: bool = True) -> Iterator[Path]:
+def replacing_file(path: AnyPath, synced: bool = True, root: AnyPath | None = None) -> Iterator[Path]:
     """Yield a local temporary path; when the block succeeds, its file takes the place of `path`.
 
     Args:
         path: the target, local or a URI.
         synced: whether a local file must be on the disk afterwards, even if the machine crashes.
+        root: a directory that nothing is written outside of, as in `AtomicFile`.
 
     Raises:
         RPGError: naming `path`, if the file system or the storage refuses (full disk, file size limit,
             permissions), or the block writes no file. The temporary file is removed, and an earlier `path`
             stays as it was.
     """
-    file = AtomicFile(path, synced)
+    file = AtomicFile(path, synced, root)
     try:
         yield file.temporary
         file.commit()
@@ -141,27 +172,40 @@ def copy_file(source: Path, target: AnyPath) -> None:
         shutil.copyfile(source, temporary)
 
 
-def write_text(path: AnyPath, text: str) -> None:
-    """Write `text` to `path` as a whole or not at all."""
-    with replacing_file(path) as temporary:
+def write_text(path: AnyPath, text: str, root: AnyPath | None = None) -> None:
+    """Write `text` to `path` as a whole or not at all, and with `root` nowhere outside of that."""
+    with replacing_file(path, root=root) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: AnyPath, value: Any) -> None:
-    """Write `value` as indented JSON to `path`, as a whole or not at all. NaN and Infinity are errors."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path: AnyPath, value: Any, root: AnyPath | None = None) -> None:
+    """Write `value` as indented JSON to `path`, as a whole or not at all, and with `root` nowhere outside of
+    that. NaN and Infinity are errors."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", root)
 
 
-def read_json(path: AnyPath, what: str) -> Any:
-    """Read JSON from `path`; `what` names its role in error messages.
+def read_json(
+    path: AnyPath, what: str, *, root: AnyPath | None = None, most_bytes: int = MOST_JSON_BYTES
+) -> Any:
+    """Read JSON from a regular file.
+
+    Args:
+        path: of the file.
+        what: names its role in error messages.
+        root: a directory that the file lies below; then no link on the way is followed
+            (`rpg.storage.below`). None: the user named the file, and it may be a link.
+        most_bytes: a larger file is not read.
 
     Raises:
-        RPGError: if the file is missing, unreadable or not JSON.
+        RPGError: if the file is missing, unreadable, no regular file, too large or not JSON.
     """
     try:
         with storage_errors_for(path, f"cannot be read as {what}"):
-            text = path.read_text(encoding="utf-8")
-        return json.loads(text)
+            if root is None:
+                content = read_regular(path, most_bytes)
+            else:
+                content = read_below(root, below(path, root), most_bytes)
+        return json.loads(content.decode())
     except FileNotFoundError as error:
         raise RPGError(f"{path}: not found; expected {what}") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -189,12 +233,17 @@ def is_storable(name: str) -> bool:
 
 
 def sha256(path: AnyPath) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with storage_errors_for(path), path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-        return digest.hexdigest()
+    """Hexadecimal SHA-256 of a regular file's bytes."""
+    with storage_errors_for(path), open_regular(path) as file:
+        return sha256_of(file)
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """Hexadecimal SHA-256 of the bytes of an open file from where it is read next."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def error_reason(error: Exception) -> str:

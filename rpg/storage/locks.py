@@ -4,6 +4,8 @@ The system lets go of a lock when its process ends, however it ends.
 """
 
 import hashlib
+import os
+import stat
 import time
 from pathlib import Path
 from typing import IO
@@ -43,10 +45,11 @@ def exclusive_lock(path: Path, seconds: float = 0.0) -> IO[bytes]:
 
     Raises:
         LockedError: if another process holds the lock for longer.
+        RPGError: naming the path, if a link or anything but a regular file lies there.
         OSError: if the file cannot be opened for writing, or the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b", buffering=0)
+    file = open_lock(path)
     deadline = time.monotonic() + seconds
     try:
         while not lock_descriptor(file.fileno(), blocking=False):
@@ -57,3 +60,23 @@ def exclusive_lock(path: Path, seconds: float = 0.0) -> IO[bytes]:
         file.close()
         raise
     return file
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a lock's file, which is made if it is missing and otherwise left as it is.
+
+    Raises:
+        RPGError: naming the path, if a link or anything but a regular file lies there.
+        OSError: if the file cannot be opened for writing.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise RPGError(f"{path}: is a link; expected a lock's regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RPGError(f"{path}: is no regular file; expected a lock's")
+    return os.fdopen(descriptor, "a+b", buffering=0)

@@ -14,18 +14,20 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from upath import UPath
 
 from rpg.errors import RPGError
+from rpg.storage.below import held_directory, list_below, open_below, read_below, remove_below
 from rpg.storage.download import DamagedError, RemoteFile, download, remote_files
 from rpg.storage.errors import storage_errors_for
+from rpg.storage.locks import open_lock
 
 _CONTENT = "content"
 _SOURCE = "source.json"
@@ -36,7 +38,7 @@ _ATTEMPTS = 3
 
 # Locks of the entries that this process uses. They are held until it ends, because nothing tells when a
 # mapped file is no longer used.
-_in_use: dict[Path, IO[str]] = {}
+_in_use: dict[Path, IO[bytes]] = {}
 
 
 def local_copy(
@@ -74,7 +76,7 @@ def local_copy(
                 return copy
             with _locked(entry, fcntl.LOCK_EX):
                 if _source(entry) is None:
-                    shutil.rmtree(entry, ignore_errors=True)
+                    _remove(entry)
                     _bring(path, files, entry, limit_bytes, check)
         except OSError as error:
             raise RPGError(f"{cache}: cannot hold a copy of {path}: {error.strerror}") from error
@@ -96,7 +98,7 @@ def _versions(files: Mapping[str, RemoteFile]) -> dict[str, tuple[int, str]]:
 
 def _used(entry: Path) -> bool:
     """Mark an entry as used by this process; False if it is missing or incomplete."""
-    if entry in _in_use and (_source(entry) is None or not _is_current(_in_use[entry])):
+    if entry in _in_use and (_source(entry) is None or not _is_current(_in_use[entry], entry)):
         # Somebody cleared the cache by hand, and a lock on a deleted file keeps nobody out.
         _in_use.pop(entry).close()
     if entry not in _in_use:
@@ -107,16 +109,21 @@ def _used(entry: Path) -> bool:
         _in_use[entry] = lock
     # The kernel's own time can be milliseconds old, so two uses could seem to be simultaneous.
     now = time.time_ns()
-    os.utime(entry / _SOURCE, ns=(now, now))
+    os.utime(entry / _SOURCE, ns=(now, now), follow_symlinks=False)
     return True
 
 
 def _source(entry: Path) -> tuple[str, dict[str, RemoteFile]] | None:
     """URI and files of an entry; None if its record cannot be read, which makes the entry unusable."""
     try:
-        source = json.loads((entry / _SOURCE).read_text())
-        return source["uri"], {name: RemoteFile(*version) for name, version in source["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        source = json.loads(read_below(entry.parent, f"{entry.name}/{_SOURCE}"))
+        files = {
+            name: RemoteFile(int(size), str(version)) for name, (size, version) in source["files"].items()
+        }
+        # The copy is read by its path, which must not lead elsewhere.
+        with held_directory(entry.parent, f"{entry.name}/{_CONTENT}"):
+            return source["uri"], files
+    except (RPGError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -131,7 +138,7 @@ def _bring(
     copy = partial / _CONTENT / path.name
     try:
         with _locked(entry.parent / "room", fcntl.LOCK_EX):
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             (partial / _CONTENT).mkdir(parents=True)
             missing = _link_known(path, files, copy)
             size = sum(file.size for file in missing.values())
@@ -142,14 +149,19 @@ def _bring(
         except RPGError:
             # The damage may come from a linked file of an earlier copy, so the second download takes no
             # links.
-            if copy.is_dir():
-                shutil.rmtree(copy)
+            _remove(copy)
             _download_checked(path, files, copy, check)
         (partial / _SOURCE).write_text(json.dumps({"uri": str(path), "files": _versions(files)}))
         _sync(partial)
         partial.rename(entry)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Remove an entry as far as that is allowed; of a link, the link."""
+    with suppress(OSError, RPGError):
+        remove_below(path.parent, path.name)
 
 
 def _sync(directory: Path) -> None:
@@ -180,14 +192,17 @@ def _link_known(path: UPath, files: Mapping[str, RemoteFile], copy: Path) -> dic
         uri, versions = _source(entry) or ("", {})
         if uri == str(path):
             for name, file in versions.items():
-                known[name, file] = entry / _CONTENT / path.name / name
+                known[name, file] = entry, f"{_CONTENT}/{path.name}/{name}"
     missing = {}
     for name, file in files.items():
         if name and (name, file) in known:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).hardlink_to(known[name, file])
-        else:
-            missing[name] = file
+            # A link in an earlier copy would become a link in this one.
+            with suppress(RPGError, OSError):
+                open_below(known[name, file][0], known[name, file][1]).close()
+                (copy / name).hardlink_to(known[name, file][0] / known[name, file][1])
+                continue
+        missing[name] = file
     return missing
 
 
@@ -221,23 +236,34 @@ def _no_room(path: UPath, cache: Path, size: int, limit_bytes: int) -> str:
 
 def _entries(cache: Path) -> list[Path]:
     # Other names are ignored, since a user may keep files of his own in the directory.
-    return [entry for entry in cache.iterdir() if re.fullmatch(_KEY, entry.name) and entry.is_dir()]
+    listed = list_below(cache)
+    return [cache / name for name, each in listed.items() if re.fullmatch(_KEY, name) and each.is_directory]
 
 
 def _last_use(entry: Path) -> int:
-    source = entry / _SOURCE
-    return source.stat().st_mtime_ns if source.exists() else 0
+    try:
+        return (entry / _SOURCE).lstat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _taken(cache: Path) -> int:
     """Bytes of all entries, counting a file that several copies share once, and of running downloads."""
     sizes = {}
     for entry in _entries(cache):
-        for file in (entry / _CONTENT).rglob("*"):
-            if file.is_file():
-                stat = file.stat()
-                sizes[stat.st_ino] = stat.st_size
-    reserved = sum(int(each.read_text()) for each in cache.glob(f"*{_PARTIAL}/{_RESERVED}"))
+        for directory, _, names, descriptor in os.fwalk(entry):
+            for name in names:
+                # What is removed meanwhile takes no room.
+                with suppress(FileNotFoundError):
+                    status = os.lstat(name, dir_fd=descriptor)
+                    if stat.S_ISREG(status.st_mode) and directory != str(entry):
+                        sizes[status.st_ino] = status.st_size
+    reserved = 0
+    for name in list_below(cache):
+        if name.endswith(_PARTIAL):
+            # Without a number, nothing is reserved.
+            with suppress(RPGError, OSError, ValueError):
+                reserved += max(0, int(read_below(cache, f"{name}/{_RESERVED}", 32)))
     return sum(sizes.values()) + reserved
 
 
@@ -245,30 +271,30 @@ def _evict(entry: Path) -> None:
     """Remove an entry, complete or partial, unless a living process holds its lock."""
     partial = entry.with_suffix(_PARTIAL)
     try:
-        with _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB) as lock:
-            if entry.is_dir():
+        with _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if entry.is_dir() and not entry.is_symlink():
                 # If this process is killed while it removes files, the rest must not look complete.
                 entry.rename(partial)
-            shutil.rmtree(partial, ignore_errors=True)
-            Path(lock.name).unlink()
+            _remove(partial)
+            entry.with_suffix(".lock").unlink()
     except BlockingIOError:
         return
 
 
 @contextmanager
-def _locked(entry: Path, mode: int) -> Iterator[IO[str]]:
+def _locked(entry: Path, mode: int) -> Iterator[IO[bytes]]:
     with _lock(entry, mode) as lock:
         yield lock
 
 
-def _lock(entry: Path, mode: int) -> IO[str]:
+def _lock(entry: Path, mode: int) -> IO[bytes]:
     path = entry.with_suffix(".lock")
     while True:
-        lock = path.open("w")
+        lock = open_lock(path)
         try:
             fcntl.flock(lock, mode)
             # While this process waited, another may have evicted the entry and removed the lock's file.
-            if _is_current(lock):
+            if _is_current(lock, entry):
                 return lock
         except BaseException:
             lock.close()
@@ -276,9 +302,9 @@ def _lock(entry: Path, mode: int) -> IO[str]:
         lock.close()
 
 
-def _is_current(lock: IO[str]) -> bool:
+def _is_current(lock: IO[bytes], entry: Path) -> bool:
     """Whether a lock's file is still the one under its name, which other processes open."""
     try:
-        return os.path.samestat(os.fstat(lock.fileno()), Path(lock.name).stat())
+        return os.path.samestat(os.fstat(lock.fileno()), entry.with_suffix(".lock").lstat())
     except FileNotFoundError:
         return False

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from rpg.errors import RPGError
+from rpg.storage.below import read_regular
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, exists, location
 
@@ -37,6 +38,7 @@ _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"}
 """Pickle instructions whose value is an integer."""
 _COLUMNS = ("img", "label")
 _EXPECTED = "expected CIFAR-10 as Parquet, columns img (struct with bytes) and label (integer)"
+_MOST_BYTES = 2**30
 _MIXED_BY = 0
 """Seed of the split into training and validation images, which is always the same."""
 _DECODERS, _ROWS_A_TURN = 4, 500
@@ -117,8 +119,8 @@ def _classes(source: object, classes: npt.NDArray[np.int64]) -> Tensor:
 
 
 def _read_parquet(path: AnyPath) -> Images:
-    with storage_errors_for(path), path.open("rb") as file:
-        content = file.read()
+    with storage_errors_for(path):
+        content = read_regular(path, _MOST_BYTES)
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content))
         names = parquet.schema_arrow.names
@@ -168,8 +170,8 @@ def read_batch_file(path: AnyPath) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     Raises:
         RPGError: naming the file, if it is not one of CIFAR-10's batches.
     """
-    with storage_errors_for(path), path.open("rb") as file:
-        content = file.read()
+    with storage_errors_for(path):
+        content = read_regular(path, _MOST_BYTES)
     try:
         pixels, key = b"", ""
         labels: list[object] = []

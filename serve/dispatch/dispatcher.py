@@ -5,6 +5,7 @@ The jobs are in a `JobTable`, which writes down how far they are. For each gener
 """
 
 import asyncio
+import errno
 import logging
 import math
 import time
@@ -66,7 +67,7 @@ class Dispatcher:
             max_lost_replicas: a job fails that has lost so many, and no model was made in between.
         """
         self.schedulers: dict[str, GeneratorScheduler] = {}
-        self._table = JobTable(store, retention, removal_seconds)
+        self._table = JobTable(store, limits, retention, removal_seconds)
         self._limits = limits
         self._metrics = metrics
         self._tick_seconds = tick_seconds
@@ -165,9 +166,18 @@ class Dispatcher:
             raise ProblemError(422, f"Idempotency-Key: '{key}' stands for another request: job {earlier.id}")
         if earlier.progress.state == JobState.failed:
             self._check_queue_limit(len(job))
+            try:
+                was_written = await self._table.write(earlier, earlier.revived())
+            except RPGError as error:
+                _log.error("job %s is not tried again: %s", earlier.id, error)
+                raise ProblemError(
+                    storage_status(error), f"job {earlier.id} cannot be stored: {last_line(error)}"
+                ) from error
+            if not was_written:
+                # Meanwhile somebody else has revived the job or removed it.
+                return await self.submit(caller, request, key)
             earlier.revive()
             self._enqueue(earlier)
-            await self.save(earlier)
         return earlier
 
     def job(self, caller: Caller, job_id: str) -> LiveJob:
@@ -192,8 +202,8 @@ class Dispatcher:
         """Cancel a job that has not ended, or remove one that has (None).
 
         Raises:
-            ProblemError: 404 where there is none, or it is another owner's; 503 if the storage refuses to
-                remove it, which then stays.
+            ProblemError: 404 where there is none, or it is another owner's; 507 or 503 if the storage is full
+                or refuses, in which case the job stays as it was.
         """
         try:
             if caller.is_admin and job_id in self.quarantined:
@@ -202,12 +212,18 @@ class Dispatcher:
             job = self.job(caller, job_id)
             if job.has_ended and await self._table.remove(job):
                 return None
+            # The state is written before the job ends, so that no start takes up what somebody was told is
+            # cancelled.
+            while not job.has_ended:
+                if await self._table.write(job, job.cancelled()):
+                    await self.end(job, JobState.cancelled)
         except RPGError as error:
             _log.error("job %s stays: %s", job_id, error)
             raise ProblemError(
-                503, f"job {job_id} stays for now: {last_line(error)}", headers={"Retry-After": "5"}
+                storage_status(error),
+                f"job {job_id} stays for now: {last_line(error)}",
+                headers={"Retry-After": "5"},
             ) from error
-        await self.end(job, JobState.cancelled)
         return job
 
     async def end(self, job: LiveJob, state: JobState, error: str | None = None) -> None:
@@ -331,3 +347,13 @@ class Dispatcher:
                 await self._table.save_changed()
                 await self._table.remove_expired()
                 saved = time.monotonic()
+
+
+def storage_status(error: BaseException) -> int:
+    """The status that tells why the storage refused: 507 if it is full, 503 for anything else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return 507
+        cause = cause.__cause__
+    return 503

@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from rpg.client.schema import JobState
 from rpg.errors import RPGError, one_line
-from serve.config import RetentionConfig
+from serve.config import LimitsConfig, RetentionConfig
 from serve.dispatch.live_job import LiveJob
 from serve.dispatch.records import JobManifest, JobProgress
+from serve.dispatch.requests import beyond_limits
 from serve.dispatch.store import JobStore, Quarantined
 
 T = TypeVar("T")
@@ -32,11 +33,25 @@ class JobTable:
         by_key: jobs by owner and Idempotency-Key, also those that are only about to be accepted.
     """
 
-    def __init__(self, store: JobStore, retention: RetentionConfig, removal_seconds: float = 5.0) -> None:
-        """`removal_seconds`: how long `remove_expired` may begin further removals."""
+    def __init__(
+        self,
+        store: JobStore,
+        limits: LimitsConfig,
+        retention: RetentionConfig,
+        removal_seconds: float = 5.0,
+    ) -> None:
+        """Nothing is read before `load`.
+
+        Args:
+            store: where jobs are.
+            limits: what a job that is still to be made may ask for.
+            retention: how long jobs are kept.
+            removal_seconds: how long `remove_expired` may begin further removals.
+        """
         self.quarantined: dict[str, Quarantined] = {}
         self.by_key: dict[tuple[str, str], asyncio.Future[LiveJob]] = {}
         self._store = store
+        self._limits = limits
         self._retention = retention
         self._removal_seconds = removal_seconds
         self._jobs: dict[str, LiveJob] = {}
@@ -53,7 +68,7 @@ class JobTable:
 
     async def load(self) -> None:
         """Read all jobs from storage."""
-        for found in await self._in_thread(lambda: list(self._store.all())):
+        for found in await self._in_thread(lambda: list(map(self._within_limits, self._store.all()))):
             if isinstance(found, Quarantined):
                 _log.error("job %s is quarantined: %s", found.id, found.reason)
                 self.quarantined[found.id] = found
@@ -87,6 +102,22 @@ class JobTable:
             except asyncio.CancelledError:
                 job.dirty = True
                 raise
+
+    async def write(self, job: LiveJob, progress: JobProgress) -> bool:
+        """Write the state that a job is about to have, before anybody is told of it.
+
+        Returns:
+            Whether it is on storage; if not, the job's state has changed meanwhile, and nothing was written.
+
+        Raises:
+            RPGError: if it cannot be written.
+        """
+        state = job.progress.state
+        async with job.saving:
+            if job.progress.state != state or job.id not in self._jobs:
+                return False
+            await self._in_thread(lambda: self._store.save(job.id, progress))
+        return True
 
     async def save_changed(self) -> None:
         """Write the states of all jobs that have changed since they were written."""
@@ -150,6 +181,16 @@ class JobTable:
     def close(self) -> None:
         """Wait for what is being written, and end the threads."""
         self._threads.shutdown()
+
+    def _within_limits(
+        self, found: tuple[JobManifest, JobProgress] | Quarantined
+    ) -> tuple[JobManifest, JobProgress] | Quarantined:
+        """What was found, or why it is not taken up: more is asked for than a caller may ask for."""
+        if isinstance(found, Quarantined) or found[1].state.is_end:
+            return found
+        job = found[0].job
+        excess = beyond_limits(job.models, len(job.conditions or []), job.sampling.steps, self._limits)
+        return found if excess is None else Quarantined(found[0].id, excess)
 
     def _add(self, job: LiveJob) -> None:
         self._jobs[job.id] = job

@@ -4,6 +4,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rpg.client.schema import Job, JobState
 from serve.dispatch.records import JobManifest, JobProgress, Made
@@ -64,7 +65,7 @@ class LiveJob:
     @property
     def remaining(self) -> int:
         """Models that are still to be made."""
-        return 0 if self.has_ended else len(self.manifest.job) - len(self.progress.made)
+        return 0 if self.has_ended else self.manifest.job.models - len(self.progress.made)
 
     @property
     def has_waiting_models(self) -> bool:
@@ -72,8 +73,9 @@ class LiveJob:
         return bool(self._pending) and not self.has_ended
 
     def refill(self) -> None:
-        """Let every model that is not made wait for a lease."""
-        self._pending = [i for i in range(len(self.manifest.job)) if i not in self.progress.made]
+        """Let every model that is not made wait for a lease. Of a job that has ended, none waits."""
+        models = 0 if self.has_ended else self.manifest.job.models
+        self._pending = [i for i in range(models) if i not in self.progress.made]
 
     def take(self, count: int) -> tuple[int, ...]:
         """Take up to `count` waiting models for a lease, the lowest indices first."""
@@ -120,13 +122,22 @@ class LiveJob:
         self.dirty = True
         self.notify()
 
+    def cancelled(self) -> JobProgress:
+        """The progress that the job has once it is cancelled."""
+        made = dict(self.progress.made)
+        return replace(self.progress, state=JobState.cancelled, ended=time.time(), made=made)
+
+    def revived(self) -> JobProgress:
+        """The progress that a failed job has once it is tried again, keeping what was made."""
+        made = dict(self.progress.made)
+        # Without a model, nothing binds the job to the generator's version that it failed with.
+        digest = self.progress.digest if made else None
+        queued = JobState.queued
+        return replace(self.progress, state=queued, error=None, ended=None, digest=digest, made=made)
+
     def revive(self) -> None:
         """Try a failed job once more, keeping what was made."""
-        progress = self.progress
-        progress.state, progress.error, progress.ended = JobState.queued, None, None
-        if not progress.made:
-            # No model binds the job to the generator's version that it failed with.
-            progress.digest = None
+        self.progress = self.revived()
         self.ended_at, self.losses, self.dirty = None, 0, True
         self.refill()
         self.notify()
@@ -164,7 +175,7 @@ class LiveJob:
             dtype=manifest.job.dtype,
             evaluate=manifest.evaluate,
             accuracy=self._accuracy / self._judged if self._judged else None,
-            models=len(manifest.job),
+            models=manifest.job.models,
             number=manifest.job.number,
             finished=len(progress.made),
             bytes=self.bytes,

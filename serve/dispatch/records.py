@@ -7,16 +7,25 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from annotated_types import Ge
-from pydantic import GetCoreSchemaHandler, GetPydanticSchema, TypeAdapter, ValidationError
+from annotated_types import Ge, Interval
+from pydantic import (
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import CoreSchema, core_schema
 
-from rpg.client.schema import JobState
+from rpg.client.schema import JobState, Priority, Sha256, Size
 from rpg.config import Finite
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
 
 T = TypeVar("T")
+
+
+Time = Annotated[Finite, Interval(ge=0, le=2**40)]
+"""Seconds since the epoch, within what a tar file can say."""
 
 
 class Made(NamedTuple):
@@ -26,13 +35,17 @@ class Made(NamedTuple):
     """
 
     model: Annotated[int, Ge(0)]
-    sha256: str
-    bytes: int
-    accuracy: float | None = None
-    similarity: float | None = None
-    metrics: dict[str, float] | None = None
+    sha256: Sha256
+    bytes: Size
+    accuracy: Finite | None = None
+    similarity: Finite | None = None
+    metrics: dict[str, Finite] | None = None
     failure: str | None = None
     """Why the model could not be measured."""
+
+    def is_file(self, found: "Made") -> bool:
+        """Whether it is the model of a file with this size and digest."""
+        return (self.sha256, self.bytes) == (found.sha256, found.bytes)
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class JobManifest:
     id: str
     owner: str
     generator: str
-    priority: int
-    created: Finite
+    priority: Priority
+    created: Time
     job: GenerationJob
     evaluate: bool = False
     idempotency_key: str | None = None
@@ -106,10 +119,10 @@ class JobProgress:
     """
 
     state: JobState
-    digest: str | None = None
+    digest: Sha256 | None = None
     error: str | None = None
-    started: float | None = None
-    ended: float | None = None
+    started: Time | None = None
+    ended: Time | None = None
     made: Annotated[dict[int, Made], GetPydanticSchema(_listed)] = field(kw_only=True)
     """By index in the job."""
 

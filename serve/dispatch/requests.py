@@ -33,26 +33,14 @@ def checked_job(
     if request.descriptions is not None:
         _check_descriptions(request, served, limits)
         conditions = [[0.0] * config.condition.size for _ in request.descriptions]
-    if conditions is not None and len(conditions) > limits.conditions:
-        raise ProblemError(
-            422,
-            f"conditions: expected at most {limits.conditions} (limits.conditions), got {len(conditions)}",
-        )
     models = request.number * len(conditions or [None])
-    if models > limits.models_per_job:
-        raise ProblemError(
-            422,
-            f"number: expected at most {limits.models_per_job} models (limits.models_per_job), got {models}",
-        )
+    sampling = _sampling(request, config.sampling)
+    if (excess := beyond_limits(models, len(conditions or []), sampling.steps, limits)) is not None:
+        raise ProblemError(422, excess)
     if served.takes_conditions and conditions is None:
         or_else = ", or descriptions" if served.takes_descriptions else ""
         raise ProblemError(
             422, f"conditions: this generator needs ones of {config.condition.size} values{or_else}"
-        )
-    sampling = _sampling(request, config.sampling)
-    if sampling.steps > limits.steps:
-        raise ProblemError(
-            422, f"steps: expected at most {limits.steps} (limits.steps), got {sampling.steps}"
         )
     try:
         validate_sampling(sampling, config)
@@ -65,6 +53,18 @@ def checked_job(
     if request.evaluate and not served.evaluates:
         raise ProblemError(422, why_not_evaluated(request.generator))
     return GenerationJob(floats, request.number, request.seed, sampling, request.dtype)
+
+
+def beyond_limits(models: int, conditions: int, steps: int, limits: LimitsConfig) -> str | None:
+    """The limit that a job of so many models, conditions and steps of the solver exceeds, if it does."""
+    if conditions > limits.conditions:
+        return f"conditions: expected at most {limits.conditions} (limits.conditions), got {conditions}"
+    if models > limits.models_per_job:
+        most = f"{limits.models_per_job} models (limits.models_per_job)"
+        return f"number: expected at most {most}, got {models}"
+    if steps > limits.steps:
+        return f"steps: expected at most {limits.steps} (limits.steps), got {steps}"
+    return None
 
 
 def request_digest(request: JobRequest) -> str:

@@ -9,24 +9,38 @@
 
 A model is finished as soon as its file is there. Models that `state.json` does not name yet are found when
 the service starts.
+
+Others can write to the storage: people, backups, other jobs. So nothing outside of it is read, written or
+removed (`rpg.storage.below`), sizes are measured, and a job whose records contradict its files is
+quarantined.
 """
 
 import logging
 import re
 import secrets
-import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import IO
 
 from rpg.client.schema import JobState
 from rpg.collection.companions import COMPANIONS_DIRECTORY, Companions, companions_of
-from rpg.errors import RPGError
+from rpg.collection.safetensors_file import read_metadata
+from rpg.errors import RPGError, one_line
+from rpg.storage.below import (
+    NotOrdinaryError,
+    check_ordinary_below,
+    list_below,
+    make_directory_below,
+    open_below,
+    remove_below,
+    rename_below,
+)
 from rpg.storage.errors import StorageError, storage_errors_for
-from rpg.storage.files import read_json, sha256, write_json, write_text
-from rpg.storage.locations import AnyPath, exists, is_remote
+from rpg.storage.files import PARTIAL_SUFFIX, read_json, sha256_of, write_json, write_text
+from rpg.storage.locations import AnyPath, is_remote
 from serve.dispatch.records import JobManifest, JobProgress, Made
 
 _JOBS = "jobs"
@@ -37,7 +51,9 @@ _QUARANTINED = "quarantined.json"
 _REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_MODEL = re.compile(r"model_(\d{6,})\.safetensors")
+_MODEL = re.compile(r"model_([0-9]{6}|[1-9][0-9]{6,17})\.safetensors")
+MOST_RECORD_BYTES = 2**27
+"""Of a job's manifest or state: some hundred bytes a model, and some ten for each value of a condition."""
 _KEPT_COMPANIONS = 8
 _ERRORS_OF_ONE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors of a local file system that say something about one path, and nothing about the file system."""
@@ -81,7 +97,16 @@ class JobStore:
 
     def model(self, job_id: str, model: int) -> AnyPath:
         """The weights of one model of a job."""
-        return self.models(job_id) / f"model_{model:06d}.safetensors"
+        return self.models(job_id) / _model_name(model)
+
+    def open_model(self, job_id: str, model: int) -> IO[bytes]:
+        """Open the weights of one model of a job.
+
+        Raises:
+            RPGError: naming what is no regular file below the storage; or OSError, if it cannot be opened.
+        """
+        with storage_errors_for(self.model(job_id, model)):
+            return open_below(self.root, f"{self._name(job_id)}/{_MODELS}/{_model_name(model)}")
 
     def companions(self, digest: str | None) -> Companions:
         """What lies beside the weights of the models that the generator with this digest has made.
@@ -95,6 +120,8 @@ class JobStore:
             return Companions()
         found = self._companions.get(digest)
         if found is None:
+            with storage_errors_for(self.root):
+                check_ordinary_below(self.root, f"{COMPANIONS_DIRECTORY}/{digest}")
             found = self._companions[digest] = companions_of(self.root / COMPANIONS_DIRECTORY / digest)
             if len(self._companions) > _KEPT_COMPANIONS:
                 self._companions.popitem(last=False)
@@ -107,6 +134,11 @@ class JobStore:
             RPGError: naming the file that cannot be written.
         """
         directory = self.root / COMPANIONS_DIRECTORY / digest
+        if companions:
+            try:
+                make_directory_below(self.root, f"{COMPANIONS_DIRECTORY}/{digest}")
+            except OSError as error:
+                raise RPGError(f"{directory}: cannot be written: {error.strerror}") from error
         if companions and not companions.are_in(directory):
             companions.write(directory)
 
@@ -117,15 +149,19 @@ class JobStore:
             RPGError: if it cannot be written; nothing is left of it then.
         """
         try:
-            write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json())
+            write_json(self._directory(manifest.id) / _MANIFEST, manifest.to_json(), self.root)
         except RPGError:
             with suppress(RPGError):
                 self.remove_files(manifest.id)
             raise
 
     def save(self, job_id: str, progress: JobProgress) -> None:
-        """Write how far a job is."""
-        write_json(self._directory(job_id) / _STATE, progress.to_json())
+        """Write how far a job is.
+
+        Raises:
+            RPGError: if it cannot be written.
+        """
+        write_json(self._directory(job_id) / _STATE, progress.to_json(), self.root)
 
     def manifest(self, job_id: str) -> JobManifest:
         """Read what a job asks for.
@@ -134,11 +170,8 @@ class JobStore:
             RPGError: naming the file, if it is damaged.
         """
         path = self._directory(job_id) / _MANIFEST
-        try:
-            manifest = JobManifest.from_json(read_json(path, "a job's manifest"))
-        except RPGError as error:
-            message = str(error)
-            raise RPGError(message if str(path) in message else f"{path}: {message}") from error
+        with _naming(path):
+            manifest = JobManifest.from_json(self._read_record(path, "a job's manifest"))
         if manifest.id != job_id:
             raise RPGError(f"{path}: is the manifest of another job")
         return manifest
@@ -146,28 +179,42 @@ class JobStore:
     def progress(self, manifest: JobManifest) -> JobProgress:
         """Read how far a job is. For one that has not ended, its directory is searched for models as well.
 
+        Of one that has not ended, a model whose file is not whole, or not the one that the state names,
+        counts as not made.
+
         Raises:
-            RPGError: naming the file, if it is damaged.
+            RPGError: naming the file that is damaged, or that contradicts the files of the models.
         """
         path = self._directory(manifest.id) / _STATE
         progress = JobProgress(JobState.queued, made={})
-        if exists(path):
-            try:
-                progress = JobProgress.from_json(read_json(path, "a job's state"), len(manifest.job))
-            except RPGError as error:
-                message = str(error)
-                raise RPGError(message if str(path) in message else f"{path}: {message}") from error
-        if not progress.state.is_end:
-            found = dict(self._found_models(manifest))
-            progress.made = {i: made for i, made in progress.made.items() if i in found}
-            if manifest.evaluate:
-                # The accuracy of the models that the state does not name is unknown, so they are made again.
-                # They come out the same, to the byte.
-                return progress
-            for index in found.keys() - progress.made.keys():
-                path = found[index]
-                with storage_errors_for(path):
-                    progress.made[index] = Made(index, sha256(path), path.stat().st_size)
+        with storage_errors_for(path):
+            has_state = _STATE in list_below(self.root, self._name(manifest.id))
+        if has_state:
+            with _naming(path):
+                progress = JobProgress.from_json(
+                    self._read_record(path, "a job's state"), manifest.job.models
+                )
+        sizes = self._sizes_of_models(manifest)
+        if progress.state.is_end:
+            _check_agrees(path, progress, manifest, sizes)
+            return progress
+        whole = {
+            index: found
+            for index in sorted(sizes)
+            if (found := self._found_model(manifest, index, progress.digest)) is not None
+        }
+        known = progress.made
+        progress.made = {i: made for i, made in known.items() if i in whole and made.is_file(whole[i].made)}
+        if manifest.evaluate:
+            # The accuracy of the models that the state does not name is unknown, so they are made again.
+            # They come out the same, to the byte.
+            return progress
+        for index, found in whole.items():
+            if index not in known:
+                # All models of a job come from one version of a generator.
+                progress.digest = progress.digest or found.generator
+                if found.generator == progress.digest:
+                    progress.made[index] = found.made
         return progress
 
     def all(self) -> Iterator[tuple[JobManifest, JobProgress] | Quarantined]:
@@ -178,29 +225,34 @@ class JobStore:
         """
         jobs = self.root / _JOBS
         with storage_errors_for(jobs):
-            names = sorted(path.name for path in jobs.iterdir()) if jobs.is_dir() else []
-        for name in names:
-            if not is_id(name):
-                continue
+            listed = list_below(self.root, _JOBS)
+        for name in sorted(filter(is_id, listed)):
             try:
+                if not listed[name].is_directory:
+                    raise NotOrdinaryError(f"{jobs / name}: is no directory; expected that of a job")
                 found: tuple[JobManifest, JobProgress] | Quarantined | None = self._read_with_retries(name)
-            except (RPGError, OSError) as error:
+            # A damaged record may make its reader fail in any way, and the other jobs go on.
+            except Exception as error:
                 if _storage_failed(error):
                     raise
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
+                # Through a link nothing is written.
                 with suppress(RPGError):
-                    write_json(self._directory(name) / _QUARANTINED, {"reason": reason})
+                    write_json(self._directory(name) / _QUARANTINED, {"reason": reason}, self.root)
                 found = Quarantined(name, reason)
             if found is not None:
                 yield found
 
     def remove_partial_files(self, job_id: str) -> None:
         """Remove what killed processes left unfinished among the models of a job that has ended."""
-        models = self.models(job_id)
-        if not is_remote(models):
-            for partial in models.glob(".*.partial"):
-                with suppress(OSError):
-                    partial.unlink()
+        if is_remote(self.root):
+            return
+        models = f"{self._name(job_id)}/{_MODELS}"
+        with suppress(RPGError, OSError):
+            for name in list_below(self.root, models):
+                if name.startswith(".") and name.endswith(PARTIAL_SUFFIX):
+                    with suppress(OSError):
+                        remove_below(self.root, f"{models}/{name}")
 
     def mark_removed(self, job_id: str) -> None:
         """Remove a job, at once and as a whole; `remove_files` then removes its files, which may be many.
@@ -208,13 +260,20 @@ class JobStore:
         Raises:
             RPGError: if the storage refuses; the job is still there.
         """
-        directory = self._directory(job_id)
+        directory, name = self._directory(job_id), self._name(job_id)
         with _removing(directory):
-            if exists(directory / _MANIFEST):
-                # The manifest is renamed, because a full disk may have no room for another file.
-                (directory / _MANIFEST).rename(str(directory / _REMOVED))
-            else:
-                write_text(directory / _REMOVED, "")
+            try:
+                listed = list_below(self.root, name)
+            except NotOrdinaryError:
+                # A link in the place of a job has no files of its own.
+                return
+            if _MANIFEST not in listed:
+                write_text(directory / _REMOVED, "", self.root)
+                return
+            if _REMOVED in listed:
+                remove_below(self.root, f"{name}/{_REMOVED}")
+            # The manifest is renamed, because a full disk may have no room for another file.
+            rename_below(self.root, f"{name}/{_MANIFEST}", _REMOVED)
 
     def remove_files(self, job_id: str) -> None:
         """Remove the files of a job that `mark_removed` has removed.
@@ -222,14 +281,19 @@ class JobStore:
         Raises:
             RPGError: if some are left.
         """
-        directory = self._directory(job_id)
-        with _removing(directory):
-            paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
+        name = self._name(job_id)
+        with _removing(self._directory(job_id)), suppress(FileNotFoundError):
+            try:
+                listed = list_below(self.root, name)
+            except NotOrdinaryError:
+                # The link goes, and what it leads to stays.
+                remove_below(self.root, name)
+                return
             # The mark goes last. Without it, the files left would look like a job that lost its manifest.
-            for path in sorted(paths, key=lambda path: path.name == _REMOVED):
-                _delete(path)
-            if not is_remote(directory) and directory.is_dir():
-                directory.rmdir()
+            for each in sorted(listed, key=lambda each: each == _REMOVED):
+                remove_below(self.root, f"{name}/{each}")
+            if not is_remote(self.root):
+                remove_below(self.root, name)
 
     def _read_with_retries(self, job_id: str) -> tuple[JobManifest, JobProgress] | None:
         for seconds in self._retry_seconds:
@@ -258,29 +322,93 @@ class JobStore:
         Raises:
             RPGError: if the manifest is missing for another reason: it was lost.
         """
-        directory = self._directory(job_id)
-        manifest = directory / _MANIFEST
-        if exists(manifest):
+        manifest = self._directory(job_id) / _MANIFEST
+        with storage_errors_for(manifest.parent):
+            names = list_below(self.root, self._name(job_id)).keys()
+        if _MANIFEST in names:
             return False
-        with storage_errors_for(directory):
-            names = {path.name for path in directory.iterdir()}
         if _REMOVED in names or all(name.startswith(f".{_MANIFEST}.") for name in names):
             return True
         raise RPGError(f"{manifest}: not found; expected a job's manifest")
 
-    def _found_models(self, manifest: JobManifest) -> Iterator[tuple[int, AnyPath]]:
-        directory = self.models(manifest.id)
-        with storage_errors_for(directory):
-            paths: list[AnyPath] = list(directory.iterdir()) if directory.is_dir() else []
-        for path in paths:
-            found = _MODEL.fullmatch(path.name)
-            if found and int(found[1]) < len(manifest.job):
-                yield int(found[1]), path
+    def _read_record(self, path: AnyPath, what: str) -> object:
+        return read_json(path, what, root=self.root, most_bytes=MOST_RECORD_BYTES)
 
-    def _directory(self, job_id: str) -> AnyPath:
+    def _sizes_of_models(self, manifest: JobManifest) -> dict[int, int]:
+        """The sizes of the regular files that are named like models of a job, by index."""
+        with storage_errors_for(self.models(manifest.id)):
+            listed = list_below(self.root, f"{self._name(manifest.id)}/{_MODELS}")
+        found = ((_MODEL.fullmatch(name), each.size) for name, each in listed.items())
+        sizes = {int(name[1]): size for name, size in found if name is not None and size is not None}
+        return {index: size for index, size in sizes.items() if index < manifest.job.models}
+
+    def _found_model(self, manifest: JobManifest, index: int, digest: str | None) -> "_FoundModel | None":
+        """What a file says that lies where a model belongs; None if it is not whole, or another one's."""
+        path = self.model(manifest.id, index)
+        with storage_errors_for(path):
+            try:
+                with self.open_model(manifest.id, index) as file:
+                    metadata, size = read_metadata(file)
+                    file.seek(0)
+                    digest_found = sha256_of(file)
+            except (NotOrdinaryError, FileNotFoundError):
+                return None
+            except ValueError as error:
+                _log.warning("%s: is made again: %s", path, error)
+                return None
+        generator = metadata.get("rpg.generator", "")
+        # Files without provenance are of no generator that is served.
+        if metadata.get("rpg.index") != str(index) or digest not in (None, generator):
+            _log.warning("%s: is made again: it is another model", path)
+            return None
+        return _FoundModel(Made(index, digest_found, size), generator)
+
+    def _name(self, job_id: str) -> str:
+        """The name of a job's directory below the root."""
         if not is_id(job_id):
             raise RPGError(f"'{job_id}': not a job's id")
-        return self.root / _JOBS / job_id
+        return f"{_JOBS}/{job_id}"
+
+    def _directory(self, job_id: str) -> AnyPath:
+        return self.root / self._name(job_id)
+
+
+@dataclass(frozen=True)
+class _FoundModel:
+    made: Made
+    generator: str
+    """Digest of the generator that made it."""
+
+
+def _model_name(index: int) -> str:
+    return f"model_{index:06d}.safetensors"
+
+
+def _check_agrees(
+    path: AnyPath, progress: JobProgress, manifest: JobManifest, sizes: Mapping[int, int]
+) -> None:
+    """Check that the state of a job that has ended says what is there.
+
+    Raises:
+        RPGError: naming the file of the state, and what contradicts it.
+    """
+    models = manifest.job.models
+    if progress.state == JobState.succeeded and len(progress.made) != models:
+        raise RPGError(f"{path}: says that the job succeeded, with {len(progress.made)} of {models} models")
+    for index, made in progress.made.items():
+        if sizes.get(index) != made.bytes:
+            there = f"has {sizes[index]} bytes" if index in sizes else "is no regular file"
+            raise RPGError(f"{path}: model {index}: says {made.bytes} bytes; {_model_name(index)} {there}")
+
+
+@contextmanager
+def _naming(path: AnyPath) -> Iterator[None]:
+    """Name the file in errors about its content."""
+    try:
+        yield
+    except RPGError as error:
+        message = str(error)
+        raise RPGError(message if str(path) in message else f"{path}: {message}") from error
 
 
 @contextmanager
@@ -292,20 +420,13 @@ def _removing(directory: AnyPath) -> Iterator[None]:
         raise RPGError(f"{directory}: cannot be removed: {error.strerror}") from error
 
 
-def _delete(path: AnyPath) -> None:
-    if is_remote(path):
-        path.fs.rm(path.path, recursive=True)
-    elif path.is_dir() and not path.is_symlink():
-        shutil.rmtree(str(path))
-    else:
-        path.unlink()
-
-
 def _storage_failed(error: BaseException | None) -> bool:
     """Whether the storage failed, and not what was read from it is wrong."""
     while error is not None:
-        if isinstance(error, StorageError):
+        if isinstance(error, StorageError | MemoryError):
             return True
+        if isinstance(error, NotOrdinaryError):
+            return False
         if isinstance(error, OSError):
             return not isinstance(error, _ERRORS_OF_ONE_PATH)
         error = error.__cause__

@@ -9,11 +9,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from rpg import __version__
+from rpg.errors import RPGError
 from serve.config import ServeConfig
 from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.store import JobStore
 from serve.errors import ProblemError
 from serve.http.auth import AuthMiddleware, TokenAuth
+from serve.http.events import JobEvents
 from serve.http.page import add_page
 from serve.http.problems import Problem, problem_response
 from serve.http.routes import add_generators, add_health, add_jobs, add_models
@@ -42,7 +44,7 @@ def http_app(
     app.add_middleware(AuthMiddleware, auth=TokenAuth(config), body_bytes=config.limits.body_bytes)
     _answer_errors_with_problems(app)
     _complete_openapi(app, config)
-    add_jobs(app, api, store)
+    add_jobs(app, api, store, JobEvents(api, config.limits.listeners))
     add_models(app, api, store)
     add_generators(app, api)
     add_health(app, api, metrics)
@@ -68,6 +70,11 @@ def _answer_errors_with_problems(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         return problem_response(ProblemError(error.status_code, str(error.detail), error.headers))
+
+    @app.exception_handler(RPGError)
+    async def storage(request: Request, error: RPGError) -> Response:
+        _log.error("%s %s: %s", request.method, request.url.path, error)
+        return problem_response(ProblemError(503, str(error), {"Retry-After": "5"}))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers
@@ -18,6 +19,8 @@ LOCAL_OWNER = "local"
 
 _OPEN_PATHS = ("/healthz", "/openapi.json", *PAGE_PATHS)
 """What is answered without a token. Nothing about jobs is told there."""
+_LOOPBACK_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+"""The whole of a Host header: a part of one would also be found in the name of another host."""
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 
@@ -46,7 +49,7 @@ class TokenAuth:
         if self._open:
             # The host is checked as well, because a page elsewhere may have its own name resolve to this
             # machine, and a browser that shows it here would then call for it.
-            if client not in LOOPBACK or _without_port(host or "") not in LOOPBACK:
+            if client not in LOOPBACK or not _LOOPBACK_HOST.fullmatch(host or ""):
                 raise ProblemError(403, "'auth: off' answers calls from this machine to 127.0.0.1 alone")
             return Caller(LOCAL_OWNER, frozenset(SCOPES))
         kind, _, token = (authorization or "").partition(" ")
@@ -92,8 +95,9 @@ class AuthMiddleware:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, which is small; None if the caller is gone before its end."""
-        announced = headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._body_bytes:
+        # What is longer than any number of bytes is not even made a number.
+        announced = headers.get("content-length", "0").lstrip("0")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._body_bytes):
             raise self._too_large()
         body = bytearray()
         while True:
@@ -122,9 +126,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]

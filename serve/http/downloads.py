@@ -5,17 +5,19 @@ share, come from memory.
 """
 
 import hashlib
+import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, NamedTuple
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from rpg.client.schema import ModelFile
 from rpg.collection.companions import Companions
-from rpg.storage.locations import AnyPath, exists
+from rpg.errors import RPGError
+from rpg.storage.errors import StorageError
 from serve.errors import ProblemError
 
 MODEL_TYPE = "application/octet-stream"
@@ -23,13 +25,15 @@ TAR_TYPE = "application/x-tar"
 
 _BLOCK = 2**18
 _TAR_RECORD = 512
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
+_DIGITS = 18
+"""More digits than this are a larger number than any file has bytes."""
 
 
 class Content(NamedTuple):
-    """So many bytes: those of a file on storage, or themselves."""
+    """So many bytes: those of a file, which `source` opens, or themselves."""
 
-    source: AnyPath | bytes
+    source: Callable[[], IO[bytes]] | bytes
     size: int
 
     @classmethod
@@ -39,23 +43,24 @@ class Content(NamedTuple):
 
 
 class StoredModel(NamedTuple):
-    """A finished model on storage: `path` are its weights, `model` tells of them."""
+    """A finished model on storage: `open` opens the file of its weights, `model` tells of them."""
 
-    path: AnyPath
+    file_name: str
+    open: Callable[[], IO[bytes]]
     model: ModelFile
     companions: Companions
 
     @property
     def name(self) -> str:
         """What the model is called among those of its job: a directory, or a file."""
-        return self.path.name.removesuffix(".safetensors") if self.companions else self.path.name
+        return self.file_name.removesuffix(".safetensors") if self.companions else self.file_name
 
     @property
     def files(self) -> dict[str, Content]:
         """Content by name of all that belongs to the model, the weights last."""
-        name = self.companions.weights_name if self.companions else self.path.name
+        name = self.companions.weights_name if self.companions else self.file_name
         beside = {name: Content.of(content) for name, content in self.companions.files.items()}
-        return {**beside, name: Content(self.path, self.model.bytes)}
+        return {**beside, name: Content(self.opened, self.model.bytes)}
 
     @property
     def entries(self) -> list[tuple[str, Content]]:
@@ -63,6 +68,35 @@ class StoredModel(NamedTuple):
         if not self.companions:
             return list(self.files.items())
         return [(f"{self.name}/{name}", content) for name, content in self.files.items()]
+
+    def opened(self) -> IO[bytes]:
+        """The file of the weights.
+
+        Raises:
+            ProblemError: 404 if it is gone, or what lies there is not the file that was made; 503 if the
+                storage refuses.
+        """
+        try:
+            file = self.open()
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise self._gone("is gone from storage") from error
+            raise ProblemError(503, f"the file {self.file_name} cannot be read: {error}") from error
+        except FileNotFoundError as error:
+            raise self._gone("is gone from storage") from error
+        except (RPGError, IsADirectoryError) as error:
+            raise self._gone("on storage is no regular file") from error
+        except OSError as error:
+            why = f"the file {self.file_name} cannot be read: {error.strerror}"
+            raise ProblemError(503, why, headers={"Retry-After": "5"}) from error
+        size = file.seek(0, os.SEEK_END)
+        if size != self.model.bytes:
+            file.close()
+            raise self._gone(f"on storage has {size} bytes, and had {self.model.bytes}")
+        return file
+
+    def _gone(self, why: str) -> ProblemError:
+        return ProblemError(404, f"the file {self.file_name} {why}")
 
 
 def model_response(stored: StoredModel, mtime: float, headers: Mapping[str, str], prefix: str) -> Response:
@@ -75,9 +109,8 @@ def model_response(stored: StoredModel, mtime: float, headers: Mapping[str, str]
         ProblemError: 404 if the weights are gone; 416 for a range outside the file.
     """
     if not stored.companions:
-        return file_response(stored, stored.path.name, headers, prefix)
-    if not exists(stored.path):
-        raise _gone(stored.path)
+        return file_response(stored, stored.file_name, headers, prefix)
+    stored.opened().close()
     # All that the bytes depend on, since hashing them would take as long as sending them.
     parts = [stored.model.sha256, stored.name, str(int(mtime)), *stored.companions.digests.items()]
     tag = hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -141,7 +174,8 @@ def _part_response(
         "Cache-Control": "private, immutable, max-age=31536000",
         "Content-Disposition": f'attachment; filename="{name}"',
     }
-    if tag in (each.strip().removeprefix("W/") for each in headers.get("if-none-match", "").split(",")):
+    known = {each.strip().removeprefix("W/") for each in headers.get("if-none-match", "").split(",")}
+    if known & {tag, "*"}:
         return Response(status_code=304, headers=common)
     part = _asked_part(headers.get("range"), size) if headers.get("if-range", tag) == tag else None
     start, end = part or (0, size)
@@ -162,16 +196,22 @@ def _asked_part(header: str | None, size: int) -> tuple[int, int] | None:
     if found is None or (not found[1] and not found[2]):
         return None
     if not found[1]:
-        start, end = max(0, size - int(found[2])), size
+        start, end = max(0, size - _number(found[2])), size
     else:
-        start, end = int(found[1]), min(size, int(found[2]) + 1 if found[2] else size)
-        if found[2] and int(found[2]) < int(found[1]):
+        start, end = _number(found[1]), min(size, _number(found[2]) + 1 if found[2] else size)
+        if found[2] and _number(found[2]) < _number(found[1]):
             return None
     if start >= end:
         raise ProblemError(
             416, f"Range: expected a part of {size} bytes", headers={"Content-Range": f"bytes */{size}"}
         )
     return start, end
+
+
+def _number(digits: str) -> int:
+    """What digits of any number say; beyond all sizes of files, some larger number."""
+    significant = digits.lstrip("0")
+    return int(significant or 0) if len(significant) <= _DIGITS else 10**_DIGITS
 
 
 def _begun(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -199,25 +239,17 @@ def _blocks(contents: Iterable[Content], start: int, end: int) -> Iterator[bytes
             return
 
 
-def _file_blocks(path: AnyPath, start: int, end: int) -> Iterator[bytes]:
-    try:
-        opened = path.open("rb")
-    except FileNotFoundError:
-        raise _gone(path) from None
-    with opened as file:
+def _file_blocks(source: Callable[[], IO[bytes]], start: int, end: int) -> Iterator[bytes]:
+    with source() as file:
         file.seek(start)
         left = end - start
         while left:
             block = file.read(min(_BLOCK, left))
             if not block:
                 # The error breaks the connection, so that the caller does not take this for the whole file.
-                raise OSError(f"{path}: shorter than it was")
+                raise OSError("the file is shorter than it was")
             left -= len(block)
             yield block
-
-
-def _gone(path: AnyPath) -> ProblemError:
-    return ProblemError(404, f"the file {path.name} is gone from storage")
 
 
 def _padded(size: int) -> int:

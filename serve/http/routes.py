@@ -1,7 +1,8 @@
 """The routes of the HTTP interface: jobs, their models, generators, and the service's health."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
@@ -35,12 +36,12 @@ from serve.http.downloads import (
     file_response,
     model_response,
 )
+from serve.http.events import JobEvents
+from serve.http.front_deadline import GENERATE_PATH, GENERATE_SECONDS
 from serve.http.problems import problem_responses
 
-_GENERATE_SECONDS = 60.0
-"""How long `/v1/generate` waits for its model before it answers with the job."""
-_QUIET_SECONDS = 10.0
-"""A line of events is sent at least so often, so that no proxy in between takes the connection for dead."""
+_WAIT_SECONDS = 10.0
+"""How long one call of the dispatcher waits for a change."""
 _PAGE = 1000
 """Jobs or models that one answer lists at most."""
 _METRICS_TYPE = "text/plain; version=0.0.4"
@@ -95,7 +96,7 @@ def _binary(description: str, *media_types: str) -> dict[str, Any]:
     return {"description": description, "content": {media_type: schema for media_type in media_types}}
 
 
-def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
+def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore, events: JobEvents) -> None:
     """Add the routes that submit, list, follow and end jobs."""
 
     @app.post(
@@ -143,27 +144,28 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
     @app.get(
         "/v1/jobs/{id}/events", response_class=StreamingResponse, operation_id="job_events",
         responses={
-            **problem_responses(404, 409, 422),
+            **problem_responses(404, 409, 422, 429),
             200: {
                 "description": "`progress` events and a last `end`; their data is the job",
                 "content": {_EVENTS_TYPE: {"schema": _EVENT}},
             },
         },
     )  # fmt: skip
-    async def events(caller: Reader, id: JobId) -> StreamingResponse:
-        """Server-sent events of a job's progress, until it ends."""
+    async def job_events(caller: Reader, id: JobId) -> StreamingResponse:
+        """Server-sent events of a job's progress, until it ends. The more listen, the fewer each gets."""
         now = await api.job(caller, id)
+        events.check_room()
         return StreamingResponse(
-            _job_events(api, caller, now), media_type=_EVENTS_TYPE, headers={"Cache-Control": "no-store"}
+            events.of(caller, now), media_type=_EVENTS_TYPE, headers={"Cache-Control": "no-store"}
         )
 
     @app.post(
-        "/v1/generate", response_class=Response, operation_id="generate",
+        GENERATE_PATH, response_class=Response, operation_id="generate",
         responses={
             **problem_responses(422, 429, 500, 507),
             200: _binary("The network, as `get_model` answers", MODEL_TYPE, TAR_TYPE),
             202: {
-                "description": f"Not made within {_GENERATE_SECONDS:.0f} s: the job that goes on",
+                "description": f"Not made within {GENERATE_SECONDS:.0f} s: the job that goes on",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}},
             },
         },
@@ -177,9 +179,9 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
         job = await api.submit(caller, whole, None)
         headers = {"Location": f"/v1/jobs/{job.id}"}
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + _GENERATE_SECONDS
+        deadline = loop.time() + GENERATE_SECONDS
         while not job.state.is_end and (seconds := deadline - loop.time()) > 0:
-            job = await api.wait_for_change(caller, job.id, job.version, seconds=min(seconds, _QUIET_SECONDS))
+            job = await api.wait_for_change(caller, job.id, job.version, seconds=min(seconds, _WAIT_SECONDS))
         if job.state == JobState.failed:
             raise ProblemError(500, job.error or "the job failed")
         if job.state == JobState.cancelled:
@@ -272,7 +274,9 @@ def add_models(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
 
 
 def _stored(store: JobStore, job: Job, model: ModelFile) -> StoredModel:
-    return StoredModel(store.model(job.id, model.index), model, store.companions(job.digest))
+    name = store.model(job.id, model.index).name
+    open_file = partial(store.open_model, job.id, model.index)
+    return StoredModel(name, open_file, model, store.companions(job.digest))
 
 
 def add_generators(app: FastAPI, api: DispatcherAPI) -> None:
@@ -331,22 +335,3 @@ def add_health(app: FastAPI, api: DispatcherAPI, metrics: Callable[[], Awaitable
     async def figures(caller: Admin) -> Response:
         """Figures for Prometheus, as Ray exports them."""
         return Response(await metrics(), media_type=_METRICS_TYPE)
-
-
-async def _job_events(api: DispatcherAPI, caller: Caller, job: Job) -> AsyncIterator[str]:
-    """`progress` events with the job as JSON, beginning with `job`; the last one is `end`."""
-    while True:
-        name = "end" if job.state.is_end else "progress"
-        yield f"event: {name}\nid: {job.version}\ndata: {job.model_dump_json()}\n\n"
-        if name == "end":
-            return
-        seen = job.version
-        while job.version == seen:
-            try:
-                job = await api.wait_for_change(caller, job.id, seen, seconds=_QUIET_SECONDS)
-            except ProblemError as problem:
-                if problem.status != 503:
-                    # The job was removed.
-                    return
-            if job.version == seen:
-                yield ": still here\n\n"

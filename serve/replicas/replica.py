@@ -26,6 +26,7 @@ from rpg.sampling.engine import Engine
 from rpg.sampling.job import JobPlan
 from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.request import Request
+from rpg.storage.below import read_below
 from rpg.storage.locations import location
 from rpg.storage.node_cache import local_copy
 from serve.config import CacheConfig, GeneratorEntry
@@ -41,6 +42,7 @@ PREVIEW_VALUES = 64
 """Most values of a tensor in a preview: enough for a picture, and few for the largest networks."""
 
 _KEPT_PLANS = 64
+_MOST_CARD_BYTES = 2**20
 _GATHER_SECONDS = 0.02
 """Finished models are sent together, since each message costs about as much as making a small network."""
 
@@ -130,6 +132,7 @@ class Replica:
             report,
             job=lease.job,
             priority=lease.priority,
+            root=self._store.root,
         )
         self.engine.submit(request)
         try:
@@ -251,8 +254,8 @@ def _load(entry: GeneratorEntry, cache: CacheConfig) -> tuple[Generator, str]:
     except (RPGError, SafetensorError) as error:
         raise RPGError(str(error).replace(str(local), str(path).rstrip("/"))) from error
     try:
-        return generator, (local / CARD_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return generator, read_below(local, CARD_FILE, _MOST_CARD_BYTES).decode()
+    except (RPGError, OSError, UnicodeDecodeError):
         return generator, generator.card()
 
 

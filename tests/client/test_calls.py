@@ -24,7 +24,14 @@ def test_the_options_of_a_submission_are_those_of_a_request() -> None:
 
 
 def test_answers_pass_over_what_a_newer_service_adds_and_lack_nothing() -> None:
-    given = {"index": 1, "sha256": "ab", "bytes": 2, "accuracy": None, "similarity": 0.5, "description": None}
+    given = {
+        "index": 1,
+        "sha256": "ab" * 32,
+        "bytes": 2,
+        "accuracy": None,
+        "similarity": 0.5,
+        "description": None,
+    }
     model = ModelFile.from_json({**given, "colour": "red"})
     # What came with a later version of the service may be missing.
     assert model.model_dump() == {**given, "metrics": None, "failure": None}

@@ -1,6 +1,7 @@
 """Downloads: continued where they broke off, and refused where they are not what was sent."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,3 +157,33 @@ def test_a_full_disk() -> None:
         with pytest.raises(RPGError, match=r"^model_000000.safetensors: cannot be written: No space left"):
             arriving.write(b"content")
         assert arriving.size == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": "0"}, {"index": "../0"}, {"index": 0.0}, {"index": 0.5}, {"index": -5}, {"index": True},
+        {"index": 10**400}, {"index": None}, {"index": []}, {"bytes": -1}, {"bytes": "7"}, {"sha256": 7},
+        {"sha256": "../../name"}, {"sha256": "A" * 64},
+    ],
+    ids=lambda change: str(change)[:30],
+)  # fmt: skip
+def test_an_answer_that_is_wrong_becomes_no_file(
+    client: Client, live: Live, tmp_path: Path, change: dict[str, object]
+) -> None:
+    given = {**model(b"content").model_dump(), **change}
+    body = json.dumps({"models": [given], "next": None}).encode()
+    live.fault("GET", "/models", answered(200, {"Content-Type": "application/json"}, body))
+    with pytest.raises(
+        RPGError, match=r"^the answer is wrong at models\.0\.\w+: .*expected that of"
+    ) as caught:
+        client.download("an-id", tmp_path / "new")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pages_that_go_back_end_in_one_line(client: Client, live: Live, tmp_path: Path) -> None:
+    body = json.dumps({"models": [], "next": 0}).encode()
+    live.fault("GET", "/models", answered(200, {"Content-Type": "application/json"}, body))
+    with pytest.raises(RPGError, match=r"^the answer is wrong at next: "):
+        client.download("an-id", tmp_path)

@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 from rpg import __version__
 from rpg.config import load_config
 from serve.config import load_serve_config
+from serve.http.front_deadline import PROXY_ENVIRONMENT
 from serve.replicas.apps import check_capacity
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,29 @@ def test_every_node_runs_the_same_image_and_ray():
     installs = re.findall(r"pip install (.*)", dockerfile)
     assert installs
     assert all(arguments.startswith("--constraint constraints.txt") for arguments in installs)
+
+
+def test_nothing_runs_as_root():
+    """The image's last user is no root, and pods refuse to start an image whose user is."""
+    final = (CLUSTER / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    users = re.findall(r"^USER (\S+)$", final, re.MULTILINE)
+    assert users and int(users[-1]) > 0
+    for path in KUBERAY:
+        for pod in pod_specs(path):
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert str(pod["securityContext"]["runAsUser"]) == users[-1]
+            for container in pod["containers"]:
+                assert container["securityContext"] == {
+                    "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]},
+                }  # fmt: skip
+
+
+def test_the_image_sets_what_rpg_serve_sets_for_the_proxy():
+    found = re.search(r"^ENV (RAY_SERVE_HTTP_PROXY.*)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert found
+    assert dict(each.split("=", 1) for each in found[1].split(" ")) == PROXY_ENVIRONMENT
+    module, name = PROXY_ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_nvcc_is_that_of_pytorchs_cuda():

@@ -1,6 +1,7 @@
 """PyTorch's files: weights are found wherever they lie, and nothing in a file is ever executed."""
 
 import argparse
+import copy
 import io
 import os
 import pickle
@@ -316,6 +317,78 @@ class TestRefusedByName:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
         assert "is compressed; expected a file as torch.save writes it" in refusal(tmp_path / "y.pt")
+
+
+INFLATING = {
+    # The names of functions, and what they are called with: tuples of an opcode's bytes.
+    "a bytearray of a number": b"cbuiltins\nbytearray\n" + pickle.dumps(10**9, 2)[2:-1] + b"\x85R",
+    "a tensor of a number": b"ctorch\nTensor\n" + pickle.dumps(3 * 10**8, 2)[2:-1] + b"\x85R",
+    "hexadecimal digits of hexadecimal digits": (
+        b"c_codecs\nencode\n" * 30
+        + b"X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R"
+        + b"X\x03\x00\x00\x00hex\x86R" * 29
+    ),
+}
+READ = """
+import resource, sys
+from pathlib import Path
+from rpg.collection.checkpoint import check_finite, read_checkpoint
+from rpg.errors import RPGError
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    check_finite(read_checkpoint(Path(sys.argv[1])), Path(sys.argv[1]))
+    print("read", end=" ")
+except RPGError as error:
+    assert "\\n" not in str(error)
+    print("refused", end=" ")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("value", INFLATING)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_small_file_makes_no_large_memory(tmp_path: Path, value: str, suffix: str) -> None:
+    """What PyTorch's own reader makes of these is up to a million times as large as the file."""
+    content = b"\x80\x02}(X\x01\x00\x00\x00w" + INFLATING[value] + b"u."
+    path = tmp_path / f"x{suffix}"
+    torch.save({"w": torch.ones(4)}, tmp_path / "small.pt")
+    with zipfile.ZipFile(tmp_path / "small.pt") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("/data.pkl") else old.read(name))
+    result = subprocess.run(
+        [sys.executable, "-c", READ, str(path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    said, kilobytes = result.stdout.split()
+    assert (said, int(kilobytes) < 100_000) == ("refused", True), result.stdout
+
+
+def test_storages_that_lie_over_each_other_take_no_more_memory(tmp_path: Path) -> None:
+    """A thousand entries of an archive that all stand for the same bytes."""
+    torch.save({f"w{i}": torch.full((1000,), float(i)) for i in range(1000)}, tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as old,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_STORED) as new,
+    ):
+        one = None
+        for info in old.infolist():
+            if "/data/" in info.filename and not info.filename.endswith("/0"):
+                assert one is not None
+                other = copy.copy(one)
+                other.filename = other.orig_filename = info.filename
+                new.filelist.append(other)
+                new.NameToInfo[info.filename] = other
+            else:
+                new.writestr(info.filename, old.read(info.filename))
+                one = new.getinfo(info.filename) if info.filename.endswith("/data/0") else one
+    assert (tmp_path / "y.pt").stat().st_size < 400_000
+    read = read_checkpoint(tmp_path / "y.pt")
+    assert len(read) == 1000 and len({tensor.data_ptr() for tensor in read.values()}) == 1, "tied, in 4 kB"
+
+
+def test_bytes_that_lie_beside_weights_are_read_as_before(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(4), "b": bytearray(b"\xff\0"), "c": b"\xff"}, tmp_path / "x.pt")
+    assert list(read_checkpoint(tmp_path / "x.pt")) == ["w"]
 
 
 def mark(path: str) -> dict[str, Any]:

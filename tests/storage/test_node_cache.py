@@ -276,3 +276,43 @@ def test_other_directories_in_the_cache_stay(tmp_path):
     (tmp_path / "mine" / "source.json").write_text("{}")
     assert read_and_end(uri, tmp_path, 60) == "x" * 50
     assert (tmp_path / "mine" / "source.json").exists()
+
+
+@pytest.mark.parametrize("planted", ["entry", "content", "lock", "source", "reserved", "large source"])
+def test_what_others_put_into_the_cache_leads_nowhere(bucket, tmp_path, planted):
+    uri, cache, outside = f"{bucket}/a.txt", tmp_path / "cache", tmp_path / "outside"
+    write_text(location(uri), "right")
+    outside.mkdir()
+    (outside / "kept.txt").write_text("kept")
+    assert read_and_end(uri, cache, LARGE) == "right"
+    (entry,) = cache.glob("*/")
+    # What could be taken for a copy, were links followed.
+    shutil.copytree(entry, outside / "entry")
+    (outside / "entry" / "content" / "a.txt").write_text("wrong")
+    before = {path: path.read_text() for path in outside.rglob("*") if path.is_file()}
+    if planted == "entry":
+        shutil.rmtree(entry)
+        entry.symlink_to(outside / "entry")
+    elif planted == "content":
+        shutil.rmtree(entry / "content")
+        (entry / "content").symlink_to(outside / "entry" / "content")
+    elif planted == "lock":
+        entry.with_suffix(".lock").unlink()
+        entry.with_suffix(".lock").symlink_to(outside / "kept.txt")
+    elif planted == "source":
+        (entry / "source.json").unlink()
+        os.mkfifo(entry / "source.json")
+    elif planted == "large source":
+        with (entry / "source.json").open("r+b") as file:
+            file.truncate(2**40)
+    else:
+        shutil.rmtree(entry)
+        for number in range(3):
+            partial = cache / f"{number:032x}.partial"
+            partial.mkdir()
+            (partial / "reserved").write_text("many")
+            (partial / "link").symlink_to(outside)
+    found = read_and_end(uri, cache, LARGE)
+    refused = f"error: {entry}.lock: is a link; expected a lock's regular file"
+    assert found == (refused if planted == "lock" else "right")
+    assert {path: path.read_text() for path in outside.rglob("*") if path.is_file()} == before

@@ -617,7 +617,7 @@ def test_a_job_that_is_revived_while_others_are_removed_stays(
     asyncio.run(run())
 
 
-def test_a_job_that_is_revived_while_it_is_to_be_removed_is_cancelled(
+def test_a_job_that_is_to_be_revived_while_it_is_removed_becomes_a_new_one(
     config: ServeConfig, in_process: InProcess
 ) -> None:
     async def run() -> None:
@@ -631,21 +631,20 @@ def test_a_job_that_is_revived_while_it_is_to_be_removed_is_cancelled(
                 )
                 await asyncio.sleep(0.1)
                 revival = asyncio.create_task(submit(service, key="k", number=5000, steps=50))
-                while job.has_ended:
-                    await asyncio.sleep(0.01)
-            answer = await removal
-            assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-            assert (await revival).json()["id"] == id
-            assert (Path(config.storage) / "jobs" / id / "job.json").exists()
+                await asyncio.sleep(0.1)
+            assert (await removal).status_code == 204
+            answer = await revival
+            assert answer.status_code == 202 and answer.json()["id"] != id
+            assert [path.name for path in (Path(config.storage) / "jobs").iterdir()] == [answer.json()["id"]]
 
     asyncio.run(run())
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, target: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    def refuse(root: Path, name: str, new_name: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(root / name))
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr("serve.dispatch.store.rename_below", refuse)
 
 
 def test_a_job_that_cannot_be_removed_stays_and_whoever_asked_is_told(

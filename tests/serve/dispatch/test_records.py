@@ -13,6 +13,7 @@ from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
 from serve.dispatch.records import JobManifest, JobProgress, Made
 
+SHA256 = "0" * 64
 SAMPLING = SamplingConfig(Solver.ddim, steps=3, guidance=2.0, token_batch=32)
 MANIFEST = JobManifest(
     id="q6PBdadxpGPhSBnbsMVe5g",
@@ -118,10 +119,15 @@ def test_what_older_states_lack_has_its_default() -> None:
     [
         ({"state": "lost"}, "state: Input should be 'queued'"),
         ({"made": None}, "made: Input should be a valid array"),
-        ({"made": [[4, "a", 1]]}, "a model's index is out of range"),
-        ({"made": [[-1, "a", 1]]}, "made.0.0: Input should be greater than or equal to 0"),
-        ({"made": [[0, "a"]]}, "made.0.2: Field required"),
-        ({"made": [[0, "a", "many"]]}, "made.0.2: Input should be a valid integer"),
+        ({"made": [[4, SHA256, 1]]}, "a model's index is out of range"),
+        ({"made": [[-1, SHA256, 1]]}, "made.0.0: Input should be greater than or equal to 0"),
+        ({"made": [[0, SHA256]]}, "made.0.2: Field required"),
+        ({"made": [[0, SHA256, "many"]]}, "made.0.2: Input should be a valid integer"),
+        ({"made": [[0, SHA256, -1]]}, "made.0.2: Input should be greater than or equal to 0"),
+        ({"made": [[0, "a", 1]]}, "made.0.1: String should match pattern"),
+        ({"digest": ["a"]}, "digest: Input should be a valid string"),
+        ({"ended": float("nan")}, "ended: Input should be a finite number"),
+        ({"ended": 1e300}, "ended: Input should be less than or equal to"),
         ({"colour": "red"}, "colour: Unexpected keyword argument"),
     ],
 )

@@ -2,11 +2,10 @@
 
 import errno
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from rpg.client.schema import JobState
 from rpg.config import SamplingConfig
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
+from rpg.storage.below import open_below, remove_below
 from rpg.storage.locations import AnyPath, is_remote, location
 from serve.dispatch.records import JobManifest, JobProgress, Made
 from serve.dispatch.store import JobStore, Quarantined, new_id
@@ -86,8 +86,7 @@ def test_wherever_a_removal_is_cut_short_the_next_start_completes_it(
             if is_remote(store.root):
                 patch.setattr(store.root.fs, "rm", killed_later(store.root.fs.rm))
             else:
-                patch.setattr(Path, "unlink", killed_later(Path.unlink))
-                patch.setattr(shutil, "rmtree", killed_later(shutil.rmtree))
+                patch.setattr("serve.dispatch.store.remove_below", killed_later(remove_below))
             with pytest.raises(Killed):
                 store.remove_files(job)
         assert not list(store.all())
@@ -109,15 +108,14 @@ class Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int, error: int) -> None:
         self.left = times
-        read = Path.read_text
 
-        def read_text(path: Path, *args: str, **options: str) -> str:
-            if path.name == name and self.left:
+        def opening(root: AnyPath, place: str) -> IO[bytes]:
+            if place.endswith(f"/{name}") and self.left:
                 self.left -= 1
-                raise OSError(error, os.strerror(error), str(path))
-            return read(path, *args, **options)
+                raise OSError(error, os.strerror(error), str(root / place))
+            return open_below(root, place)
 
-        monkeypatch.setattr(Path, "read_text", read_text)
+        monkeypatch.setattr("rpg.storage.below.open_below", opening)
 
 
 @pytest.mark.parametrize("name", ["job.json", "state.json"])

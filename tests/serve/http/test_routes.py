@@ -161,6 +161,11 @@ def test_without_tokens_only_this_machine_is_answered(config: ServeConfig, in_pr
     async def run() -> None:
         async with in_process(config) as service:
             assert (await service.client.get("/v1/jobs")).status_code == 200
+            for host in ("127.0.0.1:80", "localhost", "[::1]:8000", "LOCALHOST:1"):
+                assert (await service.client.get("/v1/jobs", headers={"Host": host})).status_code == 200
+            others = ("127.0.0.1:80@evil.example", "127.0.0.1.evil.example", "[::1].evil.example", "", "::1")
+            for host in (*others, "localhost:", "127.0.0.1:x"):
+                problem(await service.client.get("/v1/jobs", headers={"Host": host}), 403)
             renamed = await service.client.get("/v1/jobs", headers={"Host": "evil.example"})
             assert "answers calls from this machine" in problem(renamed, 403)
             transport = httpx.ASGITransport(service.app, client=("192.0.2.7", 4))
@@ -197,8 +202,20 @@ def test_models_are_downloaded_whole_in_parts_and_as_an_archive(
         beyond = await client.get(path, headers={**ALICE, "Range": f"bytes={size}-"})
         problem(beyond, 416)
         assert beyond.headers["content-range"] == f"bytes */{size}"
+        # Python makes no integers of more than 4,300 digits.
+        huge = "9" * 4301
+        problem(await client.get(path, headers={**ALICE, "Range": f"bytes={huge}-"}), 416)
+        problem(await client.get(path, headers={**ALICE, "Range": f"bytes={huge}-{huge}"}), 416)
+        for asked, part in (
+            (f"bytes=5-{huge}", whole[3][5:]),
+            (f"bytes=-{huge}", whole[3]),
+            (f"bytes={'0' * 4301}7-8", whole[3][7:9]),
+        ):
+            answer = await client.get(path, headers={**ALICE, "Range": asked})
+            assert (answer.status_code, answer.content) == (206, part)
         known = await client.get(path, headers={**ALICE, "If-None-Match": f'"other", {tag}'})
         assert (known.status_code, known.content) == (304, b"")
+        assert (await client.get(path, headers={**ALICE, "If-None-Match": "*"})).status_code == 304
         changed = await client.get(path, headers={**ALICE, "Range": "bytes=0-9", "If-Range": '"other"'})
         assert changed.status_code == 200
         problem(await client.get(f"/v1/jobs/{job}/models/4", headers=ALICE), 404)
@@ -223,9 +240,6 @@ class Zeros:
 
     block = bytes(2**20)
 
-    def open(self, mode: str) -> "Zeros":
-        return self
-
     def __enter__(self) -> "Zeros":
         return self
 
@@ -239,7 +253,7 @@ class Zeros:
 
 def test_an_archive_of_a_large_network_can_be_unpacked(tmp_path: Path) -> None:
     sizes = {"small": 1000, "large": 9 * 2**30 + 5}
-    zeros: Any = Zeros()
+    zeros: Any = Zeros
     files = [(f"{'a' * 22}/{name}.safetensors", Content(zeros, size)) for name, size in sizes.items()]
     archive = tmp_path / "archive.tar"
     with archive.open("wb") as file:
