@@ -37,7 +37,7 @@ def test_a_submitted_pipeline_runs_to_the_report(head, small_run, tmp_path):
     settings = [value for value in small_run.arguments[1:] if not value.startswith(("ray.", "output="))]
     job = submit(
         head, "python", "-m", "ray_jobs.pipeline", "configs/digits.yaml", *settings, f"output={output}",
-        "train.steps=20", "train.save_every=10",
+        "train.steps=20", "train.save_every=10", "refine.steps=4", "refine.tasks_per_step=2",
     )  # fmt: skip
     assert job.returncode == 0, job.stdout
     for stage in ("collect", "shard"):
