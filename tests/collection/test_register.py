@@ -78,7 +78,7 @@ class TestGoodFolders:
         collection, skipped = register(folder)
         assert [entry.file for entry in collection.entries] == ["a.pt", "b.pt"]
         assert skipped == []
-        with pytest.raises(RPGError, match=r"c\.safetensors: not a regular file"):
+        with pytest.raises(RPGError, match=r"c\.safetensors: is a FIFO; expected a regular file"):
             read_checkpoint(folder / "c.safetensors")
 
     def test_a_link_to_nothing_is_a_bad_checkpoint(self, tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("error", "status", "stderr"),
         [
-            (RPGError("x.pt: two\nlines"), 2, "job: error: x.pt: two lines\n"),
+            (RPGError("x.pt: two\nlines"), 2, "job: error: x.pt: two\\nlines\n"),
             (OSError(28, "No space left on device"), 2, "job: error: No space left on device\n"),
             (FileNotFoundError(2, "No such file", "a.txt"), 2, "job: error: a.txt: No such file\n"),
             (OSError("odd"), 2, "job: error: odd\n"),

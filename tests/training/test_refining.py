@@ -13,6 +13,7 @@ from rpg.collection.layout import Encoded, Layout
 from rpg.collection.statistics import LayoutStatistics
 from rpg.config import (
     ConditionConfig,
+    ConditionKind,
     DenoiserConfig,
     DiffusionConfig,
     GeneratorConfig,
@@ -67,7 +68,7 @@ class Lines:
         return F.mse_loss(outputs[:, 0], batch[0] @ torch.tensor(condition))
 
 
-def layout() -> Layout:
+def layout(normalisation: Normalisation = Normalisation.residual) -> Layout:
     torch.manual_seed(0)
     networks = [Lines().build_network() for _ in range(4)]
     for network in networks:
@@ -75,7 +76,7 @@ def layout() -> Layout:
     statistics = LayoutStatistics(networks[0].state_dict())
     for network in networks:
         statistics.update(network.state_dict())
-    return statistics.layout(5, Normalisation.residual)
+    return statistics.layout(5, normalisation)
 
 
 def generator(states: int = 0, **sampling: Any) -> Generator:
@@ -241,6 +242,30 @@ def test_states_are_added_and_known_ones_kept(known: int) -> None:
     assert len(weight.unique(dim=0)) == 5
     with pytest.raises(RPGError, match=r"refine.states: the fitted generator has 5, got 3"):
         with_states(more, 3, fitted.config.sampling, 0)
+
+
+@pytest.mark.parametrize("kind", [ConditionKind.permutation, ConditionKind.none])
+@pytest.mark.parametrize("normalisation", list(Normalisation))
+def test_generators_without_conditions_are_refined(kind: ConditionKind, normalisation: Normalisation) -> None:
+    """There is one task, which the family is told of as None."""
+
+    class Sums(Lines):
+        def loss(self, outputs: Tensor, batch: tuple[Tensor], condition: Asked) -> Tensor:
+            assert condition is None
+            return F.mse_loss(outputs[:, 0], batch[0].sum(1))
+
+    torch.manual_seed(1)
+    config = replace(generator().config, condition=ConditionConfig(kind=kind, size=4))
+    fitted = Generator(config, layout(normalisation)).eval()
+    of_sums, errors = TaskLoss(Sums(), "sums", CPU), []
+    trainer = new_refiner(fitted, of_sums, CONFIG, config.sampling, 0, CPU)
+    one_task = TrainingTasks(None, [None])
+    refine(trainer, one_task, of_sums, 0, lambda progress: errors.append(progress.loss), lambda *_: None)
+    assert errors[-1] < 0.3 * errors[0]
+    with pytest.raises(
+        RPGError, match=rf"refine\.states: expected 0 beside generator.condition.kind '{kind}'"
+    ):
+        with_states(fitted, 5, config.sampling, 0)
 
 
 def test_networks_of_different_states_come_to_differ() -> None:
