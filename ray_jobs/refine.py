@@ -8,7 +8,6 @@ It is part of the flow where `refine.steps` is not 0, and resumes as stage `trai
 import sys
 
 from ray_jobs.judging import check_judge, family_inputs, judge_inputs
-from ray_jobs.loading import load_collection
 from ray_jobs.refining_tasks import check_refining
 from ray_jobs.resources import training_request
 from ray_jobs.run_paths import RunPaths
@@ -44,8 +43,7 @@ def check(config: Config) -> None:
             "refine.steps: expected at least 1, got 0, which leaves generators as they were fitted"
         )
     check_workers(config, "refine")
-    given = config.collect.directory
-    check_refining(config, load_collection(RunPaths.of(config).collection) if given else None)
+    check_refining(config)
     if config.refine.validate_every:
         check_judge(config)
 

@@ -13,6 +13,7 @@ import ray.train.torch
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from ray_jobs.loading import load_collection
+from ray_jobs.refining_tasks import RefiningTasks
 from ray_jobs.resources import cpus_per_worker, node_resources, worker_resources
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.training.atomic_files import storage_filesystem
@@ -76,8 +77,9 @@ def fit_generator(
         config = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, mlflow=local))
     filesystem, root = storage_filesystem(storage)
     remove_interrupted_uploads(filesystem, f"{root}/{name}")
+    refining = None if fitted is None else RefiningTasks.of(config, fitted)
     worker = WorkerConfig(
-        config, shards, storage, name, mailbox, token_size, tasks, on_report is not None, fitted
+        config, shards, storage, name, mailbox, token_size, tasks, on_report is not None, refining
     )
     callbacks = [_ReportCallback(on_report)] if on_report else []
     trainer = ray.train.torch.TorchTrainer(

@@ -13,9 +13,8 @@ import ray.train
 import ray.train.torch
 import torch
 
-from ray_jobs.loading import load_collection, load_generator, open_shards
-from ray_jobs.refining_tasks import refining_family, training_tasks
-from ray_jobs.run_paths import RunPaths
+from ray_jobs.loading import load_generator, open_shards
+from ray_jobs.refining_tasks import RefiningTasks
 from ray_jobs.training.checkpoints import WorkerCheckpoints, history_row
 from ray_jobs.training.tracking import log_everywhere, trackers
 from ray_jobs.validation import ValidationTasks
@@ -23,8 +22,6 @@ from rpg.collection.retokenised import AnyShards, Retokenised
 from rpg.config import Config
 from rpg.errors import RPGError
 from rpg.storage.locations import AnyPath
-from rpg.tasks.families import load_family, uses_gpu
-from rpg.tasks.task_loss import TaskLoss
 from rpg.training.progress import TrainingProgress
 
 if TYPE_CHECKING:
@@ -44,7 +41,8 @@ class WorkerConfig:
     tasks: ValidationTasks | None
     may_be_stopped: bool
     """Whether to ask the mailbox, whenever something is logged, if training is to end early."""
-    fitted: AnyPath | None = None
+    refining: RefiningTasks | None = None
+    """By what a generator is refined; None: a new one is fitted."""
 
 
 class _StopRequestedError(Exception):
@@ -76,7 +74,7 @@ def _train(worker: WorkerConfig) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    trainer, run = _fitting(worker, device) if worker.fitted is None else _refining(worker, device)
+    trainer, run = _fitting(worker, device) if worker.refining is None else _refining(worker, device)
     checkpoints = WorkerCheckpoints(
         trainer,
         worker.storage,
@@ -126,16 +124,12 @@ def _refining(worker: WorkerConfig, device: torch.device) -> "tuple[Trainer, Cal
     """A trainer that refines the fitted generator, and the loop that it is for."""
     from rpg.training.refining import new_refiner, refine
 
-    config = worker.config
-    assert worker.fitted is not None
-    collection = load_collection(RunPaths.of(config).collection)
-    name = refining_family(config, collection)
-    of_networks = device if uses_gpu(name) else torch.device("cpu")
-    family = load_family(name, RunPaths.of(config).images, of_networks)
-    loss = TaskLoss(family, name, of_networks)
-    fitted = load_generator(worker.fitted, config.ray)
+    config, refining = worker.config, worker.refining
+    assert refining is not None
+    loss = refining.loss(device)
+    fitted = load_generator(refining.fitted, config.ray)
     trainer = new_refiner(fitted, loss, config.refine, config.generator.sampling, config.seed, device)
-    return trainer, functools.partial(refine, trainer, training_tasks(config, collection), loss, config.seed)
+    return trainer, functools.partial(refine, trainer, refining.tasks, loss, config.seed)
 
 
 def _open(worker: WorkerConfig) -> AnyShards:

@@ -1,6 +1,7 @@
 """The loss of many networks in their own tasks, in a way that gradients flow back to their weights."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from rpg.tasks.predictions import WithState
 
 _TOLERANCE = 1e-3
 """What outputs may differ by, relative to the largest, if networks run side by side instead of alone."""
+
+
+@dataclass(frozen=True)
+class TrainingTasks:
+    """The tasks that networks are made for: those of the training checkpoints, each once.
+
+    Attributes:
+        conditions: float32 [tasks, size]; None where the generator takes no vector, and there is one task.
+        asked: what the family is told of each.
+    """
+
+    conditions: Tensor | None
+    asked: list[Asked]
 
 
 class TaskLoss:

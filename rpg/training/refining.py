@@ -28,24 +28,11 @@ from rpg.sampling.plain_loop import solve
 from rpg.sampling.solvers import generator_steps
 from rpg.seeds import derived_seed
 from rpg.tasks.families import Asked
-from rpg.tasks.task_loss import TaskLoss
+from rpg.tasks.task_loss import TaskLoss, TrainingTasks
 from rpg.training.fit import run_steps
 from rpg.training.progress import TrainingProgress, Validation
 from rpg.training.trainer import Trainer
 from rpg.training.workers import Workers
-
-
-@dataclass(frozen=True)
-class TrainingTasks:
-    """The tasks that networks are made for: those of the training checkpoints, each once.
-
-    Attributes:
-        conditions: float32 [tasks, size]; None where the generator takes no vector, and there is one task.
-        asked: what the family is told of each.
-    """
-
-    conditions: Tensor | None
-    asked: list[Asked]
 
 
 @dataclass

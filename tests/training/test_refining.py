@@ -28,11 +28,10 @@ from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.solvers import generator_steps
 from rpg.tasks.families import Asked
-from rpg.tasks.task_loss import TaskLoss
+from rpg.tasks.task_loss import TaskLoss, TrainingTasks
 from rpg.training.refining import (
     TaskObjective,
     TaskSource,
-    TrainingTasks,
     new_refiner,
     refine,
     sample_tokens,
