@@ -36,12 +36,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     merged: Any = _read_yaml(path, Config, "a YAML config")
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, given = override.partition("=")
         if not separator:
             raise RPGError(f"override '{override}': expected key=value")
         check_key(key, "override")
         try:
-            _check_nesting(override)
+            _check_nesting(given)
             # Replaced, not merged: a mapping such as tune.space is one value.
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             OmegaConf.update(merged, key, value, merge=False)

@@ -51,6 +51,10 @@ class TestLoading:
     def test_the_last_override_wins(self, preset: Path) -> None:
         assert load_config(preset, ["seed=1", "seed=2"]).seed == 2
 
+    def test_a_value_may_be_a_mapping(self, preset: Path) -> None:
+        config = load_config(preset, ["tune.space={generator.denoiser.width: [16, 64], seed: [1]}"])
+        assert config.tune.space == {"generator.denoiser.width": [16, 64], "seed": [1]}
+
     def test_a_value_may_hold_an_equals_sign(self, preset: Path) -> None:
         assert load_config(preset, ["name=a=b"]).name == "a=b"
 
