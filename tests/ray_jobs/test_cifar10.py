@@ -87,7 +87,8 @@ def test_from_images_to_report(run_job, tmp_path):
     assert len(collection["entries"]) == 1022
     # Copies share the order of the images: one copy is one permutation state, and the preset asks for all.
     assert {entry["state"] for entry in collection["entries"]} == {0}
-    assert generator_config_from_yaml(run / "generator" / "config.yaml").condition.states == 1
+    for directory, states in (("fitted", 1), ("generator", 32)):
+        assert generator_config_from_yaml(run / directory / "config.yaml").condition.states == states
     assert len(originals) == 20
     mean = sum(originals) / len(originals)
     assert report["score"]["originals"]["mean"] == pytest.approx(mean, abs=1e-6)

@@ -75,6 +75,7 @@ def signs_of_work(output: Path) -> dict[str, Callable[[], bool]]:
         "collect": lambda: files(".collection.*/task*.safetensors"),
         "shard": lambda: files(".shards.*/*") or files("shards/*"),
         "train": lambda: files("train/*/checkpoint_*/training_state.pt"),
+        "refine": lambda: files("refine/*/checkpoint_*/training_state.pt"),
         "generate": lambda: files(".generated.*/*.safetensors") or files("generated/*.safetensors"),
         "evaluate": lambda: files("stages/generate.json"),
     }
@@ -143,7 +144,7 @@ def test_a_node_lost_in_every_stage_changes_nothing(
             printed = run_pipeline(head, settings, tmp_path / "lost", lose_node)
         finally:
             node.kill()
-    assert lost == ["collect", "shard", "train", "generate", "evaluate"], printed
+    assert lost == ["collect", "shard", "train", "refine", "generate", "evaluate"], printed
     assert "Traceback" not in printed
     whole = digests(small_run.root)
     assert digests(tmp_path / "lost") == whole

@@ -40,7 +40,7 @@ def test_the_page_has_its_figures_and_the_terminal_its_table(small_run):
     assert page.count('src="data:image/svg+xml') >= 4
     assert "<table" in page
     assert "generated, unseen tasks" in small_run.printed
-    for stage in ("collect", "shard", "train", "generate", "evaluate"):
+    for stage in ("collect", "shard", "train", "refine", "generate", "evaluate"):
         assert f"{stage}: done in" in small_run.printed
     assert "Traceback" not in small_run.printed
 
@@ -98,7 +98,7 @@ def test_a_second_run_reuses_stages_whose_inputs_have_not_changed(small_run, joi
     report = (small_run.root / "report.json").read_bytes()
     again = join_job("pipeline", small_run.arguments)
     assert again.returncode == 0, again.stderr
-    for stage in ("collect", "shard", "train", "generate", "evaluate"):
+    for stage in ("collect", "shard", "train", "refine", "generate", "evaluate"):
         assert f"{stage}: unchanged, reused" in again.stderr
     assert (small_run.root / "report.json").read_bytes() == report
 

@@ -17,7 +17,7 @@ import pytest
 from tests.ray_jobs.conftest import DIGITS, ROOT, SMALL, FinishedRun
 
 pytestmark = pytest.mark.slow
-STAGES = ("collect", "shard", "train", "generate", "evaluate")
+STAGES = ("collect", "shard", "train", "refine", "generate", "evaluate")
 Job = Callable[..., subprocess.CompletedProcess[str]]
 
 

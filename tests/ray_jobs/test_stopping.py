@@ -45,6 +45,7 @@ def test_interrupt_leaves_no_process_and_training_goes_on(small_run, tmp_path):
     for kept in ("collection", "shards", "stages"):
         shutil.copytree(small_run.root / kept, output / kept)
     longer = [*small_run.arguments, f"output={output}", "train.steps=600", "train.save_every=50"]
+    longer.append("refine.steps=0")
     process = start(longer)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(output.glob("train/*/checkpoint_*/training_state.pt")):

@@ -82,7 +82,7 @@ def test_a_bucket_that_turns_read_only_can_be_finished(small_run, run_job, bucke
     proxy.requests.clear()
     finished = run_job("pipeline", arguments)
     assert finished.returncode == 0, finished.stderr
-    for stage in ("collect", "shard", "train"):
+    for stage in ("collect", "shard", "train", "refine"):
         assert f"{stage}: unchanged, reused" in finished.stderr
     assert f"{bucket}/run/report.html" in finished.stderr
     models = [path for method, path in proxy.requests if method == "PUT" and "/generated/model_" in path]
@@ -99,7 +99,7 @@ def test_a_bucket_that_turns_read_only_can_be_finished(small_run, run_job, bucke
     assert (ours["score"], ours["similarity"]) == (local["score"], local["similarity"])
     # Workers brought shards and generator to the node once; the generator anew with its last model card.
     kept = [json.loads(source.read_text())["uri"] for source in tmp_path.glob("*/source.json")]
-    assert set(kept) == {f"{bucket}/run/shards", f"{bucket}/run/generator"}
+    assert set(kept) == {f"{bucket}/run/{part}" for part in ("shards", "fitted", "generator")}
     assert kept.count(f"{bucket}/run/shards") == 1
 
 
