@@ -28,19 +28,19 @@ def test_a_collection_without_validation_tasks_is_refused_with_a_hint(
     tmp_path: Path, architecture: dict[str, str], entry: Entry, reason: str
 ) -> None:
     with pytest.raises(RPGError, match=rf"{reason}.*; without validation: train\.validate_every=0"):
-        ValidationTasks.of(Config(), Collection(tmp_path, architecture, [entry]))
+        ValidationTasks.of(Config(), "train", Collection(tmp_path, architecture, [entry]))
 
 
 def test_tasks_of_split_validation_are_taken(tmp_path: Path) -> None:
     entries = [Entry(name, "0" * 64, ODD, split="validation") for name in "ab"]
-    tasks = ValidationTasks.of(Config(), Collection(tmp_path, {FAMILY: "digits"}, entries))
+    tasks = ValidationTasks.of(Config(), "train", Collection(tmp_path, {FAMILY: "digits"}, entries))
     assert (tasks.judge.tasks, tasks.conditions, tasks.higher_is_better) == ("digits", [ODD], True)
 
 
 def test_a_generator_without_conditions_has_one_task(tmp_path: Path) -> None:
     config = Config(evaluate=EvaluateConfig(command="true {checkpoint}", higher_is_better=False))
     config.generator.condition.kind = ConditionKind.permutation
-    tasks = ValidationTasks.of(config, Collection(tmp_path, {}, [Entry("a", "0" * 64)]))
+    tasks = ValidationTasks.of(config, "train", Collection(tmp_path, {}, [Entry("a", "0" * 64)]))
     assert (tasks.conditions, tasks.descriptions, tasks.higher_is_better) == (None, None, False)
 
 
@@ -65,7 +65,7 @@ def test_a_family_is_loaded_once_for_all_validations(tmp_path: Path) -> None:
     (tmp_path / "family_that_counts.py").write_text(FAMILY_THAT_COUNTS)
     config = Config(tasks=f"{tmp_path}/family_that_counts.py:Counts")
     config.generator.condition.kind = ConditionKind.none
-    tasks = ValidationTasks.of(config, Collection(tmp_path, {}, [Entry("a", "0" * 64)]))
+    tasks = ValidationTasks.of(config, "train", Collection(tmp_path, {}, [Entry("a", "0" * 64)]))
     family = sys.modules["family_that_counts"].Counts
     assert family.made == 1
     statistics = LayoutStatistics({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
