@@ -76,7 +76,7 @@ def test_a_search_leaves_a_table_a_figure_and_a_best_config_that_trains(searched
     assert best.shard.token_size == rows[0]["settings"]["shard.token_size"]
     trained = join_job("train", [output / "tune" / "best.yaml"])
     assert trained.returncode == 0, trained.stderr
-    generator = Generator.from_pretrained(Path(best.output) / "generator")
+    generator = Generator.from_pretrained(Path(best.output) / "fitted")
     assert sum(parameter.numel() for parameter in generator.parameters()) == rows[0]["parameters"]
 
 
