@@ -184,7 +184,7 @@ class Layout:
         in_a_row = tokens.view(-1)
         for spec, start in zip(self._tokenised, self._starts, strict=False):
             flat = state_dict[spec.name].detach().to("cpu").reshape(-1)
-            centre, held = self._centre_of(spec), self._held(spec)
+            centre, held = self.centre_of(spec), self._held(spec)
             for part in _whole_tokens(spec, held):
                 values = normalise(spec, flat[part], None if centre is None else centre[part])
                 if self.cut == TokenCut.flat:
@@ -349,7 +349,8 @@ class Layout:
             )
         return layout
 
-    def _centre_of(self, spec: TensorSpec) -> Tensor | None:
+    def centre_of(self, spec: TensorSpec) -> Tensor | None:
+        """The values [numel] that a tensor's are differences from; None for z-score."""
         if self.normalisation == Normalisation.zscore:
             return None
         return self.centre[spec.name].view(-1)
@@ -366,7 +367,7 @@ class Layout:
         )
 
     def _decode_slice(self, spec: TensorSpec, start: int, values: Tensor) -> Tensor:
-        centre = self._centre_of(spec)
+        centre = self.centre_of(spec)
         if centre is not None:
             centre = centre[start : start + values.numel()]
         return denormalise(spec, values, centre)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout
-from rpg.collection.tensor_spec import TensorKind, TensorSpec
-from rpg.collection.tokens import LOG_SHIFT, join, log_ratio, values_per_token
-from rpg.config import Normalisation, TokenCut
+from rpg.collection.tensor_spec import TensorKind
+from rpg.collection.tokens import LOG_SHIFT, join, offset, values_per_token
+from rpg.config import TokenCut
 
 
 class StackedDecoder:
@@ -20,7 +20,13 @@ class StackedDecoder:
         """Decode networks of `layout` on `device`, which then holds one checkpoint in float32."""
         self._layout = layout
         self._constants = {name: value.to(device) for name, value in layout.constants.items()}
-        self._offsets = {spec.name: _offset(layout, spec).to(device) for spec in layout.specs if spec.tokens}
+        self._offsets = {
+            spec.name: torch.as_tensor(offset(spec, layout.centre_of(spec)), dtype=spec.compute_dtype).to(
+                device
+            )
+            for spec in layout.specs
+            if spec.tokens
+        }
 
     def __call__(self, tokens: Tensor) -> dict[str, Tensor]:
         """The networks with these tokens.
@@ -53,11 +59,3 @@ class StackedDecoder:
                 weights = (weights.exp() - LOG_SHIFT).clamp(min=spec.floor) * spec.pre_mean
             stacked[spec.name] = weights.view(len(tokens), *spec.shape)
         return stacked
-
-
-def _offset(layout: Layout, spec: TensorSpec) -> Tensor:
-    """What is added to a tensor's scaled values: [numel], or [1] where it is the same for all."""
-    if layout.normalisation == Normalisation.zscore:
-        return torch.tensor([spec.mean], dtype=spec.compute_dtype)
-    centre = layout.centre[spec.name].reshape(-1).to(spec.compute_dtype)
-    return log_ratio(centre, spec.pre_mean) if spec.kind == TensorKind.running_var else centre

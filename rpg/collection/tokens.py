@@ -44,7 +44,7 @@ def normalise(spec: TensorSpec, values: Tensor, centre: Tensor | None) -> Tensor
     Raises:
         RPGError: naming the tensor, at a negative running variance.
     """
-    result = _transform(spec, values) - (spec.mean if centre is None else _transform(spec, centre))
+    result = _transform(spec, values) - offset(spec, centre)
     return result.div_(spec.scale).to(torch.float32)
 
 
@@ -55,10 +55,15 @@ def denormalise(spec: TensorSpec, values: Tensor, centre: Tensor | None) -> Tens
     which it is computed.
     """
     result = values.to(spec.compute_dtype) * spec.scale
-    result += spec.mean if centre is None else _transform(spec, centre)
+    result += offset(spec, centre)
     if spec.kind == TensorKind.running_var:
         result = from_log_ratio(result, spec.pre_mean, spec.floor)
     return result.to(spec.dtype)
+
+
+def offset(spec: TensorSpec, centre: Tensor | None) -> Tensor | float:
+    """What is subtracted before values are scaled, and added afterwards: the mean (z-score), or T(centre)."""
+    return spec.mean if centre is None else _transform(spec, centre)
 
 
 def count_tokens(numel: int, token_size: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rpg.collection.layout import Layout
 from rpg.collection.tensor_spec import TensorKind
-from rpg.collection.tokens import LOG_SHIFT, cut, log_ratio
+from rpg.collection.tokens import LOG_SHIFT, cut, offset
 from rpg.config import Normalisation, TokenCut
 from rpg.sampling.model_writer import ModelWriter
 
@@ -37,9 +37,7 @@ class TokenDecoder:
             return
         self._offset = torch.empty(layout.tokens, layout.token_size, device=device)
         for spec in tensors:
-            centre = layout.centre[spec.name].reshape(-1).float()
-            if spec.kind == TensorKind.running_var:
-                centre = log_ratio(centre, spec.pre_mean)
+            centre = torch.as_tensor(offset(spec, layout.centre_of(spec)))
             rows = slice(spec.first_token, spec.first_token + spec.tokens)
             self._offset[rows] = cut(centre, layout.token_size).to(device)
 
