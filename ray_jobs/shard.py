@@ -55,9 +55,14 @@ def run(config: Config, refit: bool = False, part_limits: tuple[int, int] = PART
             groups = earlier.groups(entries, config.shard)
         else:
             if layout is None:
-                layout = compute_layout(
-                    collection, entries, config.shard, companions, display, resume.scratch, part_limits
-                )
+                try:
+                    layout = compute_layout(
+                        collection, entries, config.shard, companions, display, resume.scratch, part_limits
+                    )
+                except BaseException:
+                    # No layout, nothing to resume: shards that are there stay as they were.
+                    resume.clear()
+                    raise
                 resume.save_layout(layout, plan)
             fitted, kept = len(entries), {}
             groups = cut_into_groups(entries, layout, config.shard)

@@ -97,6 +97,7 @@ def test_a_token_larger_than_the_network_is_refused(join_job, small_run):
     result = join_job("shard", [*small_run.arguments, "shard.token_size=100000"])
     assert_one_line(result, "shard.token_size", "2917")
     assert snapshot(small_run.root / "shards") == before
+    assert not (small_run.root / "shards" / "pending").exists()
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_shards_are_kept(join_job, small_run, tmp_path):
