@@ -210,21 +210,35 @@ class Layout:
             )
         constants = {spec.name: (spec.shape, spec.dtype) for spec in self.specs if _is_constant(spec)}
         check_structure(encoded.constants, constants)
+        decoded = self.decode_many(tokens[None])
         state_dict: dict[str, Tensor] = {}
-        starts = dict(zip((spec.name for spec in self._tokenised), self._starts, strict=False))
         for spec in self.specs:
             if spec.alias_of is not None:
                 state_dict[spec.name] = state_dict[spec.alias_of]
             elif spec.tokens:
-                if self.cut == TokenCut.flat:
-                    values = tokens.reshape(-1)[starts[spec.name] :][: spec.numel]
-                else:
-                    rows = tokens[spec.first_token : spec.first_token + spec.tokens]
-                    values = join(rows, spec.numel, self._held(spec))
-                state_dict[spec.name] = self._decode_values(spec, values).reshape(spec.shape)
+                state_dict[spec.name] = decoded[spec.name][0].reshape(spec.shape)
             else:
                 state_dict[spec.name] = owned(encoded.constants[spec.name])
         return state_dict
+
+    def decode_many(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Turn the tokens of many checkpoints into weights; the bits are those that `decode` gives.
+
+        Args:
+            tokens: [M, tokens, token_size], of any float dtype, on the CPU.
+
+        Returns:
+            By name, of each tensor that is tokens: [M, numel], in the tensor's dtype.
+        """
+        decoded: dict[str, Tensor] = {}
+        for spec, start in zip(self._tokenised, self._starts, strict=False):
+            if self.cut == TokenCut.flat:
+                values = tokens.flatten(1)[:, start : start + spec.numel]
+            else:
+                rows = tokens[:, spec.first_token : spec.first_token + spec.tokens]
+                values = join(rows, spec.numel, self._held(spec))
+            decoded[spec.name] = self._decode_values(spec, values)
+        return decoded
 
     def decode_token(self, index: int, values: Tensor) -> list[tuple[TensorSpec, int, Tensor]]:
         """Turn one token into weights without reading any other; the bits are those that `decode` gives.
@@ -356,20 +370,24 @@ class Layout:
         return self.centre[spec.name].view(-1)
 
     def _decode_values(self, spec: TensorSpec, values: Tensor) -> Tensor:
+        """Values [M, numel] of one tensor to weights."""
         if spec.kind != TensorKind.running_var:
             return self._decode_slice(spec, 0, values)
         # exp and log may round differently at the end of a vector than within it. Tokens are decoded one by
         # one, so that the bits are those of decode_token.
         tokens = range(spec.first_token, spec.first_token + spec.tokens)
         parts = [part for token in tokens for part in self._parts(token) if part[0] is spec]
-        return torch.cat(
-            [self._decode_slice(spec, start, values[start : start + length]) for _, start, _, length in parts]
-        )
+        weights = torch.empty(values.shape, dtype=spec.dtype)
+        for row, decoded in zip(values, weights, strict=True):
+            for _, start, _, length in parts:
+                place = slice(start, start + length)
+                decoded[place] = self._decode_slice(spec, start, row[place])
+        return weights
 
     def _decode_slice(self, spec: TensorSpec, start: int, values: Tensor) -> Tensor:
         centre = self.centre_of(spec)
         if centre is not None:
-            centre = centre[start : start + values.numel()]
+            centre = centre[start : start + values.shape[-1]]
         return denormalise(spec, values, centre)
 
     @cached_property

@@ -43,23 +43,49 @@ class SafetensorsHeader:
         cls, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
     ) -> "SafetensorsHeader":
         """The header of a file with these tensors, of which dtype and shape are given by name."""
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        values = SafetensorsValues.of(tensors)
+        content = values.header(metadata)
+        starts = {name: len(content) + offset for name, offset in values.offsets.items()}
+        return cls(content, starts, len(content) + values.size)
+
+
+@dataclass(frozen=True)
+class SafetensorsValues:
+    """What files of equal tensors have in common: all but their metadata.
+
+    Attributes:
+        offsets: where each tensor's values begin behind the header, by name, in their order there.
+        size: bytes behind the header.
+    """
+
+    offsets: Mapping[str, int]
+    size: int
+    _listed: str
+    """The tensors as the header's JSON lists them."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> "SafetensorsValues":
+        """The values of files with these tensors, of which dtype and shape are given by name."""
+        listed: dict[str, object] = {}
         offsets: dict[str, int] = {}
         end = 0
         # Wide types first keeps every tensor aligned to its element size.
         for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
             dtype, shape = tensors[name]
             size = prod(shape) * dtype.itemsize
-            header[name] = {
+            listed[name] = {
                 "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]
             }  # fmt: skip
             offsets[name] = end
             end += size
-        text = json.dumps(header).encode()
+        return cls(offsets, end, json.dumps(listed)[1:])
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """All bytes before the first value of a file with this metadata."""
+        first = f'{{"__metadata__": {json.dumps(dict(metadata))}'
+        text = (f"{first}, {self._listed}" if self.offsets else first + self._listed).encode()
         text += b" " * (-len(text) % 8)
-        content = struct.pack("<Q", len(text)) + text
-        starts = {name: len(content) + offset for name, offset in offsets.items()}
-        return cls(content, starts, len(content) + end)
+        return struct.pack("<Q", len(text)) + text
 
 
 def read_metadata(file: IO[bytes]) -> tuple[dict[str, str], int]:

@@ -49,7 +49,7 @@ def normalise(spec: TensorSpec, values: Tensor, centre: Tensor | None) -> Tensor
 
 
 def denormalise(spec: TensorSpec, values: Tensor, centre: Tensor | None) -> Tensor:
-    """Inverse of `normalise`: token values [n] of any float dtype to weights [n] of the tensor's dtype.
+    """Inverse of `normalise`: token values [..., n] of any float dtype to weights of the tensor's dtype.
 
     Each operation rounds separately (no fused multiply-add), so that a weight does not depend on the slice in
     which it is computed.

@@ -11,13 +11,14 @@ MKL multiplies a thread's share with a kernel that suits its size, so sampling u
 more of a machine's CPUs, and a model does not depend on how many there are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from rpg.collection.layout import Layout
 from rpg.config import SamplingConfig, SamplingPrecision, validate_sampling
 from rpg.generator.generator import Generator
 from rpg.sampling.gpu.results import SampledWeights, TokenDecoder
@@ -25,15 +26,12 @@ from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.noise import seed_word
 from rpg.sampling.plain_loop import PlainLoop
 from rpg.sampling.precision import used_precision
-from rpg.sampling.prototypes import Prototypes, sampling_threads
+from rpg.sampling.prototypes import ROW_MULTIPLE, Prototypes, sampling_threads
 from rpg.sampling.rows import Rows
 from rpg.sampling.solvers import generator_steps
 
 if TYPE_CHECKING:
     from rpg.sampling.gpu.loop import GPULoop
-
-_ROW_MULTIPLE = 32
-"""Two vectors of the widest processors, in float32 values."""
 
 
 class Sampled(Protocol):
@@ -48,6 +46,14 @@ class Sampled(Protocol):
 
         Raises:
             RPGError: naming the file, if it cannot be written or the weights are not finite.
+        """
+        ...
+
+    def models(self, rows: slice, layout: Layout) -> dict[str, Tensor]:
+        """The weights of M models that `rows`, all their tokens one after the other, belong to.
+
+        Returns:
+            By name, of each tensor that is tokens: [M, numel], in the tensor's dtype.
         """
         ...
 
@@ -66,6 +72,10 @@ class SampledValues:
         for i, values in enumerate(self.values[rows]):
             file.write_token(first_token + i, values)
 
+    def models(self, rows: slice, layout: Layout) -> dict[str, Tensor]:
+        """Decode the models of `rows`, as `Sampled` describes."""
+        return layout.decode_many(self.values[rows].view(-1, layout.tokens, layout.token_size))
+
 
 class BatchSampler:
     """Samples batches of rows from one generator, on its device.
@@ -73,6 +83,7 @@ class BatchSampler:
     Attributes:
         generator: in evaluation mode.
         size: rows that every batch is filled up to.
+        takes_models: whether models are so small that a batch takes whole ones.
     """
 
     def __init__(self, generator: Generator, sampling: SamplingConfig) -> None:
@@ -83,10 +94,11 @@ class BatchSampler:
         """
         validate_sampling(sampling, generator.config)
         self.generator = generator.eval()
-        self.size = -(-sampling.token_batch // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.size = -(-sampling.token_batch // ROW_MULTIPLE) * ROW_MULTIPLE
         self._sampling = sampling
         self._device = generator.positions.device
         self._prototypes = Prototypes(generator, sampling)
+        self.takes_models = self._prototypes.has_one_piece and generator.layout.tokens <= self.size
         self._loop: PlainLoop | GPULoop | None = None
         decodes_on_gpu = self._device.type == "cuda" and TokenDecoder.serves(generator.layout)
         self._decoder = TokenDecoder(generator.layout, self._device) if decodes_on_gpu else None
@@ -105,6 +117,20 @@ class BatchSampler:
             models = torch.full_like(tokens, model)
             yield Rows(torch.full_like(tokens, seed_word(seed)), models, tokens, prototypes, unconditional)
             start += len(prototypes)
+
+    def rows_of_models(self, models: Sequence[int], conditions: Tensor, seeds: Sequence[int]) -> Rows:
+        """All rows of several models, one after the other, where `takes_models`.
+
+        Args:
+            models: their indices in their jobs.
+            conditions: a row for each, as in `rows`.
+            seeds: of their jobs.
+        """
+        count = self.generator.layout.tokens
+        tokens = torch.arange(count).repeat(len(models))
+        numbers = torch.tensor(models).repeat_interleave(count)
+        words = torch.tensor([seed_word(seed) for seed in seeds]).repeat_interleave(count)
+        return Rows(words, numbers, tokens, *self._prototypes.of_models(conditions))
 
     def denoise(self, rows: Rows) -> Tensor:
         """Sample the tokens of at most `size` rows: normalised values, float32 [N, token_size]."""

@@ -11,15 +11,17 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+
+import torch
 
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.batch_sampler import BatchSampler
 from rpg.sampling.fair_queue import FairQueue
-from rpg.sampling.request import Request, Segment
+from rpg.sampling.request import Models, Request, Segment
 from rpg.sampling.rows import Rows
 from rpg.sampling.writers import LARGE_VALUES, OrderedWriters
 
@@ -104,11 +106,11 @@ class Engine:
         self._wake.clear()
         self._admit()
         self._remove_done()
-        sampler, segments = self._schedule()
+        sampler, taken = self._schedule()
         if sampler is None:
             return False
-        if segments:
-            self._sample(sampler, segments)
+        if taken:
+            self._sample(sampler, taken)
         return True
 
     def run(self) -> None:
@@ -160,50 +162,69 @@ class Engine:
                 del self._requests[job]
                 self._turns.leave(job)
 
-    def _schedule(self) -> tuple[BatchSampler | None, list[Segment]]:
+    def _schedule(self) -> tuple[BatchSampler | None, list[Segment | Models]]:
         """What the next batch is made of: the job whose turn it is, and those that may share it."""
         order = self._turns.order()
         if not order:
             return None, []
         settings = self._settings(order[0])
         sampler = self._sampler(order[0])
-        segments: list[Segment] = []
+        taken: list[Segment | Models] = []
         room = sampler.size
 
         def may_share(job: str) -> bool:
             wants_rows = any(request.wants_rows for request in self._requests[job])
-            return wants_rows and self._settings(job) == settings
+            return wants_rows and self._settings(job) == settings and self._fewest_rows(job, sampler) <= room
 
         while room and (order := self._turns.order(may_share)):
             peers = self._turns.shares(order[0], may_share)
             share = math.ceil(room / len(peers))
             for job in peers:
-                taken = self._take(job, sampler, min(share, room), segments)
-                self._turns.served(job, taken)
-                room -= taken
-        return sampler, segments
+                fewest = self._fewest_rows(job, sampler)
+                if fewest <= room:
+                    rows = self._take(job, sampler, min(max(share, fewest), room), taken)
+                    self._turns.served(job, rows)
+                    room -= rows
+        return sampler, taken
 
-    def _take(self, job: str, sampler: BatchSampler, count: int, segments: list[Segment]) -> int:
+    def _fewest_rows(self, job: str, sampler: BatchSampler) -> int:
+        """The fewest rows that a job takes: those of a model where its models are small, or one."""
+        is_small = sampler.takes_models and self._writers.take_models(self._requests[job][0])
+        return self.generator.layout.tokens if is_small else 1
+
+    def _take(self, job: str, sampler: BatchSampler, count: int, taken: list[Segment | Models]) -> int:
+        fewest, tokens = self._fewest_rows(job, sampler), self.generator.layout.tokens
+        takes_models = fewest == tokens
         left = count
         for request in self._requests[job]:
-            while left and request.wants_rows:
+            while left >= fewest and request.wants_rows:
                 try:
-                    segment = request.take(sampler, left)
+                    some: Segment | Models | None
+                    if takes_models:
+                        some = request.take_models(left // tokens)
+                        left -= len(some.indices) * tokens if some is not None else 0
+                    else:
+                        some = request.take(sampler, left)
+                        left -= len(some.rows.tokens) if some is not None else 0
                 except RPGError as error:
                     request.fail_with(error)
                     break
-                if segment is not None:
-                    segments.append(segment)
-                    left -= len(segment.rows.tokens)
+                if some is not None:
+                    taken.append(some)
         return count - left
 
-    def _sample(self, sampler: BatchSampler, segments: list[Segment]) -> None:
+    def _sample(self, sampler: BatchSampler, taken: list[Segment | Models]) -> None:
+        segments = [each for each in taken if isinstance(each, Segment)]
+        models = [each for each in taken if isinstance(each, Models)]
         start = time.monotonic()
+        rows = [segment.rows for segment in segments]
+        if models:
+            rows.append(_rows_of(models, sampler))
         # Giving a GPU more batches before this one has arrived gains nothing: files of ResNet-18's size came
         # at 66 a second so on an H100, and at 51 to 56 with one to four batches ahead.
-        sampled = sampler.sample(Rows.joined([segment.rows for segment in segments]))
+        sampled = sampler.sample(Rows.joined(rows))
         seconds = time.monotonic() - start
-        self._writers.write(segments, sampled)
+        self._writers.write(segments, models, sampled)
         self.statistics.batches += 1
         self.statistics.tokens += len(sampled)
         self._observe(len(sampled), sampler.size, seconds)
@@ -234,3 +255,10 @@ class Engine:
         finally:
             for request in self._all():
                 request.drop()
+
+
+def _rows_of(models: Sequence[Models], sampler: BatchSampler) -> Rows:
+    indices = [index for each in models for index in each.indices]
+    seeds = [each.request.plan.job.seed for each in models for _ in each.indices]
+    conditions = torch.cat([each.request.plan.condition_rows(each.indices) for each in models])
+    return sampler.rows_of_models(indices, conditions, seeds)

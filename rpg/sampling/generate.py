@@ -10,8 +10,8 @@ from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.engine import Engine
 from rpg.sampling.job import GenerationJob, JobPlan
-from rpg.sampling.model_writer import ModelWriter, remote_metadata
-from rpg.sampling.request import Request
+from rpg.sampling.model_writer import remote_metadata
+from rpg.sampling.request import FinishedModel, Request
 from rpg.storage.below import path_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, is_remote
@@ -77,9 +77,9 @@ def run_job(
         count()
         return True
 
-    def finish(index: int, file: ModelWriter) -> None:
-        file.commit()
-        count()
+    def finish(models: Sequence[FinishedModel]) -> None:
+        for _ in models:
+            count()
 
     report(finished, len(indices))
     with Engine(generator) as engine:

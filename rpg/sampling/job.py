@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -21,8 +23,9 @@ from rpg.config import (
 )
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
+from rpg.sampling.model_format import ModelFormat
 from rpg.sampling.model_writer import ModelWriter
-from rpg.sampling.noise import permutation_state
+from rpg.sampling.noise import permutation_states
 from rpg.sampling.precision import used_precision
 from rpg.storage.locations import AnyPath
 
@@ -72,6 +75,7 @@ class JobPlan:
         sampling: the job's sampling settings as JSON; jobs of equal ones can share batches.
         values: values of a model that are sampled.
         companions: the files beside the weights of each model; where there are none, a model is one file.
+        dtype: that models are written in; None: the layout's own.
     """
 
     def __init__(
@@ -116,20 +120,27 @@ class JobPlan:
         }
         if job.dtype is not None:
             self._provenance["rpg.dtype"] = job.dtype
-        self._dtype = None if job.dtype is None else getattr(torch, job.dtype)
+        self.dtype: torch.dtype | None = None if job.dtype is None else getattr(torch, job.dtype)
+        # Models of one condition follow each other.
+        self._condition_text = lru_cache(64)(self._written_condition)
 
-    def condition_row(self, index: int) -> Tensor:
-        """What model `index` is made for, as the generator takes it (`rpg.generator.condition`)."""
-        config = self._generator.config.condition
+    def condition_rows(self, models: Sequence[int]) -> Tensor:
+        """What models are made for, as the generator takes it (`rpg.generator.condition`), a row each."""
+        config, seed = self._generator.config.condition, self.job.seed
         if config.kind == ConditionKind.permutation:
-            return torch.tensor(permutation_state(self.job.seed, index, config.size))
+            return torch.tensor(permutation_states(seed, models, config.size))
         if not self._conditions:
-            return torch.zeros(0)
-        condition = self._conditions[index // self.job.number]
+            return torch.zeros(len(models), 0)
+        rows = torch.stack([self._conditions[index // self.job.number] for index in models])
         if not config.states:
-            return condition
-        state = permutation_state(self.job.seed, index, config.states)
-        return torch.cat([condition, condition.new_tensor([state])])
+            return rows
+        states = rows.new_tensor(permutation_states(seed, models, config.states))
+        return torch.cat([rows, states[:, None]], 1)
+
+    @cached_property
+    def format(self) -> ModelFormat:
+        """Of the models' files."""
+        return ModelFormat(self._generator.layout, self.dtype)
 
     def provenance(self, index: int) -> dict[str, str]:
         """The metadata of model `index`: all that it depends on."""
@@ -137,7 +148,7 @@ class JobPlan:
             **self._provenance,
             "rpg.index": str(index),
             "rpg.seed": str(self.job.seed),
-            "rpg.condition": json.dumps(self.job.condition_of(index)),
+            "rpg.condition": self._condition_text(index // self.job.number),
         }
 
     def path(self, index: int, out: AnyPath) -> AnyPath:
@@ -156,7 +167,10 @@ class JobPlan:
             RPGError: naming the file or directory, if it cannot be written.
         """
         layout, path = self._generator.layout, self.path(index, out)
-        return ModelWriter(path, layout, self.provenance(index), self._dtype, self.companions, root).open()
+        return ModelWriter(path, layout, self.provenance(index), self.dtype, self.companions, root).open()
+
+    def _written_condition(self, number: int) -> str:
+        return json.dumps(None if self.job.conditions is None else self.job.conditions[number])
 
 
 def checked_condition(config: ConditionConfig, condition: list[float]) -> Tensor:

@@ -16,25 +16,20 @@ from upath import UPath
 
 from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
-from rpg.collection.safetensors_file import LARGEST_HEADER, SafetensorsHeader
-from rpg.errors import RPGError
+from rpg.collection.safetensors_file import LARGEST_HEADER
 from rpg.sampling.model_directory import ModelDirectory
+from rpg.sampling.model_format import ModelFormat, NotFiniteError
 from rpg.storage.files import AtomicFile, sha256
 from rpg.storage.locations import AnyPath
 
 _FIRST_READ = 2**16
 
 
-class NotFiniteError(RPGError):
-    """Weights that a generator made are NaN or infinite."""
-
-
 class ModelWriter:
     """Writes one model: `open`, then its tokens in any order, then `commit` or `discard`.
 
-    The file, or the directory, appears under its name at `commit`, and not at all otherwise. Tied tensors are
-    written under each of their names, since the format knows no ties. Methods may be called from any thread,
-    one at a time.
+    The file, or the directory, appears under its name at `commit`, and not at all otherwise. Methods may be
+    called from any thread, one at a time.
 
     Attributes:
         path: the file or directory.
@@ -65,16 +60,9 @@ class ModelWriter:
         self._root = root
         self._companions = companions
         self.layout = layout
-        self._names: dict[str, list[str]] = {}
-        self._dtypes = {
-            spec.name: dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
-            for spec in layout.specs
-        }
-        for spec in layout.specs:
-            self._names.setdefault(spec.alias_of or spec.name, []).append(spec.name)
-        tensors = {spec.name: (self._dtypes[spec.name], spec.shape) for spec in layout.specs}
-        self._header = SafetensorsHeader.of(tensors, metadata)
-        self.size = self._header.file_size
+        self._format = ModelFormat(layout, dtype)
+        self._header = self._format.values.header(metadata)
+        self.size = len(self._header) + self._format.values.size
 
     def open(self) -> "ModelWriter":
         """Begin the file: its header, its full size, and the tensors that are not sampled.
@@ -94,10 +82,10 @@ class ModelWriter:
             raise
         try:
             with self._storage_errors():
-                self._file.write(self._header.content)
+                self._file.write(self._header)
                 self._file.truncate(self.size)
             for name, value in self.layout.constants.items():
-                self._write(name, 0, value.flatten().to(self._dtypes[name]))
+                self._write(name, 0, value.flatten().to(self._format.dtypes[name]))
         except BaseException:
             self.discard()
             raise
@@ -112,11 +100,9 @@ class ModelWriter:
         """
         for spec, start, decoded in self.layout.decode_token(index, values):
             # What is too large for the file's type becomes infinite here.
-            weights = decoded.to(self._dtypes[spec.name])
+            weights = decoded.to(self._format.dtypes[spec.name])
             if not _finite(weights):
-                raise NotFiniteError(
-                    f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated"
-                )
+                raise NotFiniteError(self.path, spec.name)
             self._write(spec.name, start, weights)
 
     def write_weights(self, first: int, weights: Tensor, finite: Tensor) -> None:
@@ -138,12 +124,10 @@ class ModelWriter:
             rows = min(len(weights) - row, spec.tokens - token)
             start = token * self.layout.token_size
             values = weights[row : row + rows].reshape(-1)[: spec.numel - start]
-            written = values.to(spec.dtype).to(self._dtypes[spec.name])
+            written = values.to(spec.dtype).to(self._format.dtypes[spec.name])
             # Narrow types make infinite what is too large for them.
             if not (finite[row : row + rows].all() and (written.dtype == values.dtype or _finite(written))):
-                raise NotFiniteError(
-                    f"{self.path}: tensor '{spec.name}': NaN or infinite values were generated"
-                )
+                raise NotFiniteError(self.path, spec.name)
             self._write(spec.name, start, written)
             row += rows
 
@@ -176,8 +160,9 @@ class ModelWriter:
     def _write(self, name: str, start: int, values: Tensor) -> None:
         data = values.contiguous().view(torch.uint8).numpy().data
         with self._storage_errors():
-            for each in self._names.get(name, ()):
-                self._put(self._header.starts[each] + start * values.element_size(), data)
+            for each in self._format.names.get(name, ()):
+                first = len(self._header) + self._format.values.offsets[each]
+                self._put(first + start * values.element_size(), data)
 
     def _put(self, position: int, data: memoryview) -> None:
         self._file.seek(position)

@@ -7,6 +7,8 @@ values.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _STATE_DRAW = 0xFFFFFFFF
+
+Word = TypeVar("Word", int, Tensor)
 
 
 def gaussian(seed: int | Tensor, models: Tensor, tokens: Tensor, draw: int, size: int) -> Tensor:
@@ -47,21 +51,22 @@ def seed_word(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def permutation_state(seed: int, model: int, states: int) -> int:
-    """The permutation state that model number `model` of a job is given, uniform over `states`."""
-    counter = tuple(torch.tensor([part]) for part in (0, 0, model, _STATE_DRAW))
-    words = philox(counter, (seed & _WORD, seed >> 32))
-    return (int(words[0]) << 32 | int(words[1])) % states
+def permutation_states(seed: int, models: Sequence[int], states: int) -> list[int]:
+    """The permutation states that models of a job are given, by their indices; uniform over `states`."""
+    key = (seed & _WORD, seed >> 32)
+    words = (philox((0, 0, model, _STATE_DRAW), key) for model in models)
+    return [(first << 32 | second) % states for first, second, *_ in words]
 
 
 def philox(
-    counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four 32-bit words (held in int64) for each counter of four such words.
+    counter: tuple[Word, ...], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10: four 32-bit words for each counter of four such words.
 
-    The two words of `key` are the same for all counters, or tensors that broadcast with them.
+    Words are tensors of int64, or plain integers, which are faster for a few. The two words of `key` are the
+    same for all counters, or tensors that broadcast with them.
     """
-    a, b, c, d = counter
+    a, b, c, d = cast(tuple[Any, ...], counter)
     key0, key1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2**64, which keeps the low word; the shift's sign bits are masked off.

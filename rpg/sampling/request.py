@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from threading import Lock
 from typing import NamedTuple
 
@@ -16,6 +17,19 @@ def _nowhere(index: int) -> bool:
     return False
 
 
+class FinishedModel(NamedTuple):
+    """A model that is in place."""
+
+    model: int
+    """Its index in the job."""
+    path: AnyPath
+    """Of its file or directory."""
+    size: int
+    """Bytes of its weights."""
+    sha256: str | None
+    """Of its weights, where the request asks for that."""
+
+
 @dataclass(eq=False)
 class Request:
     """Models of one job that an engine makes; their rows are taken by the engine's sampling thread.
@@ -24,10 +38,10 @@ class Request:
         plan: how the job's models are made.
         indices: the models, ascending.
         out: directory or URI where their files go.
-        finish: called by a finishing thread with a model's index and its file, all of whose tokens are
-            written; puts the file in place (`ModelWriter.commit`). If it raises, the file is discarded.
+        finish: called by a finishing thread with models that are in place.
         fail: called once, from any thread, with what went wrong; nothing more is made then.
         is_there: whether a model need not be made; asked when its turn comes.
+        hashed: whether `finish` is to be told digests.
         job: requests of one job take turns as one.
         priority: of the job; higher ones are sampled first.
         root: a directory that `out` lies below, outside of which nothing is written; None: `out` is trusted.
@@ -37,9 +51,10 @@ class Request:
     plan: JobPlan
     indices: Sequence[int]
     out: AnyPath
-    finish: Callable[[int, ModelWriter], None]
+    finish: Callable[[Sequence[FinishedModel]], None]
     fail: Callable[[BaseException], None]
     is_there: Callable[[int], bool] = _nowhere
+    hashed: bool = False
     job: str = ""
     priority: int = 0
     root: AnyPath | None = None
@@ -69,6 +84,12 @@ class Request:
             if not self.is_there(index):
                 yield index
 
+    def take_models(self, count: int) -> "Models | None":
+        """The next models, at most `count`; None if there are none."""
+        models = tuple(islice(self.missing(), count))
+        self._is_sampled = len(models) < count
+        return Models(self, models) if models else None
+
     def take(self, sampler: BatchSampler, count: int) -> "Segment | None":
         """The next rows, at most `count`, all of one model; None if there are none."""
         while self._rest is None:
@@ -78,7 +99,7 @@ class Request:
                     self._is_sampled = True
                     return None
                 self._index, self._token = index, 0
-                self._pieces = sampler.rows(index, self.plan.condition_row(index), self.plan.job.seed)
+                self._pieces = sampler.rows(index, self.plan.condition_rows([index])[0], self.plan.job.seed)
             self._rest = next(self._pieces, None)
             if self._rest is None:
                 self._pieces = None
@@ -139,3 +160,10 @@ class Segment(NamedTuple):
     model: int
     first_token: int
     rows: Rows
+
+
+class Models(NamedTuple):
+    """Small models, all of whose tokens are in a batch."""
+
+    request: Request
+    indices: tuple[int, ...]

@@ -2,20 +2,26 @@
 
 A model's tokens are written in order, by one thread, since a file system lets one thread at a time write into
 a file. Large models are spread over several threads, because one thread may write them more slowly than a GPU
-samples them. Small ones share one thread, because what they take is Python's time. Files whose tokens are all
-written are finished by other threads, which mostly wait for the disk or the network.
+samples them. Files whose tokens are all written are finished by other threads, which mostly wait for the disk
+or the network.
+
+Small models are sampled whole, many in a batch, and what they take is Python's time. So one thread turns a
+batch into what their files hold, and the others write these, several at a time.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from threading import BoundedSemaphore
 
 from rpg.errors import RPGError
+from rpg.sampling import small_models
 from rpg.sampling.batch_sampler import Sampled
+from rpg.sampling.model_format import EncodedModels
 from rpg.sampling.model_writer import ModelWriter
-from rpg.sampling.request import Request, Segment
+from rpg.sampling.request import FinishedModel, Models, Request, Segment
 
 LARGE_VALUES = 2**20
 """Models of at least so many sampled values are large."""
@@ -24,7 +30,7 @@ _WAITING_BATCHES = 4
 _WRITING_THREADS = 4
 _FINISHING_THREADS = 4
 _FINISHING_FILES = 64
-"""Files that may be open with all their tokens written."""
+"""Files that may be open with all their tokens written, and writes of small models that may wait."""
 
 _log = logging.getLogger("rpg.sampling")
 
@@ -45,8 +51,12 @@ class OrderedWriters:
         self._room_for_files = BoundedSemaphore(_FINISHING_FILES)
         self._is_cancelled = False
 
-    def write(self, segments: Sequence[Segment], sampled: Sampled) -> None:
-        """Write the rows of `sampled`, which are those of `segments` in order.
+    def take_models(self, request: Request) -> bool:
+        """Whether a request's models are to be sampled whole."""
+        return request.plan.values < self._large_values and small_models.are_small(request)
+
+    def write(self, segments: Sequence[Segment], models: Sequence[Models], sampled: Sampled) -> None:
+        """Write the rows of `sampled`, which are those of `segments`, then those of `models`, in order.
 
         Waits where the disk lags behind.
         """
@@ -63,6 +73,8 @@ class OrderedWriters:
             except BaseException:
                 segment.request.end_action()
                 raise
+        if models:
+            futures.append(self._submit_models(models, sampled, row))
         while self._batches and (
             len(self._batches) > _WAITING_BATCHES or all(future.done() for future in self._batches[0])
         ):
@@ -72,19 +84,10 @@ class OrderedWriters:
     def finish(self, request: Request, model: int, file: ModelWriter) -> None:
         """Have a thread finish a file whose tokens are all written; waits where too many are unfinished."""
         try:
-            self._room_for_files.acquire()
-            request.begin_action()
-            try:
-                future = self._finishing.submit(self._finish, request, model, file)
-            except BaseException:
-                self._room_for_files.release()
-                request.end_action()
-                raise
+            self._in_finishing_thread(request, self._finish, request, model, file)
         except BaseException:
             file.discard()
             raise
-        self._files.add(future)
-        future.add_done_callback(self._finished)
 
     def close(self) -> None:
         """Write and finish what was handed over, and end the threads.
@@ -100,6 +103,18 @@ class OrderedWriters:
         finally:
             for pool in (*self._writing, self._finishing):
                 pool.shutdown(wait=False)
+
+    def _in_finishing_thread(self, request: Request, action: Callable[..., None], *arguments: object) -> None:
+        self._room_for_files.acquire()
+        request.begin_action()
+        try:
+            future = self._finishing.submit(action, *arguments)
+        except BaseException:
+            self._room_for_files.release()
+            request.end_action()
+            raise
+        self._files.add(future)
+        future.add_done_callback(self._finished)
 
     def _finished(self, future: "Future[None]") -> None:
         self._files.discard(future)
@@ -120,8 +135,7 @@ class OrderedWriters:
 
     def _write_segment(self, segment: Segment, sampled: Sampled, rows: slice) -> None:
         request, model, first = segment.request, segment.model, segment.first_token
-
-        def write() -> None:
+        with _acting(request):
             if self._is_cancelled:
                 # More of its models will not be written, so its unfinished files are removed.
                 request.drop()
@@ -138,29 +152,57 @@ class OrderedWriters:
             else:
                 request.keep_file(model, file)
 
-        _acting(request, write)
-
     def _finish(self, request: Request, model: int, file: ModelWriter) -> None:
-        def finish() -> None:
+        with _acting(request):
             if self._is_cancelled:
                 file.discard()
                 return
             try:
-                request.finish(model, file)
+                digest = file.sha256() if request.hashed else None
+                file.commit()
             except BaseException:
                 file.discard()
                 raise
+            request.finish([FinishedModel(model, file.path, file.size, digest)])
 
-        _acting(request, finish)
+    def _submit_models(self, models: Sequence[Models], sampled: Sampled, first_row: int) -> "Future[None]":
+        for each in models:
+            each.request.begin_action()
+        try:
+            return self._writing[0].submit(self._encode, models, sampled, first_row)
+        except BaseException:
+            for each in models:
+                each.request.end_action()
+            raise
+
+    def _encode(self, models: Sequence[Models], sampled: Sampled, first_row: int) -> None:
+        """Encode the small models of a batch, and have other threads write them."""
+        with _acting(*(each.request for each in models)):
+            if self._is_cancelled:
+                for each in models:
+                    each.request.drop()
+                return
+            for request, some, encoded in small_models.encode(models, sampled, first_row):
+                self._in_finishing_thread(request, self._write_models, request, some, encoded)
+
+    def _write_models(self, request: Request, models: Sequence[int], encoded: EncodedModels) -> None:
+        with _acting(request):
+            if self._is_cancelled:
+                request.drop()
+            if not request.dropped:
+                request.finish(small_models.write(request, models, encoded))
 
 
-def _acting(request: Request, action: Callable[[], None]) -> None:
-    """Do something for a request; what goes wrong ends the request, and no thread."""
+@contextmanager
+def _acting(*requests: Request) -> Iterator[None]:
+    """Do something for requests; what goes wrong ends them, and no thread."""
     try:
-        action()
+        yield
     except BaseException as error:
         if not isinstance(error, RPGError | OSError):
             _log.error("while writing models", exc_info=error)
-        request.fail_with(error)
+        for request in requests:
+            request.fail_with(error)
     finally:
-        request.end_action()
+        for request in requests:
+            request.end_action()

@@ -37,6 +37,18 @@ class DispatcherAPI:
         """Accept a job; `key` is the Idempotency-Key."""
         return (await self.dispatcher.submit(caller, request, key)).view()
 
+    async def generate(
+        self, caller: Caller, request: JobRequest, *, seconds: float
+    ) -> tuple[Job, ModelFile | None]:
+        """Accept a job for one model; the job once it has ended, or after so many seconds, and its model.
+
+        It is one call, because each takes the front and this process several milliseconds.
+        """
+        job = await self.dispatcher.submit(caller, request, None)
+        await job.wait_for_end(seconds)
+        made = job.progress.made.get(0)
+        return job.view(), None if made is None else _model(job, made)
+
     async def job(self, caller: Caller, job_id: str) -> Job:
         """One job."""
         return self.dispatcher.job(caller, job_id).view()

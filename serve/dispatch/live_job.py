@@ -4,6 +4,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from rpg.client.schema import Job, JobState
@@ -155,6 +156,13 @@ class LiveJob:
                 await asyncio.wait_for(self._changed.wait(), seconds)
             except TimeoutError:
                 return
+
+    async def wait_for_end(self, seconds: float) -> None:
+        """Wait until the job has ended, for so many seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.has_ended:
+                    await self._changed.wait()
 
     def view(self) -> Job:
         """The job as callers see it."""

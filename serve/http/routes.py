@@ -40,8 +40,6 @@ from serve.http.events import JobEvents
 from serve.http.front_deadline import GENERATE_PATH, GENERATE_SECONDS
 from serve.http.problems import problem_responses
 
-_WAIT_SECONDS = 10.0
-"""How long one call of the dispatcher waits for a change."""
 _PAGE = 1000
 """Jobs or models that one answer lists at most."""
 _METRICS_TYPE = "text/plain; version=0.0.4"
@@ -176,19 +174,14 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore, events: JobEvent
         conditions = None if request.condition is None else [request.condition]
         descriptions = None if request.description is None else [request.description]
         whole = JobRequest(**asked, conditions=conditions, descriptions=descriptions)
-        job = await api.submit(caller, whole, None)
+        job, model = await api.generate(caller, whole, seconds=GENERATE_SECONDS)
         headers = {"Location": f"/v1/jobs/{job.id}"}
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + GENERATE_SECONDS
-        while not job.state.is_end and (seconds := deadline - loop.time()) > 0:
-            job = await api.wait_for_change(caller, job.id, job.version, seconds=min(seconds, _WAIT_SECONDS))
         if job.state == JobState.failed:
             raise ProblemError(500, job.error or "the job failed")
         if job.state == JobState.cancelled:
             raise ProblemError(500, f"job {job.id} was cancelled")
-        if not job.state.is_end:
+        if model is None:
             return JSONResponse(job.model_dump(mode="json"), 202, headers)
-        model = await api.model(caller, job.id, 0)
         stored = await asyncio.to_thread(_stored, store, job, model)
         response = await asyncio.to_thread(model_response, stored, job.created, {}, "")
         response.headers.update(headers)

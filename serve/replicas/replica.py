@@ -6,10 +6,10 @@ Nothing here needs Ray: Ray Serve deploys the class as it is (`serve.replicas.ap
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from rpg.generator.saving import CARD_FILE
 from rpg.sampling.engine import Engine
 from rpg.sampling.job import JobPlan
 from rpg.sampling.model_writer import ModelWriter
-from rpg.sampling.request import Request
+from rpg.sampling.request import FinishedModel, Request
 from rpg.storage.below import read_below
 from rpg.storage.locations import location
 from rpg.storage.node_cache import local_copy
@@ -112,17 +112,15 @@ class Replica:
         except RPGError as error:
             yield str(error)
             return
-        events: asyncio.Queue[Made | BaseException] = asyncio.Queue()
+        events: asyncio.Queue[list[Made] | BaseException] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def report(event: Made | BaseException) -> None:
+        def report(event: list[Made] | BaseException) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def finish(index: int, file: ModelWriter) -> None:
-            digest = file.sha256()
-            file.commit()
+        def finish(models: Sequence[FinishedModel]) -> None:
             if not request.dropped:
-                report(Made(index, digest, file.size, **_measures(plan, index, file)))
+                report([_made(plan, model) for model in models])
 
         request = Request(
             plan.models,
@@ -130,6 +128,7 @@ class Replica:
             self._store.models(lease.job),
             finish,
             report,
+            hashed=True,
             job=lease.job,
             priority=lease.priority,
             root=self._store.root,
@@ -138,7 +137,7 @@ class Replica:
         try:
             left = len(lease.models)
             while left:
-                made, failure = await _gathered(events)
+                made, failure = await _gathered(events, left)
                 if made:
                     left -= len(made)
                     yield made
@@ -231,18 +230,21 @@ def centre_preview(layout: Layout) -> list[tuple[str, list[float]]]:
     ]
 
 
-def _measures(plan: _Plan, index: int, file: ModelWriter) -> dict[str, Any]:
-    """What a finished model is worth, where its job asks for that: fields of `Made`."""
+def _made(plan: _Plan, finished: FinishedModel) -> Made:
+    """What is told of a finished model; what it is worth, where its job asks for that."""
+    assert finished.sha256 is not None
+    made = Made(finished.model, finished.sha256, finished.size)
     if plan.judge is None:
-        return {}
-    network, asked = read_checkpoint(file.path), plan.models.job.condition_of(index)
+        return made
+    index, network = finished.model, read_checkpoint(finished.path)
+    asked, description = plan.models.job.condition_of(index), plan.description_of(index)
     try:
-        found = plan.judge.judge(f"model {index}", network, asked, plan.description_of(index))
+        found = plan.judge.judge(f"model {index}", network, asked, description)
     except RPGError as error:
         # The model is there all the same.
-        return {"failure": str(error)}
+        return made._replace(failure=str(error))
     metrics = dict(found.metrics)
-    return {"accuracy": metrics.get("accuracy"), "similarity": found.similarity, "metrics": metrics}
+    return made._replace(accuracy=metrics.get("accuracy"), similarity=found.similarity, metrics=metrics)
 
 
 def _load(entry: GeneratorEntry, cache: CacheConfig) -> tuple[Generator, str]:
@@ -278,18 +280,23 @@ def _load_judge(
     return SingleNetworkJudge(judge, collection)
 
 
-async def _gathered(events: "asyncio.Queue[Made | BaseException]") -> tuple[list[Made], str | None]:
-    """What happened in a short while: finished models, and why the job fails, if it does."""
+async def _gathered(
+    events: "asyncio.Queue[list[Made] | BaseException]", left: int
+) -> tuple[list[Made], str | None]:
+    """What happened in a short while: finished models, and why the job fails, if it does.
+
+    `left` models are unfinished yet; there is nothing to wait for once they are all there.
+    """
     first = await events.get()
-    if isinstance(first, Made):
+    if isinstance(first, list) and len(first) < left:
         await asyncio.sleep(_GATHER_SECONDS)
     made: list[Made] = []
-    event: Made | BaseException | None = first
+    event: list[Made] | BaseException | None = first
     while event is not None:
         if isinstance(event, RPGError | OSError):
             return made, " ".join(str(event).split())
         if isinstance(event, BaseException):
             raise event
-        made.append(event)
+        made += event
         event = None if events.empty() else events.get_nowait()
     return made, None

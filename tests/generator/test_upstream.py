@@ -21,7 +21,7 @@ from rpg.generator.generator import Generator
 from rpg.generator.structure_cache import read_structure
 from rpg.generator.upstream import import_upstream
 from rpg.sampling.generate import generate_models
-from rpg.sampling.noise import gaussian, permutation_state
+from rpg.sampling.noise import gaussian, permutation_states
 from tests.generator.published import (
     CLASS,
     FULL,
@@ -96,7 +96,7 @@ def test_from_the_same_noise_it_makes_the_same_networks(
     for model, path in enumerate(paths):
         state = None
         if draws_states or (draws_states is None and preset.condition is None):
-            state = permutation_state(SEED, model, preset.permutations)
+            [state] = permutation_states(SEED, [model], preset.permutations)
         condition = None if conditions is None else torch.tensor(CONDITION)
         tokens = sample(saved.tensors, saved.noise(model, preset), condition, state)
         assert 0.1 < tokens.abs().median() < 10  # else the tolerance would say little

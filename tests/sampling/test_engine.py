@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from rpg.sampling.engine import Engine
 from rpg.sampling.generate import run_job
 from rpg.sampling.job import GenerationJob, JobPlan
 from rpg.sampling.model_writer import ModelWriter
-from rpg.sampling.request import Request
+from rpg.sampling.request import FinishedModel, Request
 from rpg.sampling.writers import LARGE_VALUES
+from rpg.storage import small_files
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +79,18 @@ def request_for(
     )
     plan = JobPlan(generator, GenerationJob([[seed, 1.0, 2.0]], 1000, seed, settings))
 
-    def finish(index: int, file: ModelWriter) -> None:
-        file.commit()
-        if not request.dropped:
-            events.report(index)
+    def finish(models: Sequence[FinishedModel]) -> None:
+        for finished in models:
+            if not request.dropped:
+                events.report(finished.model)
 
     request = Request(plan, models, out, finish, events.report, job=job)
     return request
 
 
 def test_jobs_of_other_seeds_and_conditions_share_batches(engine: Engine, tmp_path: Path) -> None:
-    """A batch of 32 rows has room for two models of 15 tokens, and for two tokens of a third."""
+    """A batch of 32 rows has room for two models of 15 tokens, and where models are written token by token
+    for two tokens of a third."""
     everyone = [Events() for _ in range(40)]
     requests = [
         request_for(engine.generator, tmp_path / str(i), events, range(1), job=str(i), seed=i, steps=50)
@@ -100,7 +102,7 @@ def test_jobs_of_other_seeds_and_conditions_share_batches(engine: Engine, tmp_pa
         events.wait(1)
     assert engine.statistics.tokens == 40 * 15
     # One may begin before the others are there.
-    assert engine.statistics.batches <= 40 * 15 / 32 + 2
+    assert engine.statistics.batches <= 40 / 2 + 2
     assert all((tmp_path / str(i) / "model_000000.safetensors").is_file() for i in range(40))
 
 
@@ -133,14 +135,20 @@ def test_a_dropped_request_leaves_no_half_files(engine: Engine, tmp_path: Path) 
 def test_a_full_disk_fails_the_request_and_leaves_no_half_files(
     generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = ModelWriter._put
+    put, write = ModelWriter._put, small_files._write
 
     def limited(file: ModelWriter, position: int, data: memoryview) -> None:
         if file.path == tmp_path / "model_000002.safetensors" and position > file.size // 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         put(file, position, data)
 
+    def limited_whole(directory: int, path: Path, content: bytes) -> None:
+        if path == tmp_path / "model_000002.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(directory, path, content)
+
     monkeypatch.setattr(ModelWriter, "_put", limited)
+    monkeypatch.setattr(small_files, "_write", limited_whole)
     for large_values in (0, LARGE_VALUES):
         events, others = Events(), Events()
         with running(Engine(generator, large_values=large_values)) as engine:

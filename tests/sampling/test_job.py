@@ -37,8 +37,9 @@ from rpg.sampling import job as job_module
 from rpg.sampling.generate import generate_models, run_job
 from rpg.sampling.job import GenerationJob
 from rpg.sampling.model_writer import ModelWriter
-from rpg.sampling.noise import permutation_state
+from rpg.sampling.noise import permutation_states
 from rpg.sampling.writers import LARGE_VALUES, OrderedWriters
+from rpg.storage import small_files
 from tests.sampling.packing import Asked, sampled_tokens
 
 MakeGenerator = Callable[..., Generator]
@@ -196,25 +197,32 @@ def test_an_interrupted_job_leaves_whole_files_only(
     tmp_path: Path, sized: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate_models(sized, CONDITIONS, 3, 5, tmp_path / "whole", SAMPLING)
-    written = 0
+    is_large = sized.layout.token_size == 2**16
+    write, write_token, written = small_files._write, ModelWriter.write_token, 0
 
-    class Interrupted(ModelWriter):
-        def write_token(self, index: int, values: Tensor) -> None:
-            nonlocal written
-            written += 1
-            if written == 3 * sized.layout.tokens + 2:
-                raise KeyboardInterrupt
-            super().write_token(index, values)
+    def interrupt_at(count: int) -> None:
+        nonlocal written
+        written += 1
+        if written == count:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(job_module, "ModelWriter", Interrupted)
+    def interrupted(file: ModelWriter, index: int, values: Tensor) -> None:
+        interrupt_at(3 * sized.layout.tokens + 2)
+        write_token(file, index, values)
+
+    def interrupted_whole(directory: int, path: Path, content: bytes) -> None:
+        interrupt_at(4)
+        write(directory, path, content)
+
+    monkeypatch.setattr(ModelWriter, "write_token", interrupted)
+    monkeypatch.setattr(small_files, "_write", interrupted_whole)
     with pytest.raises(KeyboardInterrupt):
         generate_models(sized, CONDITIONS, 3, 5, tmp_path / "out", SAMPLING)
     monkeypatch.undo()
     left = sorted((tmp_path / "out").iterdir())
     # Several threads may have finished others than the first three, and fewer.
     assert 0 < len(left) < len(expected)
-    is_large = sized.layout.token_size == 2**16
-    assert is_large or [path.name for path in left] == [path.name for path in expected[:3]]
+    assert is_large or len(left) >= 3
     for path in left:
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     before = stamps(left)
@@ -396,7 +404,7 @@ def test_every_model_of_a_task_has_a_state_of_its_own(
 ) -> None:
     generator = make_generator(make_layout(16), states=3)
     paths = generate_models(generator, CONDITIONS, 4, 5, tmp_path, SAMPLING)
-    states = [permutation_state(5, i, 3) for i in range(8)]
+    states = permutation_states(5, range(8), 3)
     assert set(states) == {0, 1, 2}
     rows = [torch.tensor([*CONDITIONS[i // 4], state]) for i, state in enumerate(states)]
     sampled = sampled_tokens(generator, SAMPLING, [Asked(i, row) for i, row in enumerate(rows)], 5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from rpg.sampling.noise import gaussian, permutation_state, philox, seed_word
+from rpg.sampling.noise import gaussian, permutation_states, philox, seed_word
 
 ONES = 0xFFFFFFFF
 
@@ -91,12 +91,12 @@ def test_values_do_not_change_between_versions() -> None:
 
 
 def test_permutation_states_are_uniform_and_belong_to_the_model() -> None:
-    states = [permutation_state(3, model, 10) for model in range(5000)]
+    states = permutation_states(3, range(5000), 10)
     assert stats.chisquare(np.bincount(states, minlength=10)).pvalue > 1e-3
     assert max(states) == 9
-    assert [permutation_state(3, model, 10) for model in range(20)] == states[:20]
-    assert [permutation_state(4, model, 10) for model in range(20)] != states[:20]
-    assert permutation_state(2**64 - 1, 0, 1) == 0
+    assert [permutation_states(3, [model], 10)[0] for model in range(20)] == states[:20]
+    assert permutation_states(4, range(20), 10) != states[:20]
+    assert permutation_states(2**64 - 1, [0], 1) == [0]
 
 
 def test_rows_of_several_seeds_get_each_the_noise_of_its_own() -> None:

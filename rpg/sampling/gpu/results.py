@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rpg.collection.layout import Layout
 from rpg.collection.tensor_spec import TensorKind
-from rpg.collection.tokens import LOG_SHIFT, cut, offset
+from rpg.collection.tokens import LOG_SHIFT, cut, join, offset
 from rpg.config import Normalisation, TokenCut
 from rpg.sampling.model_writer import ModelWriter
 
@@ -83,3 +83,14 @@ class SampledWeights:
     def write(self, rows: slice, file: ModelWriter, first_token: int) -> None:
         """Write `rows`, as `Sampled` describes."""
         file.write_weights(first_token, self.weights[rows], self.finite[rows])
+
+    def models(self, rows: slice, layout: Layout) -> dict[str, Tensor]:
+        """Round the weights of the models of `rows`, as `Sampled` describes."""
+        weights = self.weights[rows].view(-1, layout.tokens, layout.token_size)
+        return {
+            spec.name: join(weights[:, spec.first_token : spec.first_token + spec.tokens], spec.numel).to(
+                spec.dtype
+            )
+            for spec in layout.specs
+            if spec.tokens
+        }

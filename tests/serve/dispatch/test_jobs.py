@@ -26,7 +26,7 @@ from rpg.config import ConditionKind, RecurrentKind, SamplingConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.job import GenerationJob
-from rpg.sampling.model_writer import ModelWriter
+from rpg.storage import small_files
 from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
 from serve.config import ServeConfig
@@ -406,15 +406,15 @@ def test_an_ended_job_is_not_started_again(config: ServeConfig, in_process: InPr
 def test_a_full_disk_fails_the_job_alone_and_a_retry_works(
     config: ServeConfig, in_process: InProcess, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = ModelWriter._put
+    write = small_files._write
     full = True
 
-    def limited(self: ModelWriter, position: int, data: memoryview) -> None:
-        if full and self.path.name == "model_000002.safetensors":
+    def limited(directory: int, path: Path, content: bytes) -> None:
+        if full and path.name == "model_000002.safetensors":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        put(self, position, data)
+        write(directory, path, content)
 
-    monkeypatch.setattr(ModelWriter, "_put", limited)
+    monkeypatch.setattr(small_files, "_write", limited)
 
     async def run() -> str:
         nonlocal full
@@ -475,7 +475,13 @@ def test_a_job_that_is_stored_is_accepted_whatever_can_be_read(
 def test_a_slow_disk_does_not_hold_up_sampling(
     config: ServeConfig, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelWriter, "sha256", lambda self: time.sleep(0.2) or "0" * 64)
+    write = small_files._write
+
+    def slow(directory: int, path: Path, content: bytes) -> None:
+        time.sleep(0.4)
+        write(directory, path, content)
+
+    monkeypatch.setattr(small_files, "_write", slow)
 
     async def run() -> None:
         async with in_process(config) as service:
