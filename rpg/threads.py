@@ -1,7 +1,10 @@
-"""Running PyTorch's CPU operations on one thread, so that results do not depend on the number of threads."""
+"""Threads: how many PyTorch uses, so that results do not depend on it, and their priority."""
 
+import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -15,3 +18,10 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def lower_priority() -> None:
+    """Give the calling thread the lowest priority, where threads have one of their own."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

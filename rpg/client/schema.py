@@ -92,6 +92,9 @@ class JobRequest(SamplingRequest):
     descriptions: Annotated[list[Description], MinLen(1)] | None = None
     """In place of `conditions`, where the generator's `descriptions` is true."""
     number: Count = 1
+    pack: bool = False
+    """Store small networks many in a file, which is faster; they are listed and downloaded one by one all the
+    same. Measured ones have files of their own."""
 
 
 class GenerateRequest(SamplingRequest):
@@ -201,6 +204,10 @@ class ModelFile(_View):
     """Why it could not be measured."""
     description: str | None
     """That it was asked for by, if it was."""
+    pack: str | None = None
+    """The file on the service's storage that it shares with others; null: it has its own."""
+    offset: Size = 0
+    """Where in that it begins."""
 
 
 class CompanionFile(_View):

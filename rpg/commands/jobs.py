@@ -50,6 +50,9 @@ def add_jobs_command(commands: Commands) -> None:
         "--dtype", choices=[dtype.value for dtype in TokenDtype], help="of the networks' tensors"
     )
     submit.add_argument("--evaluate", action="store_true", help="measure every model, where that is possible")
+    submit.add_argument(
+        "--pack", action="store_true", help="have the service store small networks many in a file: faster"
+    )
     submit.add_argument("--priority", type=int, metavar="P", help="-100 to 100; higher ones are made first")
 
     status = _action(actions, "status", "show a job, or the newest ones", _status)
@@ -118,6 +121,7 @@ def _submit(client: "Client", options: argparse.Namespace) -> None:
         guidance=options.guidance,
         dtype=options.dtype,
         evaluate=options.evaluate or None,
+        pack=options.pack,
         priority=options.priority,
     )
     print(job.id)

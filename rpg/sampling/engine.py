@@ -24,6 +24,7 @@ from rpg.sampling.fair_queue import FairQueue
 from rpg.sampling.request import Models, Request, Segment
 from rpg.sampling.rows import Rows
 from rpg.sampling.writers import LARGE_VALUES, OrderedWriters
+from rpg.threads import lower_priority
 
 _KEPT_SAMPLERS = 4
 """Settings whose sampler is kept: on a GPU each holds the denoiser's weights once more, in 16 or 8 bits."""
@@ -53,6 +54,7 @@ class Engine:
         generator: Generator,
         *,
         large_values: int = LARGE_VALUES,
+        in_background: bool = False,
         observe: Callable[[int, int, float], None] = lambda *batch: None,
     ) -> None:
         """Sample on the device where `generator` lies.
@@ -60,6 +62,8 @@ class Engine:
         Args:
             generator: what samples.
             large_values: sampled values from which on a model is written by one of several threads.
+            in_background: whether `run` and the writing threads have the lowest priority, because others in
+                this process and on this machine must answer meanwhile.
             observe: told (rows, places, seconds) of every batch.
         """
         self.generator = generator
@@ -72,7 +76,8 @@ class Engine:
         self._requests: dict[str, list[Request]] = {}
         self._turns: FairQueue[str] = FairQueue()
         self._samplers: OrderedDict[str, BatchSampler] = OrderedDict()
-        self._writers = OrderedWriters(large_values)
+        self._in_background = in_background
+        self._writers = OrderedWriters(large_values, lower_priority if in_background else None)
 
     def __enter__(self) -> "Engine":
         return self
@@ -115,6 +120,8 @@ class Engine:
 
     def run(self) -> None:
         """Step, and wait for requests, until another thread calls `stop`."""
+        if self._in_background:
+            lower_priority()
         try:
             while not self._is_closing:
                 # `stop` may have come while `step` cleared the event that it sets.

@@ -23,11 +23,21 @@ class FinishedModel(NamedTuple):
     model: int
     """Its index in the job."""
     path: AnyPath
-    """Of its file or directory."""
+    """Of its file or directory, or of the pack that it lies in."""
     size: int
     """Bytes of its weights."""
     sha256: str | None
     """Of its weights, where the request asks for that."""
+    offset: int = 0
+    """Where in `path` its weights begin."""
+
+
+class SmallFile(NamedTuple):
+    """The file of a small model, before it is written."""
+
+    model: int
+    name: str
+    content: bytes
 
 
 @dataclass(eq=False)
@@ -42,6 +52,8 @@ class Request:
         fail: called once, from any thread, with what went wrong; nothing more is made then.
         is_there: whether a model need not be made; asked when its turn comes.
         hashed: whether `finish` is to be told digests.
+        packed: whether small models are written many into a file (`rpg.sampling.pack`). Only where no model
+            is there.
         job: requests of one job take turns as one.
         priority: of the job; higher ones are sampled first.
         root: a directory that `out` lies below, outside of which nothing is written; None: `out` is trusted.
@@ -55,6 +67,7 @@ class Request:
     fail: Callable[[BaseException], None]
     is_there: Callable[[int], bool] = _nowhere
     hashed: bool = False
+    packed: bool = False
     job: str = ""
     priority: int = 0
     root: AnyPath | None = None
@@ -68,10 +81,14 @@ class Request:
     # Files between their first token and their last, and the actions of writing threads that may use them.
     _files: dict[int, ModelWriter] = field(default_factory=dict, init=False)
     _actions: int = field(default=0, init=False)
+    # Files that wait for their pack, and how many more are to come.
+    _waiting: list[SmallFile] = field(default_factory=list, init=False)
+    _to_come: int = field(default=0, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
 
     def __post_init__(self) -> None:
         self._left = iter(self.indices)
+        self._to_come = len(self.indices)
 
     @property
     def wants_rows(self) -> bool:
@@ -144,11 +161,22 @@ class Request:
         """More tokens of this model will come."""
         self._files[index] = file
 
+    def gathered(self, files: Sequence[SmallFile], enough: int) -> list[SmallFile]:
+        """Keep files for a pack; all that are kept once they have `enough` bytes or are the last, or none."""
+        with self._lock:
+            self._waiting += files
+            self._to_come -= len(files)
+            if self._to_come and sum(len(file.content) for file in self._waiting) < enough:
+                return []
+            waiting, self._waiting = self._waiting, []
+            return waiting
+
     def _remove_unfinished(self) -> None:
         with self._lock:
             if self._actions or not self.dropped:
                 return
             files, self._files = list(self._files.values()), {}
+            self._waiting = []
         for file in files:
             file.discard()
 

@@ -1,25 +1,30 @@
 """Small models, of which a batch holds many: encoded together, and written several at a time."""
 
 import hashlib
+import secrets
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from rpg.sampling.batch_sampler import Sampled
 from rpg.sampling.model_format import EncodedModels, NotFiniteError
-from rpg.sampling.request import FinishedModel, Models, Request
+from rpg.sampling.pack import write_pack
+from rpg.sampling.request import FinishedModel, Models, Request, SmallFile
 from rpg.storage.small_files import write_files
 
 _SMALL_BYTES = 2**20
 _BYTES_AT_ONCE = 2**21
+_PACK_BYTES = 2**23
+"""A pack has at least so many bytes, unless it has the last models that were asked for."""
 _MODELS_AT_ONCE = 8
 """Models that one thread writes while others write the next ones: most of it is waiting for the disk."""
 
 
 def are_small(request: Request) -> bool:
-    """Whether the models of a request may be written whole: small files on the local disk."""
+    """Whether a request's models may be written whole: into packs, or as small files on the local disk."""
     plan = request.plan
-    return plan.format.values.size <= _SMALL_BYTES and isinstance(request.out, Path) and not plan.companions
+    is_small = plan.format.values.size <= _SMALL_BYTES and not plan.companions
+    return is_small and (request.packed or isinstance(request.out, Path))
 
 
 def encode(
@@ -46,24 +51,41 @@ def encode(
 
 
 def write(request: Request, models: Sequence[int], encoded: EncodedModels) -> list[FinishedModel]:
-    """Write models of a request; they are on the disk when this returns.
+    """Write models of a request: each into its file, or with others into a pack once there are enough.
+
+    Returns:
+        Those that are on the disk now. With packs, models of earlier calls may be among them.
 
     Raises:
         NotFiniteError: naming file and tensor of a model that is not finite.
         RPGError: naming the file that cannot be written.
     """
     plan, out = request.plan, request.out
-    assert isinstance(out, Path)
-    root = request.root if isinstance(request.root, Path) else None
-    files: list[tuple[str, bytes]] = []
-    finished: list[FinishedModel] = []
-    for index, content, tensor in zip(models, encoded.contents.numpy(), encoded.not_finite, strict=True):
-        path = plan.path(index, out)
+    files: list[SmallFile] = []
+    for model, content, tensor in zip(models, encoded.contents.numpy(), encoded.not_finite, strict=True):
+        path = plan.path(model, out)
         if tensor is not None:
             raise NotFiniteError(path, tensor)
-        file = plan.format.values.header(plan.provenance(index)) + content.tobytes()
-        digest = hashlib.sha256(file).hexdigest() if request.hashed else None
-        files.append((path.name, file))
-        finished.append(FinishedModel(index, path, len(file), digest))
-    write_files(out, files, root)
-    return finished
+        file = plan.format.values.header(plan.provenance(model)) + content.tobytes()
+        files.append(SmallFile(model, path.name, file))
+    if request.packed:
+        files = request.gathered(files, _PACK_BYTES)
+        if not files:
+            return []
+        path = out / f"pack_{files[0].model:06d}_{secrets.token_hex(4)}.tar"
+        members = write_pack(path, [(file.name, file.content) for file in files], request.root)
+        return [
+            FinishedModel(file.model, path, len(file.content), _digest(request, file), member.offset)
+            for file, member in zip(files, members, strict=True)
+        ]
+    assert isinstance(out, Path)
+    root = request.root if isinstance(request.root, Path) else None
+    write_files(out, [(file.name, file.content) for file in files], root)
+    return [
+        FinishedModel(file.model, out / file.name, len(file.content), _digest(request, file))
+        for file in files
+    ]
+
+
+def _digest(request: Request, file: SmallFile) -> str | None:
+    return hashlib.sha256(file.content).hexdigest() if request.hashed else None

@@ -41,11 +41,16 @@ class OrderedWriters:
     What goes wrong is told to the request that it belongs to, and ends that request alone.
     """
 
-    def __init__(self, large_values: int = LARGE_VALUES) -> None:
-        """Start no thread yet. `large_values`: see `LARGE_VALUES`."""
+    def __init__(self, large_values: int = LARGE_VALUES, at_start: Callable[[], None] | None = None) -> None:
+        """Start no thread yet.
+
+        Args:
+            large_values: see `LARGE_VALUES`.
+            at_start: called in every thread when it starts.
+        """
         self._large_values = large_values
-        self._writing = [ThreadPoolExecutor(1, "write") for _ in range(_WRITING_THREADS)]
-        self._finishing = ThreadPoolExecutor(_FINISHING_THREADS, "finish")
+        self._writing = [ThreadPoolExecutor(1, "write", at_start) for _ in range(_WRITING_THREADS)]
+        self._finishing = ThreadPoolExecutor(_FINISHING_THREADS, "finish", at_start)
         self._batches: deque[list[Future[None]]] = deque()
         self._files: set[Future[None]] = set()
         self._room_for_files = BoundedSemaphore(_FINISHING_FILES)
@@ -189,8 +194,8 @@ class OrderedWriters:
         with _acting(request):
             if self._is_cancelled:
                 request.drop()
-            if not request.dropped:
-                request.finish(small_models.write(request, models, encoded))
+            if not request.dropped and (finished := small_models.write(request, models, encoded)):
+                request.finish(finished)
 
 
 @contextmanager

@@ -142,6 +142,8 @@ def _model(job: LiveJob, made: Made) -> ModelFile:
         similarity=made.similarity,
         metrics=made.metrics,
         failure=made.failure,
+        pack=made.pack,
+        offset=made.offset,
         description=job.manifest.description_of(made.model),
     )
 

@@ -264,6 +264,8 @@ class Dispatcher:
                 created=time.time(),
                 job=job,
                 evaluate=request.evaluate,
+                # What measures a model reads its file.
+                pack=request.pack and not request.evaluate,
                 idempotency_key=key,
                 request_sha256=digest,
                 descriptions=request.descriptions,

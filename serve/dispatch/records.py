@@ -11,6 +11,7 @@ from annotated_types import Ge, Interval
 from pydantic import (
     GetCoreSchemaHandler,
     GetPydanticSchema,
+    StringConstraints,
     TypeAdapter,
     ValidationError,
 )
@@ -28,6 +29,9 @@ Time = Annotated[Finite, Interval(ge=0, le=2**40)]
 """Seconds since the epoch, within what a tar file can say."""
 
 
+PackName = Annotated[str, StringConstraints(pattern=r"^pack_[0-9]{6,18}_[0-9a-f]{8}\.tar$")]
+
+
 class Made(NamedTuple):
     """A finished model: its index in the job, its file's hexadecimal SHA-256 and size, what it is worth.
 
@@ -42,6 +46,10 @@ class Made(NamedTuple):
     metrics: dict[str, Finite] | None = None
     failure: str | None = None
     """Why the model could not be measured."""
+    pack: PackName | None = None
+    """The file that it lies in with others; None: it has its own."""
+    offset: Size = 0
+    """Where in the pack it begins."""
 
     def is_file(self, found: "Made") -> bool:
         """Whether it is the model of a file with this size and digest."""
@@ -64,6 +72,8 @@ class JobManifest:
     created: Time
     job: GenerationJob
     evaluate: bool = False
+    pack: bool = False
+    """Whether small models are stored many in a file."""
     idempotency_key: str | None = None
     request_sha256: str = ""
     """SHA-256 of the request's body, since one key must not stand for two requests."""
@@ -126,9 +136,9 @@ class JobProgress:
     made: Annotated[dict[int, Made], GetPydanticSchema(_listed)] = field(kw_only=True)
     """By index in the job."""
 
-    def to_json(self) -> Any:
-        """Plain JSON values."""
-        return _PROGRESS.dump_python(self, mode="json")
+    def to_json(self) -> str:
+        """The file's text. A line each would take Python a hundred times as long, and jobs are large."""
+        return _PROGRESS.dump_json(self).decode()
 
     @classmethod
     def from_json(cls, value: Any, models: int) -> "JobProgress":

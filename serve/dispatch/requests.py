@@ -69,9 +69,10 @@ def beyond_limits(models: int, conditions: int, steps: int, limits: LimitsConfig
 
 def request_digest(request: JobRequest) -> str:
     """What tells two requests apart: SHA-256 of all that they ask for."""
-    # Requests without descriptions have the digest that they had before there were any.
-    unused = {"descriptions"} if request.descriptions is None else None
-    return hashlib.sha256(request.model_dump_json(exclude=unused).encode()).hexdigest()
+    # Requests have the digest that they had before there were descriptions and packs.
+    unused = {"descriptions": request.descriptions is None, "pack": not request.pack}
+    text = request.model_dump_json(exclude={name for name, is_unused in unused.items() if is_unused})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_descriptions(request: JobRequest, served: ServedGenerator, limits: LimitsConfig) -> None:

@@ -3,6 +3,7 @@
     jobs/ID/job.json                     the manifest: what was asked for
     jobs/ID/state.json                   how far it is; written now and then, and when the job ends
     jobs/ID/models/model_000000.safetensors
+    jobs/ID/models/pack_000000_1f0e9c2a.tar  models 0 and others, where the job asked for packs
     jobs/ID/quarantined.json             why a damaged job is left alone
     jobs/ID/removed.json                 what the manifest is called once the job is being removed
     companions/DIGEST/NAME               what lies beside the weights of all models of one generator
@@ -15,6 +16,7 @@ removed (`rpg.storage.below`), sizes are measured, and a job whose records contr
 quarantined.
 """
 
+import io
 import logging
 import re
 import secrets
@@ -23,13 +25,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from rpg.client.schema import JobState
 from rpg.collection.companions import COMPANIONS_DIRECTORY, Companions, companions_of
 from rpg.collection.safetensors_file import read_metadata
 from rpg.errors import RPGError, one_line
+from rpg.sampling.pack import MemberFile, members_of
 from rpg.storage.below import (
+    Listed,
     NotOrdinaryError,
     check_ordinary_below,
     list_below,
@@ -52,6 +56,7 @@ _REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MODEL = re.compile(r"model_([0-9]{6}|[1-9][0-9]{6,17})\.safetensors")
+_PACK = re.compile(r"pack_[0-9]{6,18}_[0-9a-f]{8}\.tar")
 MOST_RECORD_BYTES = 2**27
 """Of a job's manifest or state: some hundred bytes a model, and some ten for each value of a condition."""
 _KEPT_COMPANIONS = 8
@@ -108,6 +113,17 @@ class JobStore:
         with storage_errors_for(self.model(job_id, model)):
             return open_below(self.root, f"{self._name(job_id)}/{_MODELS}/{_model_name(model)}")
 
+    def open_packed(self, job_id: str, pack: str, offset: int, size: int) -> IO[bytes]:
+        """Open the weights of one model, which are `size` bytes of a pack from `offset` on.
+
+        Raises:
+            RPGError: naming what is no regular file below the storage; or OSError, if it cannot be opened.
+        """
+        with storage_errors_for(self.models(job_id) / pack):
+            file = open_below(self.root, f"{self._name(job_id)}/{_MODELS}/{pack}")
+        # Buffered, it is an ordinary file for all that reads it.
+        return io.BufferedReader(MemberFile(file, offset, size))
+
     def companions(self, digest: str | None) -> Companions:
         """What lies beside the weights of the models that the generator with this digest has made.
 
@@ -161,7 +177,7 @@ class JobStore:
         Raises:
             RPGError: if it cannot be written.
         """
-        write_json(self._directory(job_id) / _STATE, progress.to_json(), self.root)
+        write_text(self._directory(job_id) / _STATE, progress.to_json(), self.root)
 
     def manifest(self, job_id: str) -> JobManifest:
         """Read what a job asks for.
@@ -194,17 +210,22 @@ class JobStore:
                 progress = JobProgress.from_json(
                     self._read_record(path, "a job's state"), manifest.job.models
                 )
-        sizes = self._sizes_of_models(manifest)
+        with storage_errors_for(self.models(manifest.id)):
+            listed = list_below(self.root, f"{self._name(manifest.id)}/{_MODELS}")
         if progress.state.is_end:
-            _check_agrees(path, progress, manifest, sizes)
+            _check_agrees(path, progress, manifest, listed)
             return progress
         whole = {
-            index: found
-            for index in sorted(sizes)
-            if (found := self._found_model(manifest, index, progress.digest)) is not None
+            place.model: found
+            for place in self._places(manifest, listed)
+            if (found := self._found_model(manifest, place, progress.digest)) is not None
         }
         known = progress.made
-        progress.made = {i: made for i, made in known.items() if i in whole and made.is_file(whole[i].made)}
+        progress.made = {
+            i: made._replace(pack=whole[i].made.pack, offset=whole[i].made.offset)
+            for i, made in known.items()
+            if i in whole and made.is_file(whole[i].made)
+        }
         if manifest.evaluate:
             # The accuracy of the models that the state does not name is unknown, so they are made again.
             # They come out the same, to the byte.
@@ -334,34 +355,53 @@ class JobStore:
     def _read_record(self, path: AnyPath, what: str) -> object:
         return read_json(path, what, root=self.root, most_bytes=MOST_RECORD_BYTES)
 
-    def _sizes_of_models(self, manifest: JobManifest) -> dict[int, int]:
-        """The sizes of the regular files that are named like models of a job, by index."""
-        with storage_errors_for(self.models(manifest.id)):
-            listed = list_below(self.root, f"{self._name(manifest.id)}/{_MODELS}")
-        found = ((_MODEL.fullmatch(name), each.size) for name, each in listed.items())
-        sizes = {int(name[1]): size for name, size in found if name is not None and size is not None}
-        return {index: size for index, size in sizes.items() if index < manifest.job.models}
+    def _places(self, manifest: JobManifest, listed: Mapping[str, Listed]) -> Iterator["_Place"]:
+        """Where models of a job lie, by the names of files and of packs' members, in order of the names."""
+        for name in sorted(listed):
+            if (size := listed[name].size) is None:
+                continue
+            if (index := _index(name, manifest)) is not None:
+                yield _Place(index, None, 0, size)
+            if not _PACK.fullmatch(name):
+                continue
+            path = self.models(manifest.id) / name
+            try:
+                with storage_errors_for(path), self.open_packed(manifest.id, name, 0, size) as pack:
+                    members = list(members_of(pack))
+            except (NotOrdinaryError, FileNotFoundError):
+                continue
+            for member in members:
+                if (index := _index(member.name, manifest)) is not None:
+                    yield _Place(index, name, member.offset, member.size)
 
-    def _found_model(self, manifest: JobManifest, index: int, digest: str | None) -> "_FoundModel | None":
+    def _open(self, job_id: str, place: "_Place") -> IO[bytes]:
+        if place.pack is None:
+            return self.open_model(job_id, place.model)
+        return self.open_packed(job_id, place.pack, place.offset, place.size)
+
+    def _found_model(
+        self, manifest: JobManifest, place: "_Place", digest: str | None
+    ) -> "_FoundModel | None":
         """What a file says that lies where a model belongs; None if it is not whole, or another one's."""
-        path = self.model(manifest.id, index)
+        index = place.model
+        path = self.model(manifest.id, index) if place.pack is None else self.models(manifest.id) / place.pack
         with storage_errors_for(path):
             try:
-                with self.open_model(manifest.id, index) as file:
+                with self._open(manifest.id, place) as file:
                     metadata, size = read_metadata(file)
                     file.seek(0)
                     digest_found = sha256_of(file)
             except (NotOrdinaryError, FileNotFoundError):
                 return None
             except ValueError as error:
-                _log.warning("%s: is made again: %s", path, error)
+                _log.warning("%s: model %d is made again: %s", path, index, error)
                 return None
         generator = metadata.get("rpg.generator", "")
         # Files without provenance are of no generator that is served.
         if metadata.get("rpg.index") != str(index) or digest not in (None, generator):
-            _log.warning("%s: is made again: it is another model", path)
+            _log.warning("%s: model %d is made again: it is another model", path, index)
             return None
-        return _FoundModel(Made(index, digest_found, size), generator)
+        return _FoundModel(Made(index, digest_found, size, pack=place.pack, offset=place.offset), generator)
 
     def _name(self, job_id: str) -> str:
         """The name of a job's directory below the root."""
@@ -371,6 +411,15 @@ class JobStore:
 
     def _directory(self, job_id: str) -> AnyPath:
         return self.root / self._name(job_id)
+
+
+class _Place(NamedTuple):
+    """Where a model lies: in a file of its own, or so many bytes of a pack."""
+
+    model: int
+    pack: str | None
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -384,8 +433,14 @@ def _model_name(index: int) -> str:
     return f"model_{index:06d}.safetensors"
 
 
+def _index(name: str, manifest: JobManifest) -> int | None:
+    """The index of the model that a file of this name holds; None if it is no model of the job."""
+    found = _MODEL.fullmatch(name)
+    return int(found[1]) if found and int(found[1]) < manifest.job.models else None
+
+
 def _check_agrees(
-    path: AnyPath, progress: JobProgress, manifest: JobManifest, sizes: Mapping[int, int]
+    path: AnyPath, progress: JobProgress, manifest: JobManifest, listed: Mapping[str, Listed]
 ) -> None:
     """Check that the state of a job that has ended says what is there.
 
@@ -396,9 +451,12 @@ def _check_agrees(
     if progress.state == JobState.succeeded and len(progress.made) != models:
         raise RPGError(f"{path}: says that the job succeeded, with {len(progress.made)} of {models} models")
     for index, made in progress.made.items():
-        if sizes.get(index) != made.bytes:
-            there = f"has {sizes[index]} bytes" if index in sizes else "is no regular file"
-            raise RPGError(f"{path}: model {index}: says {made.bytes} bytes; {_model_name(index)} {there}")
+        name = made.pack or _model_name(index)
+        size = listed[name].size if name in listed else None
+        if size is None or (size < made.offset + made.bytes if made.pack else size != made.bytes):
+            there = "is no regular file" if size is None else f"has {size} bytes"
+            at = f" from byte {made.offset} on" if made.pack else ""
+            raise RPGError(f"{path}: model {index}: says {made.bytes} bytes{at}; {name} {there}")
 
 
 @contextmanager

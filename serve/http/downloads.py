@@ -7,7 +7,6 @@ share, come from memory.
 import hashlib
 import os
 import re
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
@@ -17,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from rpg.client.schema import ModelFile
 from rpg.collection.companions import Companions
 from rpg.errors import RPGError
+from rpg.sampling.pack import RECORD, member_header, padded
 from rpg.storage.errors import StorageError
 from serve.errors import ProblemError
 
@@ -24,7 +24,6 @@ MODEL_TYPE = "application/octet-stream"
 TAR_TYPE = "application/x-tar"
 
 _BLOCK = 2**18
-_TAR_RECORD = 512
 _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
 _DIGITS = 18
 """More digits than this are a larger number than any file has bytes."""
@@ -148,19 +147,15 @@ def tar_stream(entries: Sequence[tuple[str, Content]], mtime: int) -> Iterator[b
 
 def tar_size(entries: Sequence[tuple[str, Content]]) -> int:
     """Bytes of a tar file of `entries`."""
-    return sum(_TAR_RECORD + _padded(content.size) for _, content in entries) + 2 * _TAR_RECORD
+    return sum(RECORD + padded(content.size) for _, content in entries) + 2 * RECORD
 
 
 def _tar_contents(entries: Iterable[tuple[str, Content]], mtime: int) -> Iterator[Content]:
     for name, content in entries:
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime = content.size, mtime
-        # GNU's format, because USTAR has no room for sizes of 8 GiB and more. With names as short as these,
-        # its header is one record as well.
-        yield Content.of(info.tobuf(tarfile.GNU_FORMAT))
+        yield Content.of(member_header(name, content.size, mtime))
         yield content
-        yield Content.of(bytes(_padded(content.size) - content.size))
-    yield Content.of(bytes(2 * _TAR_RECORD))
+        yield Content.of(bytes(padded(content.size) - content.size))
+    yield Content.of(bytes(2 * RECORD))
 
 
 def _part_response(
@@ -250,7 +245,3 @@ def _file_blocks(source: Callable[[], IO[bytes]], start: int, end: int) -> Itera
                 raise OSError("the file is shorter than it was")
             left -= len(block)
             yield block
-
-
-def _padded(size: int) -> int:
-    return -(-size // _TAR_RECORD) * _TAR_RECORD

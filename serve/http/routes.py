@@ -268,7 +268,10 @@ def add_models(app: FastAPI, api: DispatcherAPI, store: JobStore) -> None:
 
 def _stored(store: JobStore, job: Job, model: ModelFile) -> StoredModel:
     name = store.model(job.id, model.index).name
-    open_file = partial(store.open_model, job.id, model.index)
+    if model.pack is None:
+        open_file = partial(store.open_model, job.id, model.index)
+    else:
+        open_file = partial(store.open_packed, job.id, model.pack, model.offset, model.bytes)
     return StoredModel(name, open_file, model, store.companions(job.digest))
 
 

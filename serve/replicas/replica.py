@@ -58,6 +58,7 @@ class _Plan:
     models: JobPlan
     judge: "SingleNetworkJudge | None"
     description_of: Callable[[int], str | None]
+    packed: bool
 
 
 class Replica:
@@ -94,7 +95,7 @@ class Replica:
         self._embedding = asyncio.Lock()
         self._judge = _load_judge(entry, self.generator, device)
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
-        self.engine = Engine(self.generator, observe=batch_metrics(entry.name))
+        self.engine = Engine(self.generator, in_background=True, observe=batch_metrics(entry.name))
         self._sampling = threading.Thread(target=self.engine.run, name="sample", daemon=True)
         self._sampling.start()
 
@@ -129,6 +130,7 @@ class Replica:
             finish,
             report,
             hashed=True,
+            packed=plan.packed,
             job=lease.job,
             priority=lease.priority,
             root=self._store.root,
@@ -210,10 +212,10 @@ class Replica:
         # The models of a job are kept as weights alone, since they have the same companions.
         plan = JobPlan(self.generator, manifest.job, self._digest, Companions())
         if not manifest.evaluate:
-            return _Plan(plan, None, manifest.description_of)
+            return _Plan(plan, None, manifest.description_of, manifest.pack)
         if self._judge is None:
             raise RPGError(why_not_evaluated(self._name))
-        return _Plan(plan, self._judge, manifest.description_of)
+        return _Plan(plan, self._judge, manifest.description_of, manifest.pack)
 
 
 def centre_preview(layout: Layout) -> list[tuple[str, list[float]]]:
@@ -234,6 +236,8 @@ def _made(plan: _Plan, finished: FinishedModel) -> Made:
     """What is told of a finished model; what it is worth, where its job asks for that."""
     assert finished.sha256 is not None
     made = Made(finished.model, finished.sha256, finished.size)
+    if plan.packed and finished.offset:
+        made = made._replace(pack=finished.path.name, offset=finished.offset)
     if plan.judge is None:
         return made
     index, network = finished.model, read_checkpoint(finished.path)

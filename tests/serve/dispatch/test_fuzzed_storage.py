@@ -32,7 +32,8 @@ def storage(
     in_process: InProcess,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, str]]:
-    """A storage of three jobs: one that nobody touches, one that has ended, one that is half made."""
+    """A storage of four jobs: one that nobody touches, one that has ended, and two, one with its models in a
+    pack, that are half made."""
     config = ServeConfig(
         storage=str(tmp_path_factory.mktemp("fuzzed") / "storage"),
         roots=[str(saved.parent)],
@@ -43,17 +44,23 @@ def storage(
 
     async def run() -> None:
         async with in_process(config) as service:
-            for name in ("healthy", "ended", "half"):
-                asked = {"generator": "small", "conditions": CONDITIONS[:1], "number": 2}
+            for name in ("healthy", "ended", "half", "packed"):
+                asked = {
+                    "generator": "small",
+                    "conditions": CONDITIONS[:1],
+                    "number": 2,
+                    "pack": name == "packed",
+                }
                 answer = await service.client.post("/v1/jobs", json=asked, headers=bearer("alice"))
                 ids[name] = answer.json()["id"]
                 await service.ended(ids[name])
 
     asyncio.run(run())
     store = JobStore(Path(config.storage))
-    progress = store.progress(store.manifest(ids["half"]))
-    half = {0: progress.made[0]}
-    store.save(ids["half"], JobProgress(JobState.running, progress.digest, made=half))
+    for name in ("half", "packed"):
+        progress = store.progress(store.manifest(ids[name]))
+        half = {0: progress.made[0]}
+        store.save(ids[name], JobProgress(JobState.running, progress.digest, made=half))
     return Path(config.storage), ids
 
 
@@ -61,7 +68,7 @@ def places(storage: Path, ids: dict[str, str]) -> list[str]:
     """The files of the jobs that may be touched, relative to the storage."""
     return sorted(
         str(path.relative_to(storage))
-        for name in ("ended", "half")
+        for name in ("ended", "half", "packed")
         for path in (storage / "jobs" / ids[name]).rglob("*")
         if path.is_file()
     )
@@ -108,7 +115,11 @@ async def check(storage: Path, original: Path, ids: dict[str, str]) -> None:
             models = await api.models(caller("root"), id, 0, 1000)
             for model in models.models:
                 path = f"jobs/{id}/models/model_{model.index:06d}.safetensors"
-                with store.open_model(id, model.index) as file:
+                if model.pack is None:
+                    opened = store.open_model(id, model.index)
+                else:
+                    opened = store.open_packed(id, model.pack, model.offset, model.bytes)
+                with opened as file:
                     content = file.read(2**20)
                 assert len(content) == model.bytes
                 # Where a job has ended, or no state names a model, a start compares no digest.

@@ -4,9 +4,12 @@ import asyncio
 import copy
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
+import tarfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +29,7 @@ from rpg.config import ConditionKind, RecurrentKind, SamplingConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.sampling.job import GenerationJob
+from rpg.sampling.pack import members_of
 from rpg.storage import small_files
 from rpg.tasks.binary_digits import BinaryDigits
 from rpg.tasks.digits import DigitsNet, digits_images
@@ -52,7 +56,10 @@ async def gone(config: ServeConfig, id: str) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_models_are_those_of_run_job(config: ServeConfig, in_process: InProcess, expected: Expected) -> None:
+@pytest.mark.parametrize("pack", [False, True])
+def test_models_are_those_of_run_job(
+    config: ServeConfig, in_process: InProcess, expected: Expected, pack: bool
+) -> None:
     """Four jobs of other seeds, conditions and settings at once, to the byte."""
     asked: list[dict[str, Any]] = [
         {"conditions": CONDITIONS, "number": 40, "seed": 5},
@@ -65,7 +72,7 @@ def test_models_are_those_of_run_job(config: ServeConfig, in_process: InProcess,
         async with in_process(config) as service:
             answers = [
                 await service.client.post(
-                    "/v1/jobs", json={"generator": "small", **job}, headers=bearer("alice")
+                    "/v1/jobs", json={"generator": "small", "pack": pack, **job}, headers=bearer("alice")
                 )
                 for job in asked
             ]
@@ -364,6 +371,75 @@ def test_an_interrupted_service_goes_on_where_it_was(
     (directory / "models" / ".model_000299.safetensors.1.partial").write_bytes(b"half")
     asyncio.run(go_on(id))
     assert files(config, id) == named(expected(CONDITIONS[:1], 300))
+
+
+def test_packed_models_are_found_again(
+    config: ServeConfig, in_process: InProcess, expected: Expected
+) -> None:
+    """The state was never written, a pack was cut short, and another's first model was damaged."""
+    whole = expected(CONDITIONS[:1], 300)
+
+    async def begin() -> str:
+        async with in_process(config) as service:
+            id = str((await submit(service, number=300, pack=True)).json()["id"])
+            while len(service.dispatcher.job(caller(), id).progress.made) < 150:
+                await asyncio.sleep(0.01)
+            return id
+
+    async def go_on(id: str) -> None:
+        async with in_process(config) as service:
+            made = service.dispatcher.job(caller(), id).progress.made
+            assert 100 < len(made) < 300
+            assert damaged not in made
+            assert (await service.ended(id))["finished"] == 300
+            page = (await service.client.get(f"/v1/jobs/{id}/models", headers=bearer("alice"))).json()
+            assert len({each["pack"] for each in page["models"]}) < 40
+            for each in page["models"]:
+                path = models / each["pack"]
+                with path.open("rb") as file:
+                    file.seek(each["offset"])
+                    assert file.read(each["bytes"]) == whole[each["index"]]
+            archive = await service.client.get(f"/v1/jobs/{id}/archive", headers=bearer("alice"))
+            with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
+                found = [tar.extractfile(member) for member in tar.getmembers()]
+                assert [file.read() for file in found if file is not None] == whole
+            asked = {**bearer("alice"), "Range": "bytes=-7"}
+            part = await service.client.get(f"/v1/jobs/{id}/models/299", headers=asked)
+            assert (part.status_code, part.content) == (206, whole[299][-7:])
+        async with in_process(config) as service:
+            job = (await service.client.get(f"/v1/jobs/{id}", headers=bearer("alice"))).json()
+            assert (job["state"], job["finished"]) == ("succeeded", 300)
+
+    id = asyncio.run(begin())
+    models = JobStore(Path(config.storage)).models(id)
+    assert isinstance(models, Path)
+    (models.parent / "state.json").unlink(missing_ok=True)
+    packs = sorted(models.glob("pack_*.tar"))
+    assert len(packs) >= 4
+    with packs[0].open("r+b") as file:
+        file.truncate(packs[0].stat().st_size // 2)
+    with packs[1].open("r+b") as file:
+        first = next(members_of(file))
+        damaged = int(first.name[6:12])
+        file.seek(first.offset)
+        file.write(b"X" * 100)
+    asyncio.run(go_on(id))
+
+
+def test_a_pack_that_is_too_short_quarantines_a_job_that_has_ended(
+    config: ServeConfig, in_process: InProcess
+) -> None:
+    async def run() -> None:
+        async with in_process(config) as service:
+            id = (await submit(service, number=3, pack=True)).json()["id"]
+            await service.ended(id)
+        [pack] = (Path(config.storage) / "jobs" / id / "models").iterdir()
+        os.truncate(pack, pack.stat().st_size // 2)
+        async with in_process(config) as service:
+            reason = service.dispatcher.quarantined[id].reason
+            assert re.search(rf"model 1: says \d+ bytes from byte \d+ on; {pack.name} has \d+ bytes", reason)
+
+    asyncio.run(run())
 
 
 def test_jobs_wait_for_a_generator_that_is_no_longer_served(
@@ -814,15 +890,17 @@ def test_a_job_of_another_version_of_the_generator_is_not_mixed(
     asyncio.run(go_on(id))
 
 
+@pytest.mark.parametrize("pack", [False, True])
 def test_storage_may_be_a_uri(
-    config: ServeConfig, in_process: InProcess, expected: Expected, s3: S3Server
+    config: ServeConfig, in_process: InProcess, expected: Expected, s3: S3Server, pack: bool
 ) -> None:
     """The service is stopped in the middle and started again: the models are the same, to the byte."""
-    config.storage = f"{s3.bucket('jobs')}/service"
+    bucket = f"jobs-{pack}".lower()
+    config.storage = f"{s3.bucket(bucket)}/service"
 
     async def begin() -> str:
         async with in_process(config) as service:
-            id = str((await submit(service, number=60)).json()["id"])
+            id = str((await submit(service, number=60, pack=pack)).json()["id"])
             while not service.dispatcher.job(caller(), id).progress.made:
                 await asyncio.sleep(0.01)
             return id
@@ -839,5 +917,6 @@ def test_storage_may_be_a_uri(
     whole = expected(CONDITIONS[:1], 60)
     id = asyncio.run(begin())
     asyncio.run(go_on(id))
-    found = s3.content("jobs", f"service/jobs/{id}/models/")
-    assert {name.rpartition("/")[2]: content for name, content in found.items()} == named(whole)
+    found = s3.content(bucket, f"service/jobs/{id}/models/")
+    assert pack or {name.rpartition("/")[2]: content for name, content in found.items()} == named(whole)
+    assert not pack or len(found) <= 4

@@ -46,7 +46,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
 
 def test_what_older_manifests_lack_has_its_default() -> None:
     older = as_parsed(MANIFEST.to_json())
-    for key in ("evaluate", "idempotency_key", "request_sha256", "descriptions", "encoder"):
+    for key in ("evaluate", "pack", "idempotency_key", "request_sha256", "descriptions", "encoder"):
         del older[key]
     for key in ("clip", "precision"):
         del older["job"]["sampling"][key]
@@ -99,14 +99,15 @@ def test_other_json_is_refused(value: Any) -> None:
 
 
 def test_progress_is_read_as_it_was_written() -> None:
-    made = {3: Made(3, "a" * 64, 7, 0.5, None), 1: Made(1, "b" * 64, 8)}
+    packed = Made(1, "b" * 64, 8, pack="pack_000001_0123abcd.tar", offset=512)
+    made = {3: Made(3, "a" * 64, 7, 0.5, None), 1: packed}
     progress = JobProgress(JobState.running, "c" * 64, None, 1.5, None, made=made)
-    assert list(progress.to_json()) == ["state", "digest", "error", "started", "ended", "made"]
-    assert progress.to_json()["made"] == [
-        [3, "a" * 64, 7, 0.5, None, None, None],
-        [1, "b" * 64, 8, None, None, None, None],
+    assert list(json.loads(progress.to_json())) == ["state", "digest", "error", "started", "ended", "made"]
+    assert json.loads(progress.to_json())["made"] == [
+        [3, "a" * 64, 7, 0.5, None, None, None, None, 0],
+        [1, "b" * 64, 8, None, None, None, None, packed.pack, 512],
     ]
-    assert JobProgress.from_json(as_parsed(progress.to_json()), 4) == progress
+    assert JobProgress.from_json(json.loads(progress.to_json()), 4) == progress
 
 
 def test_what_older_states_lack_has_its_default() -> None:
@@ -124,6 +125,7 @@ def test_what_older_states_lack_has_its_default() -> None:
         ({"made": [[0, SHA256]]}, "made.0.2: Field required"),
         ({"made": [[0, SHA256, "many"]]}, "made.0.2: Input should be a valid integer"),
         ({"made": [[0, SHA256, -1]]}, "made.0.2: Input should be greater than or equal to 0"),
+        ({"made": [[0, SHA256, 1, None, None, None, None, "../x", 0]]}, "made.0.7: String should match"),
         ({"made": [[0, "a", 1]]}, "made.0.1: String should match pattern"),
         ({"digest": ["a"]}, "digest: Input should be a valid string"),
         ({"ended": float("nan")}, "ended: Input should be a finite number"),
