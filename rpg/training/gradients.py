@@ -1,8 +1,7 @@
-"""The loss of a batch and its gradients: their arithmetic, the other workers' share, and one CUDA graph."""
+"""The loss of a batch and its gradients: the other workers' share, and one CUDA graph."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rpg.config import Precision
 from rpg.generator.generator import Batch, Generator
+from rpg.training.arithmetic import arithmetic
 from rpg.training.workers import Workers
 
 Objective = Callable[[Generator, Any], tuple[Tensor, Tensor]]
@@ -136,23 +136,3 @@ class _Losses(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self.objective(self.generator, batch)
-
-
-@contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Run a block's matrix products with `precision` on `device`.
-
-    `float32` is plain float32 everywhere, `bfloat16` is autocast. `auto` is bfloat16 autocast on a GPU. On a
-    CPU `auto` keeps float32 tensors and lets PyTorch choose oneDNN for their products ("medium"), which is
-    more than twice as fast as its default on some processors (docs/ablations.md); processors with bfloat16
-    matrix units may round the factors.
-    """
-    autocast = precision == Precision.bfloat16 or (precision == Precision.auto and device.type == "cuda")
-    before = torch.get_float32_matmul_precision()
-    with ExitStack() as stack:
-        if autocast:
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if precision == Precision.auto and device.type == "cpu":
-            torch.set_float32_matmul_precision("medium")
-            stack.callback(torch.set_float32_matmul_precision, before)
-        yield
