@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -52,8 +53,7 @@ def measure(setup: Setup, directory: Path, minutes: float, models: int) -> list[
                 if (after := page.next) is None:
                     break
         stored = {
-            id: sorted(path.name for path in (service.directory / "storage/jobs" / id / "models").iterdir())
-            for id in ids.values()
+            id: _stored_models(service.directory / "storage/jobs" / id / "models") for id in ids.values()
         }
     names = [f"model_{i:06d}.safetensors" for i in range(models)]
     whole = sum(found.get(job) is not None and len(found[job]) == models for job in range(JOBS))
@@ -85,7 +85,9 @@ def _all_jobs(
             for job in range(number, JOBS, CLIENTS):
                 pace(job)
                 try:
-                    asked = client.submit(GENERATOR, [setup.condition(job)], models, seed=job)
+                    # Every other job has its models many in a file.
+                    pack = job % 2 == 1
+                    asked = client.submit(GENERATOR, [setup.condition(job)], models, seed=job, pack=pack)
                     ids[job] = asked.id
                     ended = client.wait(asked.id)
                     if ended.state != "succeeded":
@@ -99,6 +101,19 @@ def _all_jobs(
     with ThreadPoolExecutor(CLIENTS) as pool:
         list(pool.map(client_of, range(CLIENTS)))
     return digests, ids, errors
+
+
+def _stored_models(directory: Path) -> list[str]:
+    """The names of the models in a job's directory, files and members of packs.
+
+    A pack that was written when its replica was killed may hold models that are in another one as well.
+    """
+    files = [path.name for path in directory.iterdir() if path.suffix != ".tar"]
+    packed: set[str] = set()
+    for path in directory.glob("*.tar"):
+        with tarfile.open(path) as pack:
+            packed.update(pack.getnames())
+    return sorted([*files, *packed])
 
 
 def _kill(service: Service, start: float, end: float, kills: dict[str, int]) -> None:
