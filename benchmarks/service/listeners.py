@@ -29,7 +29,7 @@ SETTLE_SECONDS = 15.0
 def measure(setup: Setup, directory: Path, minutes: float) -> list[Row]:
     """Call in turn for `minutes` each: without listeners, with them, and with them while nothing is made."""
     with running(setup, directory) as service, service.client() as client:
-        job = client.submit(GENERATOR, [setup.condition(0)], 100_000, seed=0).id
+        job = client.submit(GENERATOR, [setup.condition(0)], 1_000_000, seed=0, pack=True).id
         while client.job(job).finished < 100:
             time.sleep(0.1)
         time.sleep(SETTLE_SECONDS)

@@ -98,7 +98,7 @@ def config_of(setup: Setup, directory: Path) -> ServeConfig:
         roots=[str(setup.generator.parent)],
         generators=[entry],
         auth=False,
-        limits=LimitsConfig(queued_models=10_000_000, models_per_job=100_000),
+        limits=LimitsConfig(queued_models=10_000_000, models_per_job=1_000_000),
         num_cpus=setup.num_cpus,
     )
     config.http.port = port
