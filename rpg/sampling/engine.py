@@ -194,17 +194,19 @@ class Engine:
                     room -= rows
         return sampler, taken
 
+    def _takes_models(self, job: str, sampler: BatchSampler) -> bool:
+        """Whether a batch takes whole models of a job, because they are small."""
+        return sampler.takes_models and self._writers.take_models(self._requests[job][0])
+
     def _fewest_rows(self, job: str, sampler: BatchSampler) -> int:
-        """The fewest rows that a job takes: those of a model where its models are small, or one."""
-        is_small = sampler.takes_models and self._writers.take_models(self._requests[job][0])
-        return self.generator.layout.tokens if is_small else 1
+        """The fewest rows that a batch takes of a job: those of a model, or one."""
+        return self.generator.layout.tokens if self._takes_models(job, sampler) else 1
 
     def _take(self, job: str, sampler: BatchSampler, count: int, taken: list[Segment | Models]) -> int:
-        fewest, tokens = self._fewest_rows(job, sampler), self.generator.layout.tokens
-        takes_models = fewest == tokens
+        takes_models, tokens = self._takes_models(job, sampler), self.generator.layout.tokens
         left = count
         for request in self._requests[job]:
-            while left >= fewest and request.wants_rows:
+            while left >= (tokens if takes_models else 1) and request.wants_rows:
                 try:
                     some: Segment | Models | None
                     if takes_models:

@@ -22,6 +22,7 @@ from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.request import FinishedModel, Request
 from rpg.sampling.writers import LARGE_VALUES
 from rpg.storage import small_files
+from tests.sampling.test_model_directory import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,22 @@ def test_a_layout_of_constants_alone(make_generator: Callable[..., Generator], t
         engine.submit(request_for(generator, tmp_path, events, range(3)))
         events.wait(3)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_network_of_one_token_may_be_a_directory(
+    make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], tmp_path: Path
+) -> None:
+    """All of it is in one row, and it is no small file for all that."""
+    layout = make_layout(8, {"weight": torch.zeros(5)}).with_companions(MODEL)
+    assert layout.tokens == 1
+    events = Events()
+    with running(Engine(make_generator(layout))) as engine:
+        engine.submit(request_for(engine.generator, tmp_path, events, range(3)))
+        events.wait(3)
+    assert sorted(events) == [0, 1, 2]
+    for index in range(3):
+        found = {path.name for path in (tmp_path / f"model_{index:06d}").iterdir()}
+        assert found == {MODEL.weights_name, *MODEL.files}
 
 
 def test_a_broken_sampler_is_told_to_all(engine: Engine, tmp_path: Path) -> None:
