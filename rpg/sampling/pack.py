@@ -7,6 +7,7 @@ so that models are read one by one from a pack without unpacking it.
 
 import io
 import os
+import secrets
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import IO, NamedTuple
@@ -14,6 +15,8 @@ from typing import IO, NamedTuple
 from rpg.storage.files import replacing_file
 from rpg.storage.locations import AnyPath
 
+PACK_PATTERN = r"pack_[0-9]{6,18}_[0-9a-f]{8}\.tar"
+"""What matches the names of packs (`pack_name`)."""
 RECORD = tarfile.BLOCKSIZE
 """Headers and contents begin at multiples of so many bytes."""
 
@@ -24,6 +27,11 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+def pack_name(model: int) -> str:
+    """A new name for a pack whose first model has this index in its job; another one at each call."""
+    return f"pack_{model:06d}_{secrets.token_hex(4)}.tar"
 
 
 def write_pack(

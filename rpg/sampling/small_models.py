@@ -1,14 +1,13 @@
 """Small models, of which a batch holds many: encoded together, and written several at a time."""
 
 import hashlib
-import secrets
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from rpg.sampling.batch_sampler import Sampled
 from rpg.sampling.model_format import EncodedModels, NotFiniteError
-from rpg.sampling.pack import write_pack
+from rpg.sampling.pack import pack_name, write_pack
 from rpg.sampling.request import FinishedModel, Models, Request, SmallFile
 from rpg.storage.small_files import write_files
 
@@ -72,7 +71,7 @@ def write(request: Request, models: Sequence[int], encoded: EncodedModels) -> li
         files = request.gathered(files, _PACK_BYTES)
         if not files:
             return []
-        path = out / f"pack_{files[0].model:06d}_{secrets.token_hex(4)}.tar"
+        path = out / pack_name(files[0].model)
         members = write_pack(path, [(file.name, file.content) for file in files], request.root)
         return [
             FinishedModel(file.model, path, len(file.content), _digest(request, file), member.offset)

@@ -21,6 +21,7 @@ from rpg.client.schema import JobState, Priority, Sha256, Size
 from rpg.config import Finite
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
+from rpg.sampling.pack import PACK_PATTERN
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ Time = Annotated[Finite, Interval(ge=0, le=2**40)]
 """Seconds since the epoch, within what a tar file can say."""
 
 
-PackName = Annotated[str, StringConstraints(pattern=r"^pack_[0-9]{6,18}_[0-9a-f]{8}\.tar$")]
+PackName = Annotated[str, StringConstraints(pattern=f"^{PACK_PATTERN}$")]
 
 
 class Made(NamedTuple):

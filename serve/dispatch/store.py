@@ -31,7 +31,7 @@ from rpg.client.schema import JobState
 from rpg.collection.companions import COMPANIONS_DIRECTORY, Companions, companions_of
 from rpg.collection.safetensors_file import read_metadata
 from rpg.errors import RPGError, one_line
-from rpg.sampling.pack import MemberFile, members_of
+from rpg.sampling.pack import PACK_PATTERN, MemberFile, members_of
 from rpg.storage.below import (
     Listed,
     NotOrdinaryError,
@@ -56,7 +56,7 @@ _REMOVED = "removed.json"
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MODEL = re.compile(r"model_([0-9]{6}|[1-9][0-9]{6,17})\.safetensors")
-_PACK = re.compile(r"pack_[0-9]{6,18}_[0-9a-f]{8}\.tar")
+_PACK = re.compile(PACK_PATTERN)
 MOST_RECORD_BYTES = 2**27
 """Of a job's manifest or state: some hundred bytes a model, and some ten for each value of a condition."""
 _KEPT_COMPANIONS = 8

@@ -236,7 +236,7 @@ def _made(plan: _Plan, finished: FinishedModel) -> Made:
     """What is told of a finished model; what it is worth, where its job asks for that."""
     assert finished.sha256 is not None
     made = Made(finished.model, finished.sha256, finished.size)
-    if plan.packed and finished.offset:
+    if finished.offset:
         made = made._replace(pack=finished.path.name, offset=finished.offset)
     if plan.judge is None:
         return made

@@ -69,6 +69,20 @@ def tied(checkpoints: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{**c, "decoder.weight": c["wörter.weight"]} for c in checkpoints]
 
 
+def mixed_layout(
+    make_checkpoints: Callable[..., list[dict[str, Tensor]]],
+    token_size: int,
+    normalisation: Normalisation,
+    cut: TokenCut,
+) -> Layout:
+    """Of checkpoints like `mixed`, whose tied tensors stay tied."""
+    checkpoints = tied(make_checkpoints(4, template=mixed()))
+    statistics = LayoutStatistics(checkpoints[0])
+    for checkpoint in checkpoints:
+        statistics.update(checkpoint)
+    return statistics.layout(token_size, normalisation).with_token_size(token_size, cut)
+
+
 def assert_is_decoded(path: Path, layout: Layout, tokens: Tensor) -> None:
     expected = layout.decode(Encoded(tokens, layout.constants))
     found = load_file(path)
@@ -91,11 +105,7 @@ def test_reads_back_as_the_layout_decodes(
     normalisation: Normalisation,
     cut: TokenCut,
 ) -> None:
-    checkpoints = tied(make_checkpoints(4, template=mixed()))
-    statistics = LayoutStatistics(checkpoints[0])
-    for checkpoint in checkpoints:
-        statistics.update(checkpoint)
-    layout = statistics.layout(token_size, normalisation).with_token_size(token_size, cut)
+    layout = mixed_layout(make_checkpoints, token_size, normalisation, cut)
     assert [spec.alias_of for spec in layout.specs if spec.alias_of] == ["wörter.weight"]
     tokens = torch.randn(layout.tokens, token_size, generator=torch.Generator().manual_seed(token_size))
     path = tmp_path_factory.mktemp("models") / "model.safetensors"

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rpg.collection.layout import Layout
-from rpg.collection.statistics import LayoutStatistics
 from rpg.config import Normalisation, RecurrentKind, SamplingConfig, Solver, TokenCut
 from rpg.generator.generator import Generator
 from rpg.sampling import small_models
@@ -21,7 +20,7 @@ from rpg.sampling.model_format import ModelFormat, NotFiniteError
 from rpg.sampling.model_writer import ModelWriter
 from rpg.sampling.prototypes import Prototypes
 from rpg.sampling.request import FinishedModel, Models, Request
-from tests.sampling.test_model_writer import mixed, tied
+from tests.sampling.test_model_writer import mixed_layout
 
 SAMPLING = SamplingConfig(solver=Solver.ddim, steps=2, token_batch=64)
 
@@ -41,11 +40,7 @@ def test_the_bytes_are_those_of_a_file_written_token_by_token(
     cut: TokenCut,
     dtype: torch.dtype | None,
 ) -> None:
-    checkpoints = tied(make_checkpoints(4, template=mixed()))
-    statistics = LayoutStatistics(checkpoints[0])
-    for checkpoint in checkpoints:
-        statistics.update(checkpoint)
-    layout = statistics.layout(token_size, normalisation).with_token_size(token_size, cut)
+    layout = mixed_layout(make_checkpoints, token_size, normalisation, cut)
     random = torch.Generator().manual_seed(token_size)
     tokens = torch.randn(3, layout.tokens, token_size, generator=random)
     form = ModelFormat(layout, dtype)
