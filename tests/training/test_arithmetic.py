@@ -1,5 +1,7 @@
 """Which arithmetic a step uses, and that the settings are restored."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,16 +35,21 @@ def test_arithmetic_on_a_cpu(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "rounding", "is_better"),
-    [({"highest": 2.0, "medium": 1.0}, 0.0, True), ({"highest": 1.1, "medium": 1.0}, 0.0, False),
-     ({"highest": 1.0, "medium": 2.0}, 0.0, False), ({"highest": 9.0, "medium": 1.0}, 1e-3, False)],
-)  # fmt: skip
-def test_onednn_is_taken_where_it_is_clearly_faster_and_as_exact(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], rounding: float, is_better: bool
+    ("cpu", "rounding", "is_better"),
+    [
+        ("AuthenticAMD", 0.0, True),
+        ("AuthenticAMD", 1e-3, False),
+        ("GenuineIntel", 0.0, False),
+        (None, 0.0, False),
+    ],
+)
+def test_onednn_is_taken_on_amd_processors_where_it_is_as_exact(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu: str | None, rounding: float, is_better: bool
 ) -> None:
-    """A clock that goes on by what a product takes on another processor, and that one's rounding."""
-    clock = iter(time for _ in range(100) for p in ("highest", "medium") for time in (0.0, seconds[p]))
-    monkeypatch.setattr(arithmetic_module.time, "perf_counter", lambda: next(clock))
+    info = tmp_path / "cpuinfo"
+    if cpu is not None:
+        info.write_text(f"processor\t: 0\nvendor_id\t: {cpu}\n")
+    monkeypatch.setattr(arithmetic_module, "_CPU_INFO", info)
 
     class Rounded(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
