@@ -173,6 +173,9 @@ class GenerateConfig:
     """Tasks of the training set to generate for as well."""
     models_per_batch: Count = 50
     """Models that one worker makes at a time; a lost batch is made again."""
+    recompute_batchnorm: bool = False
+    """Replace BatchNorm's running statistics, which are generated like all else, by those of training data,
+    which the task family's `batch` gives. The report shows for some networks whether that is better."""
 
 
 @dataclass
