@@ -75,6 +75,7 @@ class CollectConfig:
     """Directory or URI of the images, for a task family that takes some (cifar10: `train.parquet` and
     `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
     checkpoints_per_task: Count = 3
+    """Networks of each task; where the collection has no conditions, networks in all."""
     heldout_checkpoints_per_task: Annotated[int, Ge(0)] = 0
     """The same for held-out tasks, whose networks are what reports compare with; 0: as for all tasks."""
     backbone_epochs: Count = 40
