@@ -19,46 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.config import CollectConfig
-from rpg.errors import RPGError
-from rpg.gpu_compiler import has_gpu_compiler
-from rpg.seeds import derived_seed
-from rpg.tasks.along_training import Recipe, Update, train_along
-from rpg.tasks.cifar10_images import CLASSES, SIZE, Images, check_files, cifar10_images
-from rpg.tasks.cifar10_net import normalised
+from rpg.tasks.cifar10_images import SIZE, cifar10_images
+from rpg.tasks.cifar10_networks import ADAMW, Cifar10Networks
 from rpg.tasks.families import Asked
-from rpg.tasks.shared_batches import augmented
-
-SGD = Recipe()
-ADAMW = Recipe(last_learning_rate=1e-4, weight_decay=0.05, update=Update.adamw)
-"""For transformers, and networks that are trained like them."""
-_IMAGES_AT_ONCE = 1000
 
 
-class Cifar10Classifier:
-    """A family of one network; a subclass says which."""
-
-    network: ClassVar[str]
-    """`torchvision:NAME` or `timm:NAME`."""
-    arguments: ClassVar[Mapping[str, Any]] = {}
-    """Further arguments of the network."""
-    recipe: ClassVar[Recipe] = SGD
-    """Epochs, batch size, peak learning rate and number of checkpoints are those of `collect`."""
-    uses_gpu = True
-
-    def __init__(self, images: str, device: torch.device) -> None:
-        """Use the images in the directory or URI `images` (`cifar10_images`), and compute on `device`."""
-        self.directory = images
-        self.device = device
-        self._on_device: dict[str, Images] = {}
-
-    def check(self) -> None:
-        """Raise an `RPGError` if the images are not there, or the network's library is not."""
-        check_files(self.directory)
-        self.build_network()
-
-    def build_network(self) -> nn.Module:
-        """The network, with new weights."""
-        return named_network(self.network, {"num_classes": CLASSES, **self.arguments})
+class Cifar10Classifier(Cifar10Networks):
+    """A family of one network; its collection is checkpoints along the last epoch of one training run."""
 
     def checkpoints(self, config: CollectConfig, seed: int, state: Path) -> Iterator[str | dict[str, Tensor]]:
         """Train the network; checkpoints of the last epoch, and after each epoch how far it is.
@@ -69,9 +36,6 @@ class Cifar10Classifier:
             seed: of the weights that training starts from and of the images' order.
             state: a file from which a training that was killed goes on.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(seed, "network", 0))
-            network = self.build_network().to(self.device)
         recipe = replace(
             self.recipe,
             epochs=config.backbone_epochs + 1,
@@ -79,75 +43,19 @@ class Cifar10Classifier:
             peak_learning_rate=config.learning_rate,
             checkpoints=config.checkpoints_per_task,
         )
-        if self.device.type == "cuda":
-            # Convolutions in bfloat16 are fastest with the channels last, as the images have them.
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            # Sizes never change, so a search for the fastest kernels pays.
-            torch.backends.cudnn.benchmark = True
-            if has_gpu_compiler():
-                network.compile()
-        yield from train_along(network, self._images("train"), recipe, seed, state)
+        yield from self.trained(recipe, seed, state)
 
     def labels(self, condition: Asked, split: str) -> Tensor:
         """Each image's class, int64 [images]."""
         return cifar10_images(self.directory, split).classes
 
-    @torch.no_grad()
     def predict_many(self, models: list[dict[str, Tensor]], split: str) -> Tensor:
-        """The classes that models predict for a split's images, int64 [models, images], in float32."""
-        pixels = self._images(split).pixels
-        network = self.build_network().to(self.device).eval()
-        rows = []
-        for model in models:
-            network.load_state_dict(model, strict=True)
-            parts = [network(normalised(some)).argmax(1) for some in pixels.split(_IMAGES_AT_ONCE)]
-            rows.append(torch.cat(parts).cpu())
-        return torch.stack(rows)
-
-    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented training images, as networks take them, and their classes."""
-        train = self._images("train")
-        chosen = torch.randint(len(train.classes), (size,), generator=random).to(self.device)
-        moves = torch.Generator(self.device)
-        moves.manual_seed(int(torch.randint(2**62, (), generator=random)))
-        return normalised(augmented(train.pixels[chosen], moves)), train.classes[chosen]
+        """The classes that models predict for a split's images, int64 [models, images]."""
+        return torch.stack([logits.argmax(1) for logits in self.logits(models, split)])
 
     def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor], condition: Asked) -> Tensor:
         """Mean cross-entropy of logits [images, 10]."""
         return F.cross_entropy(outputs, batch[1])
-
-    def _images(self, split: str) -> Images:
-        if split not in self._on_device:
-            self._on_device[split] = cifar10_images(self.directory, split).to(self.device)
-        return self._on_device[split]
-
-
-def named_network(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A network of torchvision or timm with new weights.
-
-    Args:
-        name: `torchvision:NAME` or `timm:NAME`.
-        arguments: of the network's function.
-
-    Raises:
-        RPGError: if the library is not installed, or has no such network.
-    """
-    library, _, called = name.partition(":")
-    # Imported here, so that programs that use neither do not wait for them.
-    try:
-        if library == "torchvision":
-            from torchvision.models import get_model as build
-        elif library == "timm":
-            from timm import create_model as build
-        else:
-            raise RPGError(f"network: expected torchvision:NAME or timm:NAME, got '{name}'")
-    except ImportError as error:
-        raise RPGError(f"network: '{name}' needs the package {library}: pip install {library}") from error
-    try:
-        network: nn.Module = build(called, **arguments)
-    except Exception as error:
-        raise RPGError(f"network: '{name}': {error}") from error
-    return network
 
 
 def _with_small_stem(network: nn.Module) -> nn.Module:
@@ -166,9 +74,9 @@ class ResNet18(Cifar10Classifier):
 
     network = "torchvision:resnet18"
 
-    def build_network(self) -> nn.Module:
-        """The network, with new weights."""
-        return _with_small_stem(super().build_network())
+    def with_outputs(self, outputs: int) -> nn.Module:
+        """The network with so many outputs, with new weights."""
+        return _with_small_stem(super().with_outputs(outputs))
 
 
 class ResNet50(Cifar10Classifier):
@@ -176,9 +84,9 @@ class ResNet50(Cifar10Classifier):
 
     network = "timm:resnet50_gn"
 
-    def build_network(self) -> nn.Module:
-        """The network, with new weights."""
-        return _with_small_stem(super().build_network())
+    def with_outputs(self, outputs: int) -> nn.Module:
+        """The network with so many outputs, with new weights."""
+        return _with_small_stem(super().with_outputs(outputs))
 
 
 class MobileNetV3(Cifar10Classifier):
@@ -186,9 +94,9 @@ class MobileNetV3(Cifar10Classifier):
 
     network = "timm:mobilenetv3_large_100"
 
-    def build_network(self) -> nn.Module:
-        """The network, with new weights."""
-        network: Any = super().build_network()
+    def with_outputs(self, outputs: int) -> nn.Module:
+        """The network with so many outputs, with new weights."""
+        network: Any = super().with_outputs(outputs)
         network.conv_stem.stride = (1, 1)
         built: nn.Module = network
         return built

@@ -22,7 +22,8 @@ import os
 import signal
 from pathlib import Path
 
-from rpg.tasks.cifar10_classifiers import ADAMW, Cifar10Classifier
+from rpg.tasks.cifar10_classifiers import Cifar10Classifier
+from rpg.tasks.cifar10_networks import ADAMW
 
 MARK = Path(__file__).with_name("killed")
 
@@ -131,7 +132,7 @@ def test_from_images_to_the_report_and_a_kill_changes_nothing(run_job, directory
 
 @pytest.mark.parametrize(
     ("family", "message"),
-    [("Broken", "checkpoints: ValueError: no such luck (small_family.py, line 29)"),
+    [("Broken", "checkpoints: ValueError: no such luck (small_family.py, line 30)"),
      ("Single", "checkpoints: expected at least 2 networks, got 1")],
 )  # fmt: skip
 def test_a_family_that_fails_is_told_in_one_line(join_job, directory, tmp_path, family, message):

@@ -22,10 +22,10 @@ from rpg.tasks.cifar10_classifiers import (
     ViTBase,
     ViTSmall,
     ViTTiny,
-    named_network,
 )
 from rpg.tasks.cifar10_images import cifar10_images
 from rpg.tasks.families import ENTRY_POINTS
+from rpg.tasks.named_networks import named_network
 from tests.cifar10_files import write_cifar10
 
 CPU = torch.device("cpu")
