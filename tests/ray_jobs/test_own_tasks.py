@@ -212,7 +212,8 @@ def test_a_search_says_why_networks_could_not_be_measured(family_file, finished,
         counter.unlink(missing_ok=True)
         arguments = [
             OWN, *SETTINGS, "tune.space={generator.denoiser.width: [16]}", "tune.trials=1",
-            "tune.reduction=2", f"collect.directory={output / 'collection'}", f"output={tmp_path / name}",
+            "tune.reduction=2", "refine.steps=0",
+            f"collect.directory={output / 'collection'}", f"output={tmp_path / name}",
             "train.validation_models=1", f"evaluate.command=python {script} {measured * _in_a_round(output)} "
             "{checkpoint}",
         ]  # fmt: skip
