@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,7 @@ def collect_along_training(config: Config, use_gpu: bool, name: str) -> None:
     """
     paths = RunPaths.of(config)
     judge = JudgeSettings(family_name(config), paths.images, config.evaluate, use_gpu)
-    with ExitStack() as stack, stage_progress("collect") as display:
-        directory = stack.enter_context(replacing_directory(paths.collection))
+    with stage_progress("collect") as display, replacing_directory(paths.collection) as directory:
         training: Path | None = None
         if isinstance(paths.collection, Path):
             training = paths.collection.with_name(f"{paths.collection.name}.training")

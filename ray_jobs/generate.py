@@ -34,7 +34,7 @@ from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.generator.saving import CONFIG_FILE
 from rpg.sampling.generate import run_job
-from rpg.sampling.job import GenerationJob, JobPlan
+from rpg.sampling.job import GenerationJob
 from rpg.storage.directories import replacing_directory
 from rpg.storage.files import write_json
 from rpg.storage.locations import AnyPath, fetched
@@ -144,11 +144,10 @@ class _GenerationWorker:
 
     @returns_errors
     def __call__(self, row: Row) -> Row:
-        models = [int(i) for i in row["models"]]
-        paths = run_job(self.generator, self.job, models, self.directory)
+        paths = run_job(self.generator, self.job, [int(i) for i in row["models"]], self.directory)
         if self.batchnorm:
-            plan = JobPlan(self.generator, self.job)
-            self.batchnorm.rewrite([plan.weights_path(i, self.directory) for i in models])
+            companions = self.generator.layout.companions
+            self.batchnorm.rewrite([companions.weights_path(path) for path in paths])
         return {"index": row["index"], "files": [path.name for path in paths]}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from safetensors import safe_open
@@ -47,18 +48,21 @@ class RecomputedBatchNorm:
         Raises:
             RPGError: naming the file, if the statistics cannot be computed or it cannot be written.
         """
-        judge = self._judge()
         for path in files:
             with fetched(path) as local, safe_open(local, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            done, failures = judge.with_batchnorm_recomputed([Candidate(path.name, tensors, None)], self.seed)
+            done, failures = self._judge.with_batchnorm_recomputed(
+                [Candidate(path.name, tensors, None)], self.seed
+            )
             if failures:
                 raise RPGError(failures[0])
             with replacing_file(path) as temporary:
                 save_file(done[0].state_dict, temporary, metadata | METADATA)
 
+    @cached_property
     def _judge(self) -> FamilyJudge:
+        """Opened once in a worker, which rewrites many batches of files."""
         return _checked(self.settings.open(torch.device("cuda") if self.settings.use_gpu else None))
 
 

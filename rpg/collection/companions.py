@@ -59,6 +59,10 @@ class Companions:
     def __bool__(self) -> bool:
         return bool(self.files)
 
+    def weights_path(self, model: AnyPath) -> AnyPath:
+        """The file of a model's weights: in its directory, or the model itself where it is one file."""
+        return model / self.weights_name if self else model
+
     @cached_property
     def weights_name(self) -> str:
         """The name that loaders expect of a single file of weights beside these files."""

@@ -157,8 +157,7 @@ class JobPlan:
 
     def weights_path(self, index: int, out: AnyPath) -> AnyPath:
         """The file of weights of model `index` in the directory `out`."""
-        path = self.path(index, out)
-        return path / self.companions.weights_name if self.companions else path
+        return self.companions.weights_path(self.path(index, out))
 
     def open_file(self, index: int, out: AnyPath, root: AnyPath | None = None) -> ModelWriter:
         """Begin model `index` in the directory `out`, and with `root` write nothing outside of that.

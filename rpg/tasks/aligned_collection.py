@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpg.collection.alignment import aligned
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import Collection, Entry
-from rpg.collection.permutation_groups import PermutationGroup, permutation_groups
 from rpg.errors import RPGError
 from rpg.seeds import derived_seed
 from rpg.storage.directories import replacing_directory
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath
+from rpg.tasks.alignment import aligned
 from rpg.tasks.families import calling, load_family
+from rpg.tasks.permutation_groups import PermutationGroup, permutation_groups
 from rpg.tasks.predictions import load_network
 from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder
 

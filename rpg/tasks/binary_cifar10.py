@@ -34,8 +34,8 @@ from rpg.tasks.class_subsets import (
     task_name,
 )
 from rpg.tasks.families import Asked, Task
-from rpg.tasks.fine_tuning import binary_loss, class_and_set_loss, unstacked, with_set_heads
-from rpg.tasks.shared_batches import augmented, train_on_shared_batches
+from rpg.tasks.fine_tuning import binary_loss, class_and_set_loss, fine_tuned_by_copy, with_set_heads
+from rpg.tasks.shared_batches import random_batch, train_on_shared_batches
 
 BACKBONE_BATCH_SIZE = 512
 BACKBONE_LEARNING_RATE = 1e-2
@@ -112,18 +112,16 @@ class BinaryCifar10:
         Returns:
             One state dict a model, of `Cifar10Net()`, on the CPU.
         """
-        names = list(Cifar10Net().state_dict())
         teachers = {name: value.to(self.device) for name, value in backbone.items()}
         first = {name: value[0] for name, value in teachers.items()}
-        trained: dict[tuple[str, int], dict[str, Tensor]] = {}
-        for copy in dict.fromkeys(copy for _, copy in models):
-            some = [model for model in models if model[1] == copy]
-            sets = torch.tensor([task.condition for task, _ in some], device=self.device)
 
-            def answers(patches: Tensor, classes: Tensor, sets: Tensor = sets) -> Tensor:
+        def train(conditions: list[list[float]], copy: int) -> dict[str, Tensor]:
+            sets = torch.tensor(conditions, device=self.device)
+
+            def answers(patches: Tensor, classes: Tensor) -> Tensor:
                 return sets @ _class_probabilities(teachers, patches).mean(0).T
 
-            together = train_on_shared_batches(
+            return train_on_shared_batches(
                 with_set_heads(first, sets),
                 self._images("train"),
                 answers,
@@ -135,9 +133,8 @@ class BinaryCifar10:
                 dtype=self._training_dtype(),
                 first_layer=first,
             )
-            done = [(task.name, copy) for task, copy in some]
-            trained.update(zip(done, unstacked(together, names), strict=True))
-        return [trained[task.name, copy] for task, copy in models]
+
+        return fine_tuned_by_copy(models, list(Cifar10Net().state_dict()), train)
 
     @torch.no_grad()
     def references(self, backbone: dict[str, Tensor], condition: Asked, split: str) -> dict[str, Tensor]:
@@ -194,11 +191,7 @@ class BinaryCifar10:
 
     def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented training images, as `Cifar10Net` takes them, and their classes."""
-        train = self._images("train")
-        chosen = torch.randint(len(train.classes), (size,), generator=random).to(self.device)
-        moves = torch.Generator(self.device)
-        moves.manual_seed(int(torch.randint(2**62, (), generator=random)))
-        return normalised(augmented(train.pixels[chosen], moves)), train.classes[chosen]
+        return random_batch(self._images("train"), size, random)
 
     def outputs_many(self, networks: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         """Logits [M, images, 1] of networks, stacked."""

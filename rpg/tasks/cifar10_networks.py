@@ -13,7 +13,7 @@ from rpg.tasks.along_training import Recipe, Update, train_along
 from rpg.tasks.cifar10_images import CLASSES, Images, check_files, cifar10_images
 from rpg.tasks.cifar10_net import normalised
 from rpg.tasks.named_networks import named_network
-from rpg.tasks.shared_batches import augmented
+from rpg.tasks.shared_batches import random_batch
 
 SGD = Recipe()
 ADAMW = Recipe(last_learning_rate=1e-4, weight_decay=0.05, update=Update.adamw)
@@ -56,11 +56,7 @@ class Cifar10Networks:
 
     def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented training images, as networks take them, and their classes."""
-        train = self.images("train")
-        chosen = torch.randint(len(train.classes), (size,), generator=random).to(self.device)
-        moves = torch.Generator(self.device)
-        moves.manual_seed(int(torch.randint(2**62, (), generator=random)))
-        return normalised(augmented(train.pixels[chosen], moves)), train.classes[chosen]
+        return random_batch(self.images("train"), size, random)
 
     def images(self, split: str) -> Images:
         """The images of a split, on the device."""

@@ -25,7 +25,7 @@ from rpg.tasks.cifar10_net import normalised
 from rpg.tasks.cifar10_networks import ADAMW, Cifar10Networks
 from rpg.tasks.class_subsets import class_labels, class_labels_many, class_tasks, in_set, task_name
 from rpg.tasks.families import Asked, Task
-from rpg.tasks.fine_tuning import binary_loss, unstacked
+from rpg.tasks.fine_tuning import binary_loss, fine_tuned_by_copy
 from rpg.tasks.shared_batches import batches
 
 BACKBONE_BATCH_SIZE = 512
@@ -82,20 +82,12 @@ class Cifar10SubsetClassifier(Cifar10Networks):
             One state dict a model, on the CPU.
         """
         network = self.build_network().to(self.device)
-        names = list(network.state_dict())
-        trained: dict[tuple[str, int], dict[str, Tensor]] = {}
-        for copy in dict.fromkeys(copy for _, copy in models):
-            some = [task for task, number in models if number == copy]
-            together = self._fine_tuned(
-                network,
-                stacked_from(network, backbone, len(some)),
-                [task.condition for task in some],
-                config,
-                derived_seed(seed, "fine-tuning order", copy),
-            )
-            done = [(task.name, copy) for task in some]
-            trained.update(zip(done, unstacked(together, names), strict=True))
-        return [trained[task.name, copy] for task, copy in models]
+
+        def train(conditions: list[list[float]], copy: int) -> dict[str, Tensor]:
+            start, order = stacked_from(network, backbone, len(conditions)), "fine-tuning order"
+            return self._fine_tuned(network, start, conditions, config, derived_seed(seed, order, copy))
+
+        return fine_tuned_by_copy(models, list(network.state_dict()), train)
 
     def _fine_tuned(
         self,
@@ -174,9 +166,9 @@ def stacked_from(network: nn.Module, backbone: Mapping[str, Tensor], count: int)
     start = {}
     for name, value in network.state_dict().items():
         given = backbone.get(name)
-        fits = given is not None and given.shape == value.shape
-        source = given.to(value) if given is not None and fits else torch.zeros_like(value)
-        start[name] = source.expand(count, *value.shape).clone()
+        if given is None or given.shape != value.shape:
+            given = torch.zeros_like(value)
+        start[name] = given.to(value).expand(count, *value.shape).clone()
     return start
 
 

@@ -1,8 +1,12 @@
 """From a ten-class backbone to binary classifiers: their starting points and losses."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rpg.tasks.families import Task
 
 SETS_WEIGHT = 4.0
 """Weight of the sets in `class_and_set_loss`, chosen on validation tasks (docs/ablations.md)."""
@@ -43,6 +47,28 @@ def unstacked(models: dict[str, Tensor], names: list[str]) -> list[dict[str, Ten
     """The single state dicts of stacked ones, on the CPU, with their tensors in the order of `names`."""
     moved = {name: models[name].cpu() for name in names}
     return [{name: moved[name][i].clone() for name in names} for i in range(len(moved[names[0]]))]
+
+
+def fine_tuned_by_copy(
+    models: Sequence[tuple[Task, int]],
+    names: list[str],
+    train: Callable[[list[list[float]], int], dict[str, Tensor]],
+) -> list[dict[str, Tensor]]:
+    """Networks that are trained side by side, those of one copy together; a state dict each, on the CPU.
+
+    Args:
+        models: (task, copy) of each network.
+        names: of their tensors, in order.
+        train: called with the conditions of the tasks of a copy, and the copy; returns the trained networks,
+            stacked.
+    """
+    trained: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for copy in dict.fromkeys(copy for _, copy in models):
+        some = [task for task, number in models if number == copy]
+        together = train([task.condition for task in some], copy)
+        done = [(task.name, copy) for task in some]
+        trained.update(zip(done, unstacked(together, names), strict=True))
+    return [trained[task.name, copy] for task, copy in models]
 
 
 def binary_loss(logits: Tensor, right: Tensor) -> Tensor:

@@ -115,6 +115,15 @@ def batches(images: Images, seed: int, epochs: int, batch_size: int) -> Iterator
             yield augmented(images.pixels[chosen], random), images.classes[chosen]
 
 
+def random_batch(images: Images, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augmented images, as networks take them (`normalised`), and their classes; `random` is on the CPU."""
+    device = images.pixels.device
+    chosen = torch.randint(len(images.classes), (size,), generator=random).to(device)
+    moves = torch.Generator(device)
+    moves.manual_seed(int(torch.randint(2**62, (), generator=random)))
+    return normalised(augmented(images.pixels[chosen], moves)), images.classes[chosen]
+
+
 def augmented(pixels: Tensor, random: torch.Generator) -> Tensor:
     """Images, uint8 [N, 32, 32, 3], each moved by up to `SHIFT` pixels and half of them mirrored.
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpg.collection.alignment import permuted
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import Collection
-from rpg.collection.permutation_groups import permutation_groups
 from rpg.collection.register import register
 from rpg.commands.main import main
+from rpg.tasks.alignment import permuted
 from rpg.tasks.digits import DigitsNet
+from rpg.tasks.permutation_groups import permutation_groups
 
 
 @pytest.fixture

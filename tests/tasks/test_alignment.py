@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rpg.collection.alignment import aligned, permuted
-from rpg.collection.permutation_groups import permutation_groups
 from rpg.errors import RPGError
+from rpg.tasks.alignment import aligned, permuted
 from rpg.tasks.cifar10_net import Cifar10Net
+from rpg.tasks.permutation_groups import permutation_groups
 
 
 def mlp(seed: int, *widths: int) -> nn.Sequential:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rpg.collection.alignment import permuted
-from rpg.collection.permutation_groups import AxisOfTensor, PermutationGroup, permutation_groups
 from rpg.errors import RPGError
+from rpg.tasks.alignment import permuted
 from rpg.tasks.cifar10_net import Cifar10Net
 from rpg.tasks.digits import DigitsNet
+from rpg.tasks.permutation_groups import AxisOfTensor, PermutationGroup, permutation_groups
 
 
 class Residual(nn.Module):

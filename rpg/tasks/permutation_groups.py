@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rpg.errors import RPGError, one_line
+from rpg.tasks.predictions import WithState
 
 _aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ def permutation_groups(network: nn.Module, run: Callable[[nn.Module], Tensor]) -
     state = {name: value.detach() for name, value in state.items()}
 
     def compute(*values: Tensor) -> Tensor:
-        return run(_WithState(network, dict(zip(state, values, strict=True))))
+        return run(WithState(network, dict(zip(state, values, strict=True))))
 
     try:
         with torch.no_grad():
@@ -84,19 +84,6 @@ def permutation_groups(network: nn.Module, run: Callable[[nn.Module], Tensor]) -
         else:
             known[node] = _followed(node, known, found)
     return found.groups()
-
-
-class _WithState(nn.Module):
-    """A network with other parameters and buffers."""
-
-    def __init__(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        # As an attribute of a list, the network is no submodule, whose parameters would be looked for.
-        self._network = [network]
-        self._state = dict(state)
-
-    def forward(self, *arguments: Any) -> Any:
-        return functional_call(self._network[0], self._state, arguments)
 
 
 @dataclass(frozen=True)
@@ -148,16 +135,16 @@ class _Axes:
         for axis in axes:
             self.freeze(axis)
 
-    def join(self, *axes: _Axis | None) -> None:
-        """Have axes belong together; if the order of one is fixed, that of all is."""
-        if None in axes:
+    def join(self, *axes: _Axis | None) -> _Axis | None:
+        """Have axes belong together, and return one of them; if the order of one is fixed, that of all is,
+        and there is none."""
+        free = [axis for axis in axes if axis is not None]
+        if not free or len(free) < len(axes):
             self.freeze_all(axes)
-            return
-        first = axes[0]
-        for other in axes[1:]:
-            assert first is not None
-            assert other is not None
-            self._join(first, other)
+            return None
+        for other in free[1:]:
+            self._join(free[0], other)
+        return free[0]
 
     def _join(self, one: _Axis, other: _Axis) -> None:
         (a, a_block), (b, b_block) = self.root(one.number), self.root(other.number)
@@ -254,10 +241,7 @@ def _elementwise(node: Node, of: _Of, axes: _Axes) -> _Shape:
             # What is broadcast is the same for all units.
             if place >= 0 and own[place] == size:
                 meeting.append(of(each)[place])
-        axes.join(*meeting)
-        result[dimension] = next((axis for axis in meeting if axis is not None), None)
-        if None in meeting:
-            result[dimension] = None
+        result[dimension] = axes.join(*meeting)
     return result
 
 
@@ -429,8 +413,7 @@ def _cat(node: Node, of: _Of, axes: _Axes) -> _Shape:
             axes.freeze_all(meeting)
             result.append(None)
         else:
-            axes.join(*meeting)
-            result.append(None if None in meeting else meeting[0])
+            result.append(axes.join(*meeting))
     return result
 
 

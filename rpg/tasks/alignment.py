@@ -12,8 +12,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rpg.collection.permutation_groups import AxisOfTensor, PermutationGroup
 from rpg.errors import RPGError
+from rpg.tasks.permutation_groups import AxisOfTensor, PermutationGroup
 
 _MOST_PASSES = 100
 
@@ -25,7 +25,7 @@ def permuted(
 
     Args:
         state_dict: of a network with these groups.
-        groups: of axes (`rpg.collection.permutation_groups`).
+        groups: of axes (`rpg.tasks.permutation_groups`).
         orders: of each group's units, int64 [size]: place i gets the unit `order[i]`.
     """
     result = dict(state_dict)
@@ -47,7 +47,7 @@ def aligned(
     Args:
         state_dict: of a network with these groups.
         reference: another checkpoint of this network.
-        groups: of axes (`rpg.collection.permutation_groups`).
+        groups: of axes (`rpg.tasks.permutation_groups`).
         matched: names of the tensors that are compared: the parameters. Buffers are permuted with them.
         seed: of the order in which groups take their turns.
 
