@@ -33,8 +33,8 @@ from rpg.config import (
     RecurrentConfig,
     TrainConfig,
 )
+from rpg.training.captured import CapturedStep
 from rpg.training.fit import fit, new_trainer
-from rpg.training.gradients import CapturedGradients
 from rpg.training.progress import TrainingProgress
 
 LOG_EVERY = 10
@@ -86,8 +86,8 @@ def measure(run: Run, shards: ShardedCollection, tiny: bool) -> str:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = new_trainer(shards, fast if run.denoiser == "fast" else paper, config, 0, device)
-    if run.plain and isinstance(trainer.gradients, CapturedGradients):
-        trainer.gradients = trainer.gradients.captured
+    if run.plain and isinstance(trainer.changing, CapturedStep):
+        trainer.changing = trainer.changing.captured
     seen: list[TrainingProgress] = []
     with torch.compiler.set_stance("force_eager" if run.plain else "default"):
         fit(trainer, shards, 0, seen.append, lambda trainer, progress: None)

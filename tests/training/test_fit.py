@@ -61,7 +61,7 @@ def test_logs_and_saves_when_asked_and_at_the_end(shards: ShardedCollection) -> 
 
     def spy(*arguments: object) -> dict[str, torch.Tensor]:
         result = step(*arguments)  # type: ignore[arg-type]
-        losses.append(float(result["loss"]))
+        losses.append(float(result.loss))
         return result
 
     trainer.train_step = spy  # type: ignore[method-assign, assignment]

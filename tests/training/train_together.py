@@ -32,6 +32,7 @@ from rpg.config import (
     Sharding,
     TrainConfig,
 )
+from rpg.training import exchange
 from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
@@ -106,6 +107,8 @@ def main() -> None:
     shards, rank = ShardedCollection.open(Path(sys.argv[1])), int(sys.argv[3])
     root, runs = Path(sys.argv[2]), json.loads(sys.argv[4])
     torch.set_num_threads(1)
+    # These generators are small, and are to be exchanged in several buckets as large ones are.
+    exchange._BUCKET_BYTES = 4096
     for name, workers, resume, scenarios in runs:
         if rank >= workers:
             continue
