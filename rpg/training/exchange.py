@@ -36,8 +36,8 @@ class _Bucket:
 class GradientExchange:
     """Sums a module's gradients over the workers, clips them, and leaves them in the parameters' `grad`.
 
-    Every worker calls `begin`, runs its backward pass, and calls `finish`. As soon as the gradients of a bucket
-    are there, they are copied into a buffer and sent, in the same order by every worker. PyTorch's
+    Every worker calls `begin`, runs its backward pass, and calls `finish`. As soon as the gradients of a
+    bucket are there, they are copied into a buffer and sent, in the same order by every worker. PyTorch's
     DistributedDataParallel does the same; here the buffer may be in half precision, clipping reads it in
     place of the gradients, and all of it can be captured in a CUDA graph.
     """

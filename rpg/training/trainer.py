@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rpg.config import OptimiserConfig, Sharding, TrainConfig
 from rpg.errors import RPGError, one_line
@@ -72,7 +72,7 @@ class Trainer:
             normalise_globally(generator)
         if self._sharded:
             for each in (self.generator, self.average):
-                shard(each, device, self.workers.count)
+                shard(each, device, self.workers.count, config.precision)
         else:
             for each in (self.generator, self.average):
                 each.to(device)
@@ -91,11 +91,11 @@ class Trainer:
         # FSDP frees and gathers tensors as it goes. Other objectives run code that a graph might not be able
         # to hold.
         if device.type == "cuda" and not self._sharded and objective is fitting_loss:
-            if isinstance(generator.denoiser, ConditionalUNet) and has_gpu_compiler():
-                # The compiler fuses the six passes over memory between two convolutions into one. Several
-                # workers' BatchNorm exchanges sums in between, which it would not.
-                if self.workers.count == 1:
-                    generator.denoiser.compile()
+            # The compiler fuses the six passes over memory between two convolutions of the U-Net into one.
+            # With several workers BatchNorm exchanges sums in between, where it could not.
+            is_alone = self.workers.count == 1
+            if isinstance(generator.denoiser, ConditionalUNet) and is_alone and has_gpu_compiler():
+                generator.denoiser.compile()
             self.changing = CapturedStep(self._change, device)
         self.step = 0
 

@@ -47,7 +47,12 @@ class Workers:
 
     def from_first(self, value: float) -> float:
         """The first worker's `value`; all workers must call this."""
-        return float(self.sum(torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)))
+        if self.count == 1:
+            return value
+        # NCCL takes tensors on a GPU alone.
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        own = value if self.rank == 0 else 0.0
+        return float(self.sum(torch.tensor(own, dtype=torch.float64, device=device)))
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
