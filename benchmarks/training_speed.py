@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train_scaling import FULL, TINY, write_collection
+from benchmarks.resnet18_shards import FULL, TINY, write_collection
 from rpg.collection.shards import ShardedCollection
 from rpg.config import (
     ConditionConfig,

@@ -80,7 +80,7 @@ def run(config: Config) -> None:
 
 
 def evenly(models: range, most: int, workers: int) -> list[range]:
-    """Cut `models` into parts of at most `most`, as many for each of `workers`; sizes differ by at most one."""
+    """Cut `models` into parts of at most `most`, as many for each of `workers`, of nearly the same size."""
     parts = min(-(-len(models) // (most * workers)) * workers, len(models))
     return [models[len(models) * i // parts : len(models) * (i + 1) // parts] for i in range(parts)]
 
