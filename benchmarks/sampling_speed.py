@@ -268,7 +268,8 @@ def compared_step(name: str, token_size: int, rows: int, device: torch.device, t
         from rpg.sampling.gpu.adaln_mlp import AdaLNMLPOnGPU
 
         fast = AdaLNMLPOnGPU(denoiser, [500], torch.bfloat16)
-        ours = fast.prepare(prototypes)
+        with torch.inference_mode():
+            ours = fast.prepare(prototypes)
         ways["here"] = lambda x: fast.denoise(x, 0, ours)
     columns = []
     for way in ("here", "compiled", "eager"):
@@ -278,7 +279,7 @@ def compared_step(name: str, token_size: int, rows: int, device: torch.device, t
         with torch.inference_mode():
             began = time.perf_counter()
             found = ways[way](x)
-            error = (found[:64].float() - exact).norm() / exact.norm()
+            error = float((found[:64].float() - exact).norm() / exact.norm())
             first = time.perf_counter() - began
             action = graphed(lambda way=way: ways[way](x), device)  # type: ignore[misc]
             spent = seconds(action, device, 2 if tiny else 30)

@@ -335,7 +335,7 @@ def _kernel_by_kernel(trainer: Any) -> None:
 
 def _exchange_after_the_graph(trainer: Any) -> None:
     """One graph computes this worker's gradients, which are then exchanged all at once."""
-    from rpg.training.captured import CapturedStep
+    from rpg.captured import CapturedStep
     from rpg.training.gradients import Computed, fitting_loss
     from rpg.training.optimiser import step
 
@@ -372,7 +372,7 @@ def _ddp(trainer: Any) -> None:
 
 
 def _ddp_in_the_graph(trainer: Any) -> None:
-    from rpg.training.captured import CapturedStep
+    from rpg.captured import CapturedStep
 
     captured = CapturedStep(trainer._change, trainer.device)
     # PyTorch's notes on CUDA graphs ask for both: made in a stream of its own, and eleven passes before.

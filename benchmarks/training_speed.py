@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.resnet18_shards import FULL, TINY, write_collection
+from rpg.captured import CapturedStep
 from rpg.collection.shards import ShardedCollection
 from rpg.config import (
     ConditionConfig,
@@ -33,7 +34,6 @@ from rpg.config import (
     RecurrentConfig,
     TrainConfig,
 )
-from rpg.training.captured import CapturedStep
 from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import TrainingProgress
 

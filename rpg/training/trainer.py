@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpg.captured import CapturedStep
 from rpg.config import OptimiserConfig, Sharding, TrainConfig
 from rpg.errors import RPGError, one_line
 from rpg.generator.condition import VectorCondition
@@ -15,7 +16,6 @@ from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.storage.files import replacing_file
-from rpg.training.captured import CapturedStep
 from rpg.training.gradients import Computed, Gradients, Objective, fitting_loss
 from rpg.training.optimiser import (
     build_optimiser,

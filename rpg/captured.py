@@ -1,28 +1,39 @@
-"""A training step as one CUDA graph."""
+"""A step of training as one CUDA graph."""
 
 import copy
 import os
 from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from rpg.generator.generator import Batch
-from rpg.training.gradients import Computed
+
+class HasTensors(Protocol):
+    """What a step is taken on."""
+
+    def tensors(self) -> list[Tensor]:
+        """All its tensors."""
+        ...
+
+
+Batch = TypeVar("Batch", bound=HasTensors)
+Computed = TypeVar("Computed")
 
 _STEPS_BEFORE = 2
 """Steps that are taken kernel by kernel before one is captured. They compile and tune kernels, and libraries,
 NCCL and the optimiser allocate what they need."""
 
 
-class CapturedStep:
+class CapturedStep(Generic[Batch, Computed]):
     """Takes a step by replaying it as one CUDA graph, which is captured at the third call.
 
-    A step of a small generator is some hundred kernels of a few microseconds each, and starting them one by
-    one takes several times as long as they run. With several workers the exchange of gradients is part of the
-    graph, so all of them capture the same step.
+    A step of small networks is some hundred kernels of a few microseconds each, and starting them one by one
+    takes several times as long as they run. Where several processes exchange gradients, the exchange is part
+    of the graph, so all of them capture the same step.
 
     A graph works on fixed memory. So every batch is copied into the first one's tensors and must have their
-    shapes, and every call overwrites the gradients and the results of the call before.
+    shapes, and every call overwrites what the call before has computed.
     """
 
     def __init__(self, step: Callable[[Batch], Computed], device: torch.device) -> None:
