@@ -3,17 +3,18 @@
     python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY     # about eight minutes; prints a table last
     python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY --tiny     # on CPUs: shows that it runs
     python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY --parts train rivals
-    python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY --parts pipeline --images CIFAR10
+    python -m benchmarks.scaling --gpus 2 --output DIRECTORY --parts pipeline
 
 The parts are `train` (the generator of `configs/cifar10-binary.yaml` with a denoiser 1024 wide), `large` (517
 million parameters, whole and sharded; 2.8 billion, sharded), `rivals` (other ways to exchange gradients),
 `generate`, `collect`, and `pipeline` (the whole preset, wall clock; not among the defaults).
 
-Networks and images are noise, since the speed does not depend on them. Training is `ray_jobs`' own worker in
-Ray Train; one group of workers trains all rows of a part, one after another, and each row ends after
-`REPORTS` reports or its time. The first `WARM_UP` reports of a row are left out, and the median of the others
-counts. Every part with every number of GPUs is a process of its own with a time limit, so that one which
-hangs costs only its own rows. DIRECTORY keeps `rows.jsonl` (what was measured), logs, and `table.md`.
+Networks and images are noise, since the speed does not depend on them; `--images` names others for the part
+`pipeline`. Training is `ray_jobs`' own worker in Ray Train: one group of workers trains all rows of a part,
+one after another, and each row ends after `REPORTS` reports or its time. The first `WARM_UP` reports of a row
+are left out, and the median of the others counts. Every part with every number of GPUs is a process of its
+own with a time limit, so that one which hangs costs only its own rows. DIRECTORY keeps `rows.jsonl` (what was
+measured), logs, and `table.md`.
 """
 
 import argparse
@@ -439,7 +440,7 @@ def generated(session: Session, gpus: int) -> None:
     from rpg.collection.shards import ShardedCollection
     from rpg.generator.generator import Generator
 
-    number = 4 if session.tiny else 250
+    number = 4 if session.tiny else 600
     config = session.config(
         gpus,
         [
@@ -480,6 +481,7 @@ def collected(session: Session, gpus: int) -> None:
             "collect.heldout_checkpoints_per_task=0",
             "collect.backbone_epochs=1",
             f"collect.models_per_batch={128 if session.tiny else 64}",
+            f"collect.epochs={1 if session.tiny else 3}",
             *(["collect.batch_size=8"] if session.tiny else []),
         ],
     )
@@ -498,9 +500,12 @@ def _write_rate(session: Session, part: str, gpus: int, times: list[float]) -> N
 
 def piped(session: Session, gpus: int) -> None:
     """Seconds of the whole preset, as one job."""
+    images = Path(session.images) if session.images else session.output / "all-images"
+    if not images.exists():
+        _write_images(images, 200 if session.tiny else 50_000)
     settings = [
         f"output={session.output / f'pipeline-{gpus}'}",
-        f"collect.images={Path(session.images).absolute()}",
+        f"collect.images={images.absolute()}",
         f"ray.train_workers={gpus}",
         f"ray.use_gpu={str(not session.tiny).lower()}",
     ]
@@ -618,23 +623,24 @@ def in_process(session: Session, part: str, gpus: int, rest: list[str]) -> None:
         print("\n".join(line[:300] for line in lines[-12:]), file=sys.stderr, flush=True)
 
 
-def table(rows: list[dict[str, Any]], gpus: list[int]) -> str:
-    """The rows as Markdown."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown; the last column says how far the losses of the same global batch are apart."""
     alone = {row["row"]: row for row in rows if row["gpus"] == 1 and not row["rival"] and "rate" in row}
     whole = {(row["row"], row["gpus"]): row for row in rows if not row["rival"] and "rate" in row}
     lines = [
-        "| row | GPUs | a step | rate | least to most | against one GPU | to reach | waiting | memory |",
-        "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| row | GPUs | a step | rate | least to most | against one GPU | to reach | waiting | memory | "
+        "losses apart |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         name, count = row["row"], row["gpus"]
         title = name + (f"; {row['rival']}" if row["rival"] else "")
         if "failure" in row:
-            lines.append(f"| {title} | {count} | {row['rows']} | {row['failure']} | | | | | |")
+            lines.append(f"| {title} | {count} | {row['rows']} | {row['failure']} | | | | | | |")
             continue
         if row["part"] == "pipeline":
             stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in row["stages"].items())
-            lines.append(f"| {title} | {count} | | {row['seconds']:.0f} s | {stages} | | | | |")
+            lines.append(f"| {title} | {count} | | {row['seconds']:.0f} s | {stages} | | | | | |")
             continue
         factor = ""
         if count > 1 and name in alone:
@@ -642,13 +648,18 @@ def table(rows: list[dict[str, Any]], gpus: list[int]) -> str:
         unsharded = whole.get((name.removesuffix(", sharded"), count))
         if name.endswith(", sharded") and unsharded and unsharded is not row:
             factor = f"{row['rate'] / unsharded['rate']:.2f} × unsharded"
+        apart = ""
+        same_batch = alone.get(name) or unsharded
+        if "losses" in row and same_batch and same_batch is not row and same_batch["rows"] == row["rows"]:
+            pairs = zip(row["losses"], same_batch["losses"], strict=False)
+            apart = f"{max(abs(one / other - 1) for one, other in pairs):.1e}"
         target = TO_REACH.get(name, {}).get(count)
         spread = f"{row['least']:,.0f} to {row['most']:,.0f}" if "least" in row else ""
         waiting = f"{row['waiting_share']:.1%}" if "waiting_share" in row else ""
         memory = f"{row['memory_bytes'] / 1e9:.1f} GB" if "memory_bytes" in row else ""
         lines.append(
             f"| {title} | {count} | {row['rows']} | {row['rate']:,.0f} | {spread} | {factor} | "
-            f"{f'{target} ×' if target and not row['rival'] else ''} | {waiting} | {memory} |"
+            f"{f'{target} ×' if target and not row['rival'] else ''} | {waiting} | {memory} | {apart} |"
         )
     return "\n".join(lines)
 
@@ -690,7 +701,7 @@ def main() -> None:
     text = (
         f"{where}; PyTorch {torch.__version__}, Ray {ray.__version__}, Python {platform.python_version()}\n\n"
     )
-    text += table(rows, given.gpus)
+    text += table(rows)
     (session.output / "table.md").write_text(text + "\n")
     print(text)
 
