@@ -41,18 +41,20 @@ Run = tuple[str, int, str, list[str]]
 class Together:
     """Runs scenarios with some number of workers; keeps what they wrote."""
 
-    def __init__(self, root: Path, shards: Path) -> None:
+    def __init__(self, root: Path, shards: Path, *device: str) -> None:
         self._root = root
         self._shards = shards
+        self._device = device
 
     def run(self, runs: Sequence[Run]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
         for name, *_ in runs:
             (self._root / name).mkdir()
         # Importing PyTorch takes longer than any of the runs: each worker takes part in all of them.
+        text = json.dumps(runs)
         processes = [
             subprocess.Popen(
-                [sys.executable, SCRIPT, self._shards, self._root, str(rank), json.dumps(runs)],
+                [sys.executable, SCRIPT, self._shards, self._root, str(rank), text, *self._device],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for rank in range(max(workers for _, workers, *_ in runs))
@@ -192,6 +194,24 @@ def test_moments_of_eight_bits_resume_bit_for_bit(together: Together) -> None:
     found, expected = together.state("1 after 1/eight_bits"), together.state("1/eight_bits")
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_like_one(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) -> None:
+    """A step is a CUDA graph on one as on two, in which the second one exchanges gradients."""
+    make_collection(tmp_path / "shards", token_size=64)
+    runs = Together(tmp_path, tmp_path / "shards", "cuda")
+    scenarios = ["fast", "unet", "half"]
+    runs.run([("1", 1, "", scenarios), ("2", 2, "", [*scenarios, "fast_sharded", "half_sharded"])])
+    for run, alone, tolerance in (
+        ("2/fast", "1/fast", 1e-3),
+        ("2/fast_sharded", "1/fast", 1e-3),
+        ("2/unet", "1/unet", 1e-2),
+        ("2/half", "1/half", 1e-2),
+        ("2/half_sharded", "1/half", 1e-2),
+    ):
+        assert_same_curve(runs.history(run), runs.history(alone), tolerance)
 
 
 def test_rows_are_shared_without_gaps() -> None:
