@@ -36,12 +36,25 @@ class CapturedStep(Generic[Batch, Computed]):
     shapes, and every call overwrites what the call before has computed.
     """
 
-    def __init__(self, step: Callable[[Batch], Computed], device: torch.device) -> None:
-        """Prepare to capture `step`, which works on `device` and calls nothing that waits for it."""
+    def __init__(
+        self,
+        step: Callable[[Batch], Computed],
+        device: torch.device,
+        free: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare to capture a step.
+
+        Args:
+            step: works on `device` and calls nothing that waits for it.
+            device: a GPU.
+            free: called before the capture, to give up memory that steps have left behind: the graph
+                allocates from a pool of its own, which cannot use it.
+        """
         # NCCL would register the buffers of a graph, which fails where PyTorch's blocks of memory may grow
         # (pytorch/pytorch#158029).
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         self.captured = step
+        self._free = free
         self._stream = torch.cuda.Stream(device)
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -77,6 +90,7 @@ class CapturedStep(Generic[Batch, Computed]):
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
         self._batch = copy.deepcopy(batch)
+        self._free()
         graph = torch.cuda.CUDAGraph()
         # Another thread may be bringing the next batch to the GPU, which must not end the capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

@@ -96,7 +96,7 @@ class Trainer:
             is_alone = self.workers.count == 1
             if isinstance(generator.denoiser, ConditionalUNet) and is_alone and has_gpu_compiler():
                 generator.denoiser.compile()
-            self.changing = CapturedStep(self._change, device)
+            self.changing = CapturedStep(self._change, device, generator.zero_grad)
         self.step = 0
 
     def train_step(self, batch: Any) -> Computed:
