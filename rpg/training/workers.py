@@ -68,7 +68,7 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         # Under autocast the sums would be in half precision.
         with torch.autocast(input.device.type, enabled=False):
             x = input.float()
-            count = x.new_tensor([x.shape[0] * x.shape[2]])
+            count = x.new_full((1,), x.shape[0] * x.shape[2])
             sums = _summed(torch.cat([x.sum((0, 2)), count]))
             total = sums[-1].detach()
             mean = sums[:-1] / total
