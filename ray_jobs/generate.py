@@ -47,8 +47,9 @@ def run(config: Config) -> None:
     conditions = [*unseen, *seen] or None
     number = config.generate.models_per_task
     job = GenerationJob(conditions, number, config.seed, config.generator.sampling)
-    workers = min(generation_workers(config), len(job))
-    batches = evenly(range(len(job)), config.generate.models_per_batch, workers)
+    most = config.generate.models_per_batch
+    workers = min(generation_workers(config), -(-len(job) // most))
+    batches = evenly(range(len(job)), most, workers)
     with stage_progress("generate") as display, replacing_directory(paths.generated) as directory:
         display.update(0, len(job))
         done = 0
