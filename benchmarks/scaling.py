@@ -480,7 +480,7 @@ def collected(session: Session, gpus: int) -> None:
             "collect.checkpoints_per_task=1",
             "collect.heldout_checkpoints_per_task=0",
             "collect.backbone_epochs=1",
-            f"collect.models_per_batch={128 if session.tiny else 64}",
+            f"collect.models_per_batch={128 if session.tiny else 86}",
             f"collect.epochs={1 if session.tiny else 3}",
             *(["collect.batch_size=8"] if session.tiny else []),
         ],
@@ -602,9 +602,15 @@ def in_process(session: Session, part: str, gpus: int, rest: list[str]) -> None:
     """Measure a part in a process of its own, which ends with its time."""
     name, limit = f"{part}-{gpus}", _SECONDS[part] * (5 if session.tiny else 1)
     command = [sys.executable, "-m", "benchmarks.scaling", "--part", part, "--gpus", str(gpus), *rest]
+    environment = dict(os.environ)
+    if not session.tiny:
+        # Collecting takes all GPUs that there are.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
     began = time.perf_counter()
     with (session.output / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             status: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:

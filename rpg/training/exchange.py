@@ -1,5 +1,7 @@
 """The exchange of gradients between training workers, piece by piece while the backward pass goes on."""
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,9 +61,11 @@ class GradientExchange:
             if index + 1 == len(parameters) or sum(each.numel() for each in group) >= most:
                 self._buckets.append(_bucket(group, dtype))
                 group = []
-        for bucket in self._buckets:
+        # The parameters are to be freed when nothing but their hooks knows them.
+        arrived = weakref.WeakMethod(self._arrived)
+        for number, bucket in enumerate(self._buckets):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
+                parameter.register_post_accumulate_grad_hook(partial(_tell, arrived, number))
 
     def begin(self) -> None:
         """Expect the gradients of a backward pass."""
@@ -92,8 +96,9 @@ class GradientExchange:
                 parameter.grad = view if used else None
         return norm
 
-    def _arrived(self, bucket: _Bucket, parameter: Tensor) -> None:
-        bucket.missing -= 1
+    def _arrived(self, number: int) -> None:
+        """Count a gradient of the bucket with this number."""
+        self._buckets[number].missing -= 1
         while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
             self._send()
 
@@ -114,6 +119,12 @@ class GradientExchange:
         for parameter in bucket.parameters:
             parameter.grad = None
         bucket.work = dist.all_reduce(bucket.sent, async_op=True)
+
+
+def _tell(arrived: Callable[[], Callable[[int], None] | None], number: int, parameter: Tensor) -> None:
+    method = arrived()
+    if method is not None:
+        method(number)
 
 
 def _bucket(parameters: list[nn.Parameter], dtype: torch.dtype) -> _Bucket:
