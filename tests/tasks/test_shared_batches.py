@@ -210,3 +210,18 @@ def test_augmentation_moves_and_mirrors_each_image() -> None:
         moves.add((down, right, step))
     assert {move[0] for move in moves} == {move[1] for move in moves} == set(range(-4, 5))
     assert len(moves) > 80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_is_that_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    start = stacked([network.state_dict() for network in networks(3)], device)
+    images, answers = some_images().to(device), told(torch.randint(2, (3, 10)).bool().to(device))
+    settings = (binary_loss, SEED, EPOCHS, BATCH, RATE, torch.float64)
+    captured = train_on_shared_batches(start, images, answers, *settings)
+    monkeypatch.setattr(shared_batches, "CapturedStep", lambda step, device: step)
+    expected = train_on_shared_batches(start, images, answers, *settings)
+    for name, value in expected.items():
+        torch.testing.assert_close(captured[name], value)
+        assert name.startswith("norm") or not torch.equal(captured[name], start[name])
