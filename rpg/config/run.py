@@ -75,6 +75,7 @@ class CollectConfig:
     """Directory or URI of the images, for a task family that takes some (cifar10: `train.parquet` and
     `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
     checkpoints_per_task: Count = 3
+    """Networks of each task; where the collection has no conditions, networks in all."""
     heldout_checkpoints_per_task: Annotated[int, Ge(0)] = 0
     """The same for held-out tasks, whose networks are what reports compare with; 0: as for all tasks."""
     backbone_epochs: Count = 40
@@ -173,6 +174,9 @@ class GenerateConfig:
     """Tasks of the training set to generate for as well."""
     models_per_batch: Count = 50
     """Models that one worker makes at a time; a lost batch is made again."""
+    recompute_batchnorm: bool = False
+    """Replace BatchNorm's running statistics, which are generated like all else, by those of training data,
+    which the task family's `batch` gives. The report shows for some networks whether that is better."""
 
 
 @dataclass
