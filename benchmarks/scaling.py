@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY     # about eight minutes; prints a table last
     python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY --tiny     # on CPUs: shows that it runs
-    python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY --parts train rivals
+    python -m benchmarks.scaling --gpus 1 2 --output DIRECTORY --parts train rivals --seconds 300
     python -m benchmarks.scaling --gpus 2 --output DIRECTORY --parts pipeline
 
 The parts are `train` (the generator of `configs/cifar10-binary.yaml` with a denoiser 1024 wide), `large` (517
@@ -72,6 +72,8 @@ _SECONDS_A_ROW = 20.0
 """After which a row of training that has begun ends, with the reports that it has."""
 _SECONDS = {"train": 100, "large": 170, "rivals": 110, "generate": 75, "collect": 130, "pipeline": 590}
 """Limits of a part with one number of GPUs; `--tiny` may take five times as long."""
+_LAST_SECONDS = 30.0
+"""Of a call's time, for ending a part and printing the table."""
 _HUGE_WIDTH = 10368
 """Of the denoiser that makes a generator of 2.8 billion parameters."""
 TO_REACH = {
@@ -83,6 +85,17 @@ TO_REACH = {
     "collect": {2: 1.9, 4: 3.8},
 }
 """By row, how many times the rate of one GPU so many are to reach."""
+
+
+_TINY_PIPELINE = (
+    "ray.num_cpus=2", "collect.checkpoints_per_task=1", "collect.heldout_checkpoints_per_task=1",
+    "collect.backbone_epochs=1", "collect.batch_size=8", "collect.models_per_batch=128",
+    "generator.denoiser.width=32", "generator.denoiser.depth=1", "generator.recurrent.width=64",
+    "train.steps=4", "train.checkpoints_per_step=2", "train.tokens_per_checkpoint=4", "refine.steps=2",
+    "refine.tasks_per_step=2", "refine.networks_per_task=2", "refine.samples_per_step=4",
+    "refine.validate_every=2", "generate.models_per_task=1", "generate.seen_tasks=1",
+    "evaluate.noise_levels=[0.02]",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -502,12 +515,13 @@ def piped(session: Session, gpus: int) -> None:
     """Seconds of the whole preset, as one job."""
     images = Path(session.images) if session.images else session.output / "all-images"
     if not images.exists():
-        _write_images(images, 200 if session.tiny else 50_000)
+        _write_images(images, 20 if session.tiny else 50_000)
     settings = [
         f"output={session.output / f'pipeline-{gpus}'}",
         f"collect.images={images.absolute()}",
         f"ray.train_workers={gpus}",
         f"ray.use_gpu={str(not session.tiny).lower()}",
+        *(_TINY_PIPELINE if session.tiny else ()),
     ]
     began = time.perf_counter()
     done = subprocess.run(
@@ -598,9 +612,9 @@ def run_part(session: Session, part: str, gpus: int) -> None:
         PARTS[part](session, gpus)
 
 
-def in_process(session: Session, part: str, gpus: int, rest: list[str]) -> None:
-    """Measure a part in a process of its own, which ends with its time."""
-    name, limit = f"{part}-{gpus}", _SECONDS[part] * (5 if session.tiny else 1)
+def in_process(session: Session, part: str, gpus: int, rest: list[str], left: float) -> None:
+    """Measure a part in a process of its own, which ends with its time, or when `left` seconds are over."""
+    name, limit = f"{part}-{gpus}", min(left, _SECONDS[part] * (5 if session.tiny else 1))
     command = [sys.executable, "-m", "benchmarks.scaling", "--part", part, "--gpus", str(gpus), *rest]
     environment = dict(os.environ)
     if not session.tiny:
@@ -614,10 +628,10 @@ def in_process(session: Session, part: str, gpus: int, rest: list[str]) -> None:
         try:
             status: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:
-            status = f"ended after {limit} s"
+            status = f"ended after {limit:.0f} s"
             process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(15)
+                process.wait(10)
         finally:
             # What it has started ends with it.
             with suppress(ProcessLookupError):
@@ -678,6 +692,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
     parser.add_argument("--output", type=Path, required=True, help="directory for rows, logs and table")
     parser.add_argument("--parts", nargs="+", choices=list(_SECONDS), default=list(DEFAULT_PARTS))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="all is over after so many")
     parser.add_argument("--images", default="", help="CIFAR-10, for the part pipeline")
     parser.add_argument("--tiny", action="store_true", help="on CPUs, to see that it runs")
     parser.add_argument("--part", choices=list(_SECONDS), help=argparse.SUPPRESS)
@@ -688,6 +703,7 @@ def main() -> None:
         return
     if not given.tiny and torch.cuda.device_count() < max(given.gpus):
         parser.error(f"--gpus: this machine has {torch.cuda.device_count()}; --tiny runs on CPUs")
+    ends = time.monotonic() + given.seconds
     session.output.mkdir(parents=True, exist_ok=True)
     if not session.small().exists():
         write_small(session.small(), 16 if given.tiny else 512)
@@ -700,9 +716,11 @@ def main() -> None:
     rest += ["--images", given.images] if given.images else []
     for part in given.parts:
         for gpus in given.gpus:
-            if part != "rivals" or gpus > 1:
-                in_process(session, part, gpus, rest)
-    rows = [json.loads(line) for line in (session.output / "rows.jsonl").read_text().splitlines()]
+            left = ends - time.monotonic() - _LAST_SECONDS
+            if left > 0 and (part != "rivals" or gpus > 1):
+                in_process(session, part, gpus, rest, left)
+    found = session.output / "rows.jsonl"
+    rows = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     where = "CPU" if given.tiny else f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     text = (
         f"{where}; PyTorch {torch.__version__}, Ray {ray.__version__}, Python {platform.python_version()}\n\n"
