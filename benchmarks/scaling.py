@@ -212,7 +212,6 @@ def row_config(session: Session, row: Row, gpus: int) -> Config:
             f"train.log_every={log_every}",
             "train.steps=1000000",
             "train.save_every=1000000",
-            "train.learning_rate=1.0e-5",
         ],
     )
     if row.generator != "small":
