@@ -13,6 +13,7 @@ import ray.exceptions
 import torch
 
 from ray_jobs.judging import JudgeSettings, family_name
+from ray_jobs.resources import cpus_per_worker, node_resources
 from ray_jobs.run_paths import RunPaths
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import FAMILY, Collection, Entry
@@ -25,14 +26,17 @@ from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath
 from rpg.tasks.families import calling
 
-_STATE_FILE = "state.pt"
 _ATTEMPTS = 3
 
 
-def collect_along_training(config: Config, use_gpu: bool) -> None:
+def collect_along_training(config: Config, use_gpu: bool, name: str) -> None:
     """Have a family train the networks of a collection without conditions, in one Ray task.
 
-    What it needs to go on after a kill lies beside the collection meanwhile.
+    Args:
+        config: of the run.
+        use_gpu: whether the family trains on a GPU.
+        name: stands for all that determines the collection. What training needs to go on after a kill lies
+            in a file of this name, in a directory beside the collection, until that is complete.
     """
     paths = RunPaths.of(config)
     judge = JudgeSettings(family_name(config), paths.images, config.evaluate, use_gpu)
@@ -42,10 +46,12 @@ def collect_along_training(config: Config, use_gpu: bool) -> None:
         if isinstance(paths.collection, Path):
             training = paths.collection.with_name(f"{paths.collection.name}.training")
             training.mkdir(exist_ok=True)
-        task = _train.options(num_cpus=1, num_gpus=int(use_gpu))
+        state = None if training is None else training / f"{name}.pt"
+        cpus = config.ray.train_threads or cpus_per_worker(node_resources(), 1, use_gpu)
+        task = _train.options(num_cpus=cpus, num_gpus=int(use_gpu))
         for attempt in range(_ATTEMPTS):
             try:
-                entries = _received(task.remote(config, judge, directory, training), config, display)
+                entries = _received(task.remote(config, judge, directory, cpus, state), config, display)
                 break
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, RPGError):
@@ -78,15 +84,16 @@ def _received(refs: Any, config: Config, display: ProgressDisplay) -> list[Entry
 
 @ray.remote(num_returns="streaming", max_retries=0)
 def _train(
-    config: Config, settings: JudgeSettings, directory: AnyPath, training: Path | None
+    config: Config, settings: JudgeSettings, directory: AnyPath, threads: int, state: Path | None
 ) -> Iterator[str | dict[str, Any]]:
     """Yields how far training is, and the entry of each network, whose file is written."""
-    torch.set_num_threads(config.ray.train_threads or torch.get_num_threads())
+    torch.set_num_threads(threads)
     device = torch.device("cuda" if settings.use_gpu else "cpu")
     judge = FamilyJudge(settings.tasks, settings.images, device, settings.evaluate.time_limit)
     name, number = settings.tasks, 0
     with tempfile.TemporaryDirectory() as scratch, calling(name, "checkpoints"):
-        state = (training or Path(scratch)) / _STATE_FILE
+        # Behind a URI there is no file to go on from, and another attempt begins anew.
+        state = state or Path(scratch) / "state.pt"
         for got in judge.family.checkpoints(config.collect, config.seed, state):
             if isinstance(got, str):
                 yield got

@@ -20,7 +20,7 @@ from ray_jobs.judging import JudgeSettings, family_inputs, family_name, loaded_f
 from ray_jobs.loading import load_collection
 from ray_jobs.resources import ResourceRequest
 from ray_jobs.run_paths import RunPaths
-from ray_jobs.stage import Stage, stage_main
+from ray_jobs.stage import Stage, fingerprint, stage_main
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, SPLITS, Collection, Entry
 from rpg.commands.progress import stage_progress
@@ -45,7 +45,7 @@ def run(config: Config) -> None:
         load_collection(paths.collection)
         return
     if has_checkpoints(loaded_family(config)):
-        collect_along_training(config, _uses_gpu(config))
+        collect_along_training(config, _uses_gpu(config), fingerprint(COLLECT, config)[:16])
         return
     tasks = _tasks(config)
     copies_of = {task.name: _copies(task, config) for task in tasks}
