@@ -1,6 +1,7 @@
 """Speed, memory and rounding of sampling on one GPU, side by side with eager PyTorch.
 
     python benchmarks/sampling_speed.py                 # all of it on a GPU, a few minutes; prints tables
+    python benchmarks/sampling_speed.py --step          # a step of the AdaLN MLP alone, against torch.compile
     python benchmarks/sampling_speed.py --tiny          # on a CPU: shows that it runs, measures nothing
 
 The eager side is `rpg.sampling.plain_loop` under bfloat16 autocast; the other is what `rpg generate` runs.
@@ -9,6 +10,7 @@ whole model is prototypes, every denoising step, decoding, and all weights in th
 """
 
 import argparse
+import copy
 import platform
 import statistics
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import convnext_large, resnet18
 
 from rpg.collection.layout import Layout
@@ -37,6 +40,7 @@ from rpg.config import (
     SamplingPrecision,
     Solver,
 )
+from rpg.generator.denoiser.adaln_mlp import AdaLNMLP
 from rpg.generator.generator import Generator
 from rpg.sampling.batch_sampler import BatchSampler
 from rpg.sampling.generate import run_job
@@ -227,6 +231,78 @@ def _whole_model(
     )
 
 
+def compared_step(name: str, token_size: int, rows: int, device: torch.device, tiny: bool) -> None:
+    """One line: a step of the AdaLN MLP by this project's kernels, and by `torch.compile` in default mode.
+
+    Both have weights in bfloat16 and the timestep's part of the modulation computed beforehand, and both are
+    replayed as a CUDA graph. "Ready" is the first call, with all that is compiled for it.
+    """
+    width, depth = (32, 1) if tiny else (4096, 4)
+    denoiser = AdaLNMLP(token_size, width, depth, 32 if tiny else 1024).to(device).eval()
+    for parameter in denoiser.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    prototypes = torch.randn(rows, 32 if tiny else 1024, device=device)
+    x = torch.randn(rows, token_size, device=device).bfloat16()
+    with torch.inference_mode():
+        exact = denoiser(x[:64].float(), torch.tensor([500], device=device), prototypes[:64])
+        by_time = denoiser.timestep_modulation(F.silu(denoiser.timestep(torch.tensor([500], device=device))))
+    half = copy.deepcopy(denoiser).bfloat16()
+    with torch.inference_mode():
+        modulation = half.prepare(prototypes.bfloat16())
+
+    def plain(x: Tensor) -> Tensor:
+        parts = (modulation + by_time.bfloat16()).split(width, dim=-1)
+        x = half.input(x)
+        for i, block in enumerate(half.blocks):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            x = x + gate * block(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+        shift, scale = parts[-2:]
+        prediction: Tensor = half.output(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+        return prediction
+
+    # To show on a CPU that it runs, no code need be built.
+    backend = "eager" if tiny else "inductor"
+    ways = {"eager": plain, "compiled": torch.compile(plain, dynamic=False, backend=backend)}
+    if device.type == "cuda":
+        from rpg.sampling.gpu.adaln_mlp import AdaLNMLPOnGPU
+
+        fast = AdaLNMLPOnGPU(denoiser, [500], torch.bfloat16)
+        with torch.inference_mode():
+            ours = fast.prepare(prototypes)
+        ways["here"] = lambda x: fast.denoise(x, 0, ours)
+    columns = []
+    for way in ("here", "compiled", "eager"):
+        if way not in ways:
+            columns += ["–", "–", "–"]
+            continue
+        with torch.inference_mode():
+            began = time.perf_counter()
+            found = ways[way](x)
+            error = float((found[:64].float() - exact).norm() / exact.norm())
+            first = time.perf_counter() - began
+            action = graphed(lambda way=way: ways[way](x), device)  # type: ignore[misc]
+            spent = seconds(action, device, 2 if tiny else 30)
+        columns += [f"{spent * 1e3:.3f} ms", f"{first:.1f} s", f"{error:.1e}"]
+    print(f"| {name} | {rows:,} x {token_size} | " + " | ".join(columns) + " |", flush=True)
+
+
+def graphed(action: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`action` as a CUDA graph, on a GPU."""
+    if device.type != "cuda":
+        return action
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            action()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph.replay
+
+
 def unet(rows: int, token_size: int, device: torch.device, tiny: bool) -> None:
     """One line: a denoising step of the published U-Net."""
     layout = layout_of({"weight": torch.zeros(token_size * rows)}, token_size)
@@ -275,7 +351,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to see that it runs")
-    tiny = parser.parse_args().tiny
+    parser.add_argument("--step", action="store_true", help="a step of the AdaLN MLP alone")
+    given = parser.parse_args()
+    tiny = given.tiny
     device = torch.device("cpu" if tiny else "cuda")
     peak = product_rate(device, 256 if tiny else 8192)
     where = "CPU" if tiny else f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
@@ -283,7 +361,17 @@ def main() -> None:
         f"{where}; PyTorch {torch.__version__}, Python {platform.python_version()}; a bfloat16 product of "
         f"8192 x 8192 x 8192 runs at {peak / 1e12:.0f} TFLOP/s\n"
     )
-    print("| U-Net, one step | here | eager, bfloat16 | error here (eager bfloat16) |")
+    print(
+        "| AdaLN MLP, one step | rows | here | ready | error | compiled, default mode | ready | error | "
+        "eager, bfloat16 | ready | error |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    sizes = [("small", 128, 32)] if tiny else [("ResNet-18", 8192, 1536), ("ConvNeXt-L", 16384, 2048)]
+    for size in sizes:
+        compared_step(*size, device, tiny)
+    if given.step:
+        return
+    print("\n| U-Net, one step | here | eager, bfloat16 | error here (eager bfloat16) |")
     print("| --- | ---: | ---: | ---: |")
     unet(8 if tiny else 512, 128 if tiny else 8192, device, tiny)
     print(

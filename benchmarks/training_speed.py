@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.train_scaling import FULL, TINY, write_collection
+from benchmarks.resnet18_shards import FULL, TINY, write_collection
+from rpg.captured import CapturedStep
 from rpg.collection.shards import ShardedCollection
 from rpg.config import (
     ConditionConfig,
@@ -34,7 +35,6 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.fit import fit, new_trainer
-from rpg.training.gradients import CapturedGradients
 from rpg.training.progress import TrainingProgress
 
 LOG_EVERY = 10
@@ -86,8 +86,8 @@ def measure(run: Run, shards: ShardedCollection, tiny: bool) -> str:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = new_trainer(shards, fast if run.denoiser == "fast" else paper, config, 0, device)
-    if run.plain and isinstance(trainer.gradients, CapturedGradients):
-        trainer.gradients = trainer.gradients.captured
+    if run.plain and isinstance(trainer.changing, CapturedStep):
+        trainer.changing = trainer.changing.captured
     seen: list[TrainingProgress] = []
     with torch.compiler.set_stance("force_eager" if run.plain else "default"):
         fit(trainer, shards, 0, seen.append, lambda trainer, progress: None)

@@ -16,7 +16,7 @@ from ray_jobs.loading import load_collection, load_generator
 from ray_jobs.ray_data import Row, map_rows, returns_errors
 from ray_jobs.recomputed_batchnorm import RecomputedBatchNorm, check_recomputed_batchnorm
 from ray_jobs.refine import REFINE
-from ray_jobs.resources import generation_request
+from ray_jobs.resources import generation_request, generation_workers
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.stage import Stage, stage_main
 from rpg.collection.collection import Collection
@@ -49,8 +49,9 @@ def run(config: Config) -> None:
     conditions = [*unseen, *seen] or None
     number = config.generate.models_per_task
     job = GenerationJob(conditions, number, config.seed, config.generator.sampling)
-    size = config.generate.models_per_batch
-    batches = [list(range(i, min(i + size, len(job)))) for i in range(0, len(job), size)]
+    most = config.generate.models_per_batch
+    workers = min(generation_workers(config), -(-len(job) // most))
+    batches = evenly(range(len(job)), most, workers)
     with stage_progress("generate") as display, replacing_directory(paths.generated) as directory:
         display.update(0, len(job))
         done = 0
@@ -61,11 +62,11 @@ def run(config: Config) -> None:
             display.update(done, len(job))
 
         made = map_rows(
-            [{"index": i, "models": batch} for i, batch in enumerate(batches)],
+            [{"index": i, "models": list(batch)} for i, batch in enumerate(batches)],
             _GenerationWorker,
             finished,
             fn_constructor_args=(paths.generator, job, directory, config.ray, RecomputedBatchNorm.of(config)),
-            compute=ray.data.ActorPoolStrategy(size=min(config.ray.generate_workers, len(batches))),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=1 if config.ray.use_gpu else 0,
         )
@@ -79,6 +80,12 @@ def run(config: Config) -> None:
         ]
         write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
     _set_default_sampling(paths.generator, config.generator.sampling)
+
+
+def evenly(models: range, most: int, workers: int) -> list[range]:
+    """Cut `models` into parts of at most `most`, as many for each of `workers`, of nearly the same size."""
+    parts = min(-(-len(models) // (most * workers)) * workers, len(models))
+    return [models[len(models) * i // parts : len(models) * (i + 1) // parts] for i in range(parts)]
 
 
 def check(config: Config) -> None:

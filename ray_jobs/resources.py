@@ -47,6 +47,11 @@ def generation_request(config: Config) -> ResourceRequest:
     return ResourceRequest("generation", 1, settings, config.ray.use_gpu)
 
 
+def generation_workers(config: Config) -> int:
+    """How many workers generate: as many as the config says, or as the cluster has room for; at least 1."""
+    return config.ray.generate_workers or max(1, _workers_with_room(generation_request(config)))
+
+
 def require_resources(requests: Sequence[ResourceRequest], wait_seconds: float) -> None:
     """Check that the cluster has what each request asks for, whoever is using it now; where it has not, ask
     an autoscaler for it and wait up to `wait_seconds`.

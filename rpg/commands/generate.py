@@ -36,6 +36,9 @@ def add_generate_command(commands: Commands) -> None:
         choices=[precision.value for precision in SamplingPrecision],
         help="of products on a GPU; a CPU uses float32",
     )
+    parser.add_argument(
+        "--pack", action="store_true", help="write small models many into a tar, and print the tars' paths"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
     parser.set_defaults(run=_run)
 
@@ -62,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     with command_progress("generating") as display:
         paths = generate_models(
             generator, conditions, options.number, options.seed, path_or_uri(options.out), sampling,
-            display.update,
+            display.update, options.pack,
         )  # fmt: skip
     for path in paths:
         print(path)

@@ -250,7 +250,8 @@ class RayConfig:
     with `train_workers`."""
     train_threads: Annotated[int, Ge(0)] = 0
     """PyTorch threads of a training worker; 0: its share of its machine's CPUs."""
-    generate_workers: Count = 2
+    generate_workers: Annotated[int, Ge(0)] = 0
+    """Workers that generate networks; 0: as many as the cluster has GPUs, or CPUs without `use_gpu`."""
     wait_seconds: Annotated[Finite, Ge(0)] = 0.0
     """Time that an autoscaling cluster has to bring what the job needs before the job is refused."""
     cache_directory: str = "~/.cache/rpg"

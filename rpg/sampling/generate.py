@@ -1,5 +1,6 @@
 """Making the models of a job in this process: an engine that is run until they are all written."""
 
+import re
 from collections.abc import Callable, Sequence
 from threading import Lock
 
@@ -11,6 +12,7 @@ from rpg.generator.generator import Generator
 from rpg.sampling.engine import Engine
 from rpg.sampling.job import GenerationJob, JobPlan
 from rpg.sampling.model_writer import remote_metadata
+from rpg.sampling.pack import PACK_PATTERN
 from rpg.sampling.request import FinishedModel, Request
 from rpg.storage.below import path_below
 from rpg.storage.errors import storage_errors_for
@@ -25,10 +27,11 @@ def generate_models(
     out: AnyPath,
     sampling: SamplingConfig,
     progress: Callable[[int, int], None] | None = None,
+    packed: bool = False,
 ) -> list[AnyPath]:
     """Generate `number` models a condition into the directory `out`; see `run_job`."""
     job = GenerationJob(conditions, number, seed, sampling)
-    return run_job(generator, job, range(len(job)), out, progress)
+    return run_job(generator, job, range(len(job)), out, progress, packed)
 
 
 def run_job(
@@ -37,6 +40,7 @@ def run_job(
     indices: Sequence[int],
     out: AnyPath,
     progress: Callable[[int, int], None] | None = None,
+    packed: bool = False,
 ) -> list[AnyPath]:
     """Make the models `indices` of `job` and write them into the directory `out`.
 
@@ -49,14 +53,18 @@ def run_job(
         indices: ascending; all of `range(len(job))`, or one worker's share of it.
         out: directory or URI, made if need be.
         progress: called with (models finished, models asked for).
+        packed: whether small models are written many into a file (`rpg.sampling.pack`); all are made then.
 
     Returns:
         The paths of all `indices`, in order: of directories where the generator's collection consists of
-        such, or else of files.
+        such, or else of files, or of packs.
 
     Raises:
-        RPGError: for a condition that does not fit the generator, or if a file cannot be written.
+        RPGError: for a condition that does not fit the generator, if a file cannot be written, or if there
+            are packs already that models would be added to.
     """
+    if packed:
+        _refuse_packs(out)
     plan = JobPlan(generator, job)
     report = progress or (lambda finished, asked: None)
     finished = 0
@@ -70,25 +78,38 @@ def run_job(
             report(finished, len(indices))
 
     def is_there(index: int) -> bool:
-        if _metadata(plan.weights_path(index, out)) != plan.provenance(index):
+        if packed or _metadata(plan.weights_path(index, out)) != plan.provenance(index):
             return False
         if not plan.companions.are_in(plan.path(index, out)):
             return False
         count()
         return True
 
+    paths: dict[int, AnyPath] = {}
+
     def finish(models: Sequence[FinishedModel]) -> None:
-        for _ in models:
+        for model in models:
+            paths[model.model] = model.path
             count()
 
     report(finished, len(indices))
     with Engine(generator) as engine:
-        engine.submit(Request(plan, indices, out, finish, failures.append, is_there))
+        engine.submit(Request(plan, indices, out, finish, failures.append, is_there, packed=packed))
         while engine.step():
             pass
     if failures:
         raise failures[0]
+    if packed:
+        return list(dict.fromkeys(paths[index] for index in indices))
     return [plan.path(index, out) for index in indices]
+
+
+def _refuse_packs(out: AnyPath) -> None:
+    with storage_errors_for(out):
+        names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    for name in sorted(names):
+        if re.fullmatch(PACK_PATTERN, name):
+            raise RPGError(f"{out / name}: there are packed models already; choose another directory")
 
 
 def _metadata(path: AnyPath) -> dict[str, str] | None:

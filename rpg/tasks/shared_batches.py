@@ -5,11 +5,13 @@ into the first layer's patches only once.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from rpg.captured import CapturedStep
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.tasks.adam import SideBySideAdam
 from rpg.tasks.cifar10_images import SIZE, Images
@@ -31,7 +33,11 @@ Answers = Callable[[Tensor, Tensor], Tensor]
 """A batch's patches (`first_patches`) and classes [N] to what is right for each model, [M, N]."""
 
 _FEWEST_COMPILED = 64
-"""Models whose step is compiled. With fewer it is so short that compiling takes longer than it saves."""
+"""Models whose step is compiled. With fewer it is so short that compiling takes longer than it saves, and it
+is captured in a CUDA graph instead."""
+_COMPILED_MULTIPLE = 8
+"""Of what the number of models is where a step is compiled: collections are cut into parts that differ by one
+model, and compiling for another number takes longer than training some models in vain."""
 
 SHIFT = 4
 """The most pixels by which augmentation moves an image, in each direction."""
@@ -66,6 +72,10 @@ def train_on_shared_batches(
     def is_kept(name: str) -> bool:
         return first_layer is not None and is_first_layer(name)
 
+    models, on_gpu = len(start["head.bias"]), images.pixels.is_cuda
+    is_compiled = _is_compiled(models, images.pixels.device)
+    added = -models % _COMPILED_MULTIPLE if is_compiled else 0
+    start = {name: _with_copies(value, added) for name, value in start.items()}
     weights = {
         name: value.clone().requires_grad_()
         for name, value in start.items()
@@ -75,18 +85,40 @@ def train_on_shared_batches(
     leaves = list(weights.values())
     batch_size = min(batch_size, len(images.classes))
     adam = SideBySideAdam(leaves, learning_rate, epochs * (len(images.classes) // batch_size))
-    total_loss = _total_loss
-    if images.pixels.is_cuda and len(start["head.bias"]) >= _FEWEST_COMPILED and has_gpu_compiler():
-        total_loss = _compiled_total_loss()
-    for pixels, classes in batches(images, seed, epochs, batch_size):
-        patches = first_patches(normalised(pixels).to(dtype))
+    total_loss = _compiled_total_loss() if is_compiled else _total_loss
+
+    def gradients(batch: _Batch) -> tuple[Tensor, ...]:
+        patches = first_patches(normalised(batch.pixels).to(dtype))
         with torch.no_grad():
-            right = answers(patches, classes)
+            right = _with_copies(answers(patches, batch.classes), added)
             inputs = patches if first_layer is None else shared_first_layer(first_layer, patches, dtype)
         total, statistics = total_loss(weights, inputs, right, loss, dtype)
-        adam.step(torch.autograd.grad(total, leaves))
+        found = torch.autograd.grad(total, leaves)
         update_running_statistics(buffers, statistics, batch_size)
-    return {name: (weights if name in weights else buffers)[name].detach() for name in start}
+        return found
+
+    step = CapturedStep(gradients, images.pixels.device) if on_gpu and not is_compiled else gradients
+    for pixels, classes in batches(images, seed, epochs, batch_size):
+        adam.step(step(_Batch(pixels, classes)))
+    return {name: (weights if name in weights else buffers)[name].detach()[:models] for name in start}
+
+
+def _is_compiled(models: int, device: torch.device) -> bool:
+    return device.type == "cuda" and models >= _FEWEST_COMPILED and has_gpu_compiler()
+
+
+@dataclass
+class _Batch:
+    pixels: Tensor
+    classes: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.pixels, self.classes]
+
+
+def _with_copies(values: Tensor, number: int) -> Tensor:
+    """Rows of models, with copies of the last one behind them."""
+    return torch.cat([values, values[-1:].expand(number, *values.shape[1:])]) if number else values
 
 
 def _total_loss(

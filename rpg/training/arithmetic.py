@@ -22,15 +22,19 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     `float32` is plain float32 everywhere, `bfloat16` is autocast. `auto` is bfloat16 autocast on a GPU. On a
     CPU `auto` keeps float32 tensors, and takes oneDNN for their products ("medium") where that is better.
     """
-    autocast = precision == Precision.bfloat16 or (precision == Precision.auto and device.type == "cuda")
     before = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
-        if autocast:
+        if rounds_to_bfloat16(precision, device):
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         if precision == Precision.auto and device.type == "cpu" and onednn_is_better():
             torch.set_float32_matmul_precision("medium")
             stack.callback(torch.set_float32_matmul_precision, before)
         yield
+
+
+def rounds_to_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether `arithmetic` rounds what a matrix product is made of to bfloat16."""
+    return precision == Precision.bfloat16 or (precision == Precision.auto and device.type == "cuda")
 
 
 @cache

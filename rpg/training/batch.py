@@ -1,7 +1,7 @@
 """The batches of training: a pure function of (seed, step), so that a resumed run sees the same; read ahead.
 
-A row of a batch is one checkpoint's tokens. Every row has random numbers of its own, so a worker draws only
-those of its own rows, and together the workers see the batch that one worker would see.
+A row of a batch is one checkpoint's tokens. Every few rows have random numbers of their own, so a worker
+draws little but those of its own rows, and together the workers see the batch that one worker would see.
 """
 
 import time
@@ -27,6 +27,11 @@ _STEPS_AHEAD = 2
 _GPU_READERS = 3
 """Batches read at the same time for a GPU, whose steps can be shorter than reading one. For a CPU one is
 read, since the processor has to compute the steps."""
+
+_ROWS_TOGETHER = {"cpu": 1, "cuda": 16}
+"""Rows whose random numbers come from one generator, by kind of device. On a GPU, making a generator and
+starting a kernel for each row takes a thread longer than a step of a small generator, and holds up the thread
+that starts steps. On a CPU drawing takes the time, and a worker is to draw no other worker's rows."""
 
 
 class AnyBatch(Protocol):
@@ -104,6 +109,13 @@ class BatchSource:
         self.on_gpu = device.type == "cuda"
         self.readers = _GPU_READERS if self.on_gpu else 1
         self.tokens_per_step = self.checkpoints_per_step * self.tokens_per_checkpoint
+        together = _ROWS_TOGETHER[device.type]
+        self._blocks_per_step = -(-self.checkpoints_per_step // together)
+        # The rows of each block in which some are this worker's.
+        self._blocks = {
+            block: range(block * together, min((block + 1) * together, self.checkpoints_per_step))
+            for block in range(self.rows.start // together, -(-self.rows.stop // together))
+        }
 
     def batch(self, step: int) -> Batch:
         """This worker's rows of the batch of step number `step`, on the source's device.
@@ -119,24 +131,19 @@ class BatchSource:
         dropped = None
         if self.condition_dropout:
             dropped = (torch.rand(count, generator=random) < self.condition_dropout)[rows]
-        indices = torch.stack([self._order(step * count + row) for row in self.rows])
+        indices = self._orders(step)
         stored = self.shards.read_batch(checkpoints.tolist(), indices.numpy(), pinned=self.on_gpu)
         tokens = stored.to(self.device, non_blocking=True).float()
         lengths = self._moved(self.lengths[indices])
         places = torch.arange(tokens.shape[-1], dtype=torch.int32, device=self.device)
         mask = places < lengths[..., None]
-        noise = torch.empty(tokens.shape, device=self.device)
-        for target, row in zip(noise, self.rows, strict=True):
-            own = torch.Generator(self.device)
-            own.manual_seed(derived_seed(self.seed, "noise", step * count + row))
-            torch.randn(target.shape, generator=own, out=target)
         return Batch(
             tokens,
             mask,
             self._moved(indices),
             self._moved(self.conditions[checkpoints]),
             self._moved(t),
-            noise,
+            self._noise(step, tokens.shape),
             None if dropped is None else self._moved(dropped),
         )
 
@@ -145,10 +152,32 @@ class BatchSource:
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def _order(self, row: int) -> Tensor:
-        """Which tokens of its checkpoint a row holds; `row` counts the rows of all steps."""
-        random = torch.Generator().manual_seed(derived_seed(self.seed, "tokens", row))
-        return torch.randperm(self.shards.layout.tokens, generator=random)[: self.tokens_per_checkpoint]
+    def _orders(self, step: int) -> Tensor:
+        """Which tokens of its checkpoint each row of this worker holds, int64 [rows, tokens]."""
+        tokens, found = self.shards.layout.tokens, []
+        for block, rows in self._blocks.items():
+            random = self._random("tokens", step, block, torch.device("cpu"))
+            orders = [torch.randperm(tokens, generator=random)[: self.tokens_per_checkpoint] for _ in rows]
+            found += [order for order, row in zip(orders, rows, strict=True) if row in self.rows]
+        return torch.stack(found)
+
+    def _noise(self, step: int, shape: torch.Size) -> Tensor:
+        """Standard normal values for this worker's rows."""
+        noise = torch.empty(shape, device=self.device)
+        for block, rows in self._blocks.items():
+            random = self._random("noise", step, block, self.device)
+            first, end = max(rows.start, self.rows.start), min(rows.stop, self.rows.stop)
+            target = noise[first - self.rows.start : end - self.rows.start]
+            if len(target) == len(rows):
+                torch.randn(target.shape, generator=random, out=target)
+            else:
+                drawn = torch.randn(len(rows), *shape[1:], generator=random, device=self.device)
+                target.copy_(drawn[first - rows.start : end - rows.start])
+        return noise
+
+    def _random(self, purpose: str, step: int, block: int, device: torch.device) -> torch.Generator:
+        seed = derived_seed(self.seed, purpose, step * self._blocks_per_step + block)
+        return torch.Generator(device).manual_seed(seed)
 
     def _checkpoints(self, step: int) -> Tensor:
         """The checkpoints of a step: consecutive places in an endless sequence of shuffled epochs."""

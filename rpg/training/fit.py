@@ -4,6 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rpg.errors import RPGError
 from rpg.generator.generator import Batch, Generator
 from rpg.seeds import derived_seed
 from rpg.training.batch import BatchSource, Prefetch, Source
+from rpg.training.gradients import Computed
 from rpg.training.optimiser import learning_rate
 from rpg.training.progress import NOISE_LEVELS, TrainingProgress, Validation
 from rpg.training.trainer import Trainer
@@ -90,7 +92,9 @@ def run_steps(
         RPGError: if the loss stops being a number.
     """
     config = trainer.config
-    with Prefetch(source, trainer.step, config.steps) as batches:
+    with ExitStack() as stack:
+        stack.callback(trainer.release)
+        batches = stack.enter_context(Prefetch(source, trainer.step, config.steps))
         meter = _Meter(trainer, batches, source, seconds)
         while trainer.step < config.steps:
             batch = batches.next()
@@ -133,32 +137,34 @@ class _Meter:
         """Begin a new report at the trainer's step."""
         self._since, self._waited = self._trainer.step, self._batches.waited
         self._began = time.perf_counter()
-        # The loss, and for every noise level the weighted sum of losses and the sum of weights.
-        self._sums = torch.zeros(1 + 2 * NOISE_LEVELS, device=self._trainer.device)
-        self._norms = torch.zeros((), device=self._trainer.device)
+        device = self._trainer.device
+        self._loss, self._norms = torch.zeros((), device=device), torch.zeros((), device=device)
+        # For every noise level the weighted sum of losses and the sum of weights.
+        self._levels = torch.zeros(2, NOISE_LEVELS, device=device)
 
-    def add(self, batch: Any, result: dict[str, Tensor]) -> None:
+    def add(self, batch: Any, computed: Computed) -> None:
         """Count a finished step."""
-        self._sums[0] += result["loss"]
-        self._norms += result["gradient_norm"]
+        self._loss += computed.loss
+        self._norms += computed.gradient_norm
         self._has_levels = isinstance(batch, Batch)
         if isinstance(batch, Batch):
             level = batch.t * NOISE_LEVELS // self._trainer.generator.diffusion.timesteps
-            self._sums.index_add_(0, 1 + level, result["losses"].float() * result["weights"])
-            self._sums.index_add_(0, 1 + NOISE_LEVELS + level, result["weights"])
+            weights = computed.weights
+            self._levels.index_add_(1, level, torch.stack([computed.losses.float() * weights, weights]))
 
     def read(self) -> TrainingProgress:
         """The report since `start`; all workers must call this."""
         trainer, source = self._trainer, self._source
-        sums, norms = trainer.workers.sum(self._sums).tolist(), float(self._norms)
+        mine = torch.cat([self._loss[None], self._levels.flatten()])
+        (total, *sums), norms = trainer.workers.sum(mine).tolist(), float(self._norms)
         count, elapsed = trainer.step - self._since, time.perf_counter() - self._began
         self._seconds += elapsed
-        losses, weights = sums[1 : 1 + NOISE_LEVELS], sums[1 + NOISE_LEVELS :]
+        losses, weights = sums[:NOISE_LEVELS], sums[NOISE_LEVELS:]
         by_noise = [a / b if b else None for a, b in zip(losses, weights, strict=True)]
         return TrainingProgress(
             step=trainer.step,
             steps=trainer.config.steps,
-            loss=sums[0] / count,
+            loss=total / count,
             loss_by_noise=by_noise if self._has_levels else [],
             gradient_norm=norms / count,
             learning_rate=learning_rate(trainer.config, trainer.step - 1),

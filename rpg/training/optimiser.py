@@ -24,7 +24,12 @@ def build_optimiser(module: nn.Module, config: OptimiserConfig) -> torch.optim.O
     """
     groups = _parameter_groups(module, config)
     if config.optimiser == Optimiser.adamw:
-        return torch.optim.AdamW(groups, fused=True)
+        first = groups[0]["params"][0]
+        if not first.is_cuda or isinstance(first, DTensor):
+            return torch.optim.AdamW(groups, fused=True)
+        # A step can then be captured in a CUDA graph, and its rate changed afterwards.
+        rate = torch.zeros((), device=first.device)
+        return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=True)
     try:
         from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
     except ImportError as error:
@@ -33,13 +38,22 @@ def build_optimiser(module: nn.Module, config: OptimiserConfig) -> torch.optim.O
     return optimiser
 
 
-def step(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Take one step with the learning rate `rate`."""
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Take the next steps with the learning rate `rate`."""
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def can_be_captured(optimiser: torch.optim.Optimizer) -> bool:
+    """Whether a step can be part of a CUDA graph."""
+    return all(group.get("capturable", False) for group in optimiser.param_groups)
+
+
+def step(optimiser: torch.optim.Optimizer) -> None:
+    """Take one step."""
     with nullcontext() if _can_compile(optimiser) else torch.compiler.set_stance("force_eager"):
         optimiser.step()
 
@@ -68,7 +82,8 @@ def load_optimiser_state(
     # A step of length zero creates the state's tensors in the optimiser's own format.
     for name, parameter in parameters.items():
         parameter.grad = torch.zeros_like(parameter) if name in state else None
-    step(optimiser, 0.0)
+    set_rate(optimiser, 0.0)
+    step(optimiser)
     optimiser.zero_grad(set_to_none=True)
     for name, values in state.items():
         own = optimiser.state[parameters[name]]

@@ -6,28 +6,52 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rpg.config import Precision
 from rpg.generator.generator import Generator
+from rpg.training.arithmetic import rounds_to_bfloat16
 from rpg.training.workers import Workers
 
 
-def shard(generator: Generator, device: torch.device, workers: int) -> None:
+def shard(generator: Generator, device: torch.device, workers: int, precision: Precision) -> None:
     """Leave each of `workers` a share of every tensor of `generator`, along its first dimension, on `device`.
 
-    Before the call all workers must have the same weights. FSDP gathers a module's tensors while it computes.
+    Before the call all workers must have the same weights. FSDP gathers the tensors of one block or linear
+    layer after another, each while the one before computes, and sends their gradients while the next ones are
+    computed. Where products are in bfloat16, weights of linear layers are gathered in it, and their gradients
+    sent in it: rounded before they are gathered, they are what autocast would make of them afterwards.
     """
     mesh = init_device_mesh(device.type, (workers,))
     lists = [module for module in generator.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in lists for block in blocks]
-    for module in [*blocks, *generator.children(), generator]:
-        fully_shard(module, mesh=mesh)
+    layers = [layer for layer in generator.denoiser.children() if isinstance(layer, nn.Linear)]
+    rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    wrapped: set[nn.Module] = set()
+    for module in [*blocks, *layers, *generator.children(), generator]:
+        half = rounds_to_bfloat16(precision, device) and _is_linear(module, wrapped)
+        fully_shard(module, mesh=mesh, mp_policy=rounded if half else MixedPrecisionPolicy())
+        wrapped.add(module)
     for module in generator.modules():
         # gloo, the backend on CPUs, cannot average.
         if isinstance(module, FSDPModule) and device.type == "cpu":
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(generator, "loss")
+
+
+def _is_linear(module: nn.Module, wrapped: set[nn.Module]) -> bool:
+    """Whether all parameters of a module, without its parts that are `wrapped`, are of linear layers."""
+    if isinstance(module, nn.Linear):
+        return True
+    if any(True for _ in module.parameters(recurse=False)):
+        return False
+    return all(_is_linear(child, wrapped) for child in module.children() if child not in wrapped)
 
 
 @torch.no_grad()

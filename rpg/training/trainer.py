@@ -1,12 +1,14 @@
 """One training step, and the state that it changes: generator, moving average, optimiser, step number."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rpg.captured import CapturedStep
 from rpg.config import OptimiserConfig, Sharding, TrainConfig
 from rpg.errors import RPGError, one_line
 from rpg.generator.condition import VectorCondition
@@ -14,15 +16,17 @@ from rpg.generator.denoiser.unet import ConditionalUNet
 from rpg.generator.generator import Generator
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.storage.files import replacing_file
-from rpg.training.gradients import CapturedGradients, EagerGradients, Gradients, Objective, fitting_loss
+from rpg.training.gradients import Computed, Gradients, Objective, fitting_loss
 from rpg.training.optimiser import (
     build_optimiser,
+    can_be_captured,
     learning_rate,
     load_optimiser_state,
     optimiser_state,
+    set_rate,
     step,
 )
-from rpg.training.sharding import clip_gradients, load_state, shard, whole_state
+from rpg.training.sharding import load_state, local, shard, whole_state
 from rpg.training.workers import Workers, normalise_globally
 
 STATE_FILE = "training_state.pt"
@@ -41,6 +45,7 @@ class Trainer:
         average: the moving average of its weights, in evaluation mode, sharded like it.
         gradients: computes the gradients of a batch.
         optimiser: changes the weights.
+        changing: computes the gradients of a batch and changes the weights; on a GPU as one CUDA graph.
         step: number of finished steps.
     """
 
@@ -67,7 +72,7 @@ class Trainer:
             normalise_globally(generator)
         if self._sharded:
             for each in (self.generator, self.average):
-                shard(each, device, self.workers.count)
+                shard(each, device, self.workers.count, config.precision)
         else:
             for each in (self.generator, self.average):
                 each.to(device)
@@ -75,33 +80,46 @@ class Trainer:
             if isinstance(module, nn.RNNBase) and not self._sharded:
                 # cuDNN needs these weights in one piece of memory, and a deep copy scatters them.
                 module.flatten_parameters()
-        self.gradients: Gradients = EagerGradients(
-            self.generator, config.precision, device, self._sharded, objective
+        self.gradients = Gradients(
+            self.generator, config.precision, device, self._sharded, config.gradient_clip, objective
         )
-        # Other objectives run code that a graph might not be able to hold.
-        if device.type == "cuda" and self.workers.count == 1 and objective is fitting_loss:
-            if isinstance(generator.denoiser, ConditionalUNet) and has_gpu_compiler():
-                # The compiler fuses the six passes over memory between two convolutions into one.
-                generator.denoiser.compile()
-            self.gradients = CapturedGradients(self.gradients, generator)
         self.optimiser = build_optimiser(self.generator, config)
+        # Going through all modules takes longer than starting the kernels that move the average.
+        self._averaged = list(zip(self.average.parameters(), self.generator.parameters(), strict=True))
+        self._copied = list(zip(self.average.buffers(), self.generator.buffers(), strict=True))
+        self.changing: Callable[[Any], Computed] = self._change
+        # FSDP frees and gathers tensors as it goes. Other objectives run code that a graph might not be able
+        # to hold.
+        if device.type == "cuda" and not self._sharded and objective is fitting_loss:
+            # The compiler fuses the six passes over memory between two convolutions of the U-Net into one.
+            # With several workers BatchNorm exchanges sums in between, where it could not.
+            is_alone = self.workers.count == 1
+            if isinstance(generator.denoiser, ConditionalUNet) and is_alone and has_gpu_compiler():
+                generator.denoiser.compile()
+            self.changing = CapturedStep(self._change, device, generator.zero_grad)
         self.step = 0
 
-    def train_step(self, batch: Any) -> dict[str, Tensor]:
+    def train_step(self, batch: Any) -> Computed:
         """Take one step on this worker's rows of a batch, which lies on its device.
 
         Returns:
-            `loss`, this worker's share of the batch's loss (their sum over the workers), scalar;
-            `gradient_norm` of the whole batch, scalar; and for each row of this worker `losses` and how much
-            they count, `weights`, both [rows]. All are detached, and on a GPU the next step overwrites them.
+            What was computed of the batch; on a GPU the next step overwrites it.
         """
-        self.generator.train()
-        loss, losses, weights = self.gradients(batch)
-        norm = clip_gradients(self.generator, self.config.gradient_clip)
-        step(self.optimiser, learning_rate(self.config, self.step))
+        if not self.generator.training:
+            self.generator.train()
+        set_rate(self.optimiser, learning_rate(self.config, self.step))
+        computed = self.changing(batch)
+        if not can_be_captured(self.optimiser):
+            step(self.optimiser)
         self.step += 1
         self._update_average()
-        return {"loss": loss, "gradient_norm": norm, "losses": losses, "weights": weights}
+        return computed
+
+    def release(self) -> None:
+        """Give back what steps have left behind; a later step makes it again. All workers must call this
+        before their process group is destroyed."""
+        if isinstance(self.changing, CapturedStep):
+            self.changing.release()
 
     def whole_average(self) -> Generator | None:
         """The moving average, not sharded, on the first worker and None on others; all must call this."""
@@ -160,11 +178,17 @@ class Trainer:
             reason = one_line(error)[:200]
             raise RPGError(f"{path}: cannot be resumed from: {reason}") from error
 
+    def _change(self, batch: Any) -> Computed:
+        computed = self.gradients(batch)
+        if can_be_captured(self.optimiser):
+            step(self.optimiser)
+        return computed
+
     @torch.no_grad()
     def _update_average(self) -> None:
         # The decay grows with the number of steps, so that early averages forget their random start.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        average: list[torch.Tensor] = list(self.average.parameters())
-        torch._foreach_lerp_(average, [p.detach() for p in self.generator.parameters()], 1 - decay)
-        for target, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+        average, weights = ([local(each) for each in side] for side in zip(*self._averaged, strict=True))
+        torch._foreach_lerp_(average, weights, 1 - decay)
+        for target, source in self._copied:
             target.copy_(source)

@@ -47,7 +47,12 @@ class Workers:
 
     def from_first(self, value: float) -> float:
         """The first worker's `value`; all workers must call this."""
-        return float(self.sum(torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)))
+        if self.count == 1:
+            return value
+        # NCCL takes tensors on a GPU alone.
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        own = value if self.rank == 0 else 0.0
+        return float(self.sum(torch.tensor(own, dtype=torch.float64, device=device)))
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
@@ -63,7 +68,7 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         # Under autocast the sums would be in half precision.
         with torch.autocast(input.device.type, enabled=False):
             x = input.float()
-            count = x.new_tensor([x.shape[0] * x.shape[2]])
+            count = x.new_full((1,), x.shape[0] * x.shape[2])
             sums = _summed(torch.cat([x.sum((0, 2)), count]))
             total = sums[-1].detach()
             mean = sums[:-1] / total

@@ -133,6 +133,7 @@ class TestGenerate:
             out: Path,
             sampling: SamplingConfig,
             progress: Any,
+            packed: bool,
         ) -> list[Path]:
             progress(0, 1)
             progress(1, 1)

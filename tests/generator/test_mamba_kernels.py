@@ -1,9 +1,11 @@
 """Finding mamba_ssm's kernels and restricting their configurations, with modules that stand for mamba_ssm."""
 
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +30,7 @@ _bmm_chunk_fwd_kernel = Heuristics(Autotuned(other, chosen))
 _bmm_chunk_bwd_kernel = Autotuned(other)
 """
 _MODULES = {
-    "__init__": "",
+    "__init__": "raise RuntimeError('imports transformers')",
     "ops/__init__": "",
     "ops/triton/__init__": "",
     "ops/triton/ssd_combined": "def mamba_split_conv1d_scan_combined(x): return x",
@@ -64,7 +66,7 @@ def test_the_fused_kernel_is_the_function_of_mamba_ssm(site: Path) -> None:
     _write(site, "mamba_ssm", _MODULES)
     _write(site, "causal_conv1d", {"__init__": ""})
     kernel = fused_kernel.__wrapped__()
-    combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    combined = sys.modules["mamba_ssm.ops.triton.ssd_combined"]
     assert kernel is combined.mamba_split_conv1d_scan_combined
     assert kernel(3) == 3
 
@@ -73,15 +75,24 @@ def test_kernels_keep_only_the_chosen_configuration(site: Path) -> None:
     _write(site, "mamba_ssm", _MODULES)
     _write(site, "causal_conv1d", {"__init__": ""})
     fused_kernel.__wrapped__()
-    kernels = importlib.import_module("mamba_ssm.ops.triton.ssd_bmm")
+    kernels: Any = sys.modules["mamba_ssm.ops.triton.ssd_bmm"]
     assert kernels._bmm_chunk_fwd_kernel.fn.configs == [kernels.chosen]
     # This one does not have the chosen configuration, as in a release that was tuned differently.
     assert kernels._bmm_chunk_bwd_kernel.configs == [kernels.other]
+
+
+def test_the_package_can_be_imported_as_a_whole_afterwards(site: Path) -> None:
+    _write(site, "mamba_ssm", {**_MODULES, "__init__": "from mamba_ssm.ops.triton import ssd_combined"})
+    _write(site, "causal_conv1d", {"__init__": ""})
+    kernel = fused_kernel.__wrapped__()
+    assert "mamba_ssm" not in sys.modules
+    package = importlib.import_module("mamba_ssm")
+    assert package.ssd_combined.mamba_split_conv1d_scan_combined is kernel
 
 
 @pytest.mark.parametrize("missing", ["mamba_ssm", "causal_conv1d"])
 def test_without_both_packages_there_is_no_fused_kernel(site: Path, missing: str) -> None:
     _write(site, "mamba_ssm", _MODULES)
     _write(site, "causal_conv1d", {"__init__": ""})
-    (site / missing / "__init__.py").write_text("raise ImportError\n")
+    shutil.rmtree(site / missing)
     assert fused_kernel.__wrapped__() is None

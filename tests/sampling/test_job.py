@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 import time
@@ -191,6 +192,22 @@ def test_shares_of_a_job_make_the_files_of_the_whole(tmp_path: Path, sized: Gene
         for path in run_job(sized, job, share, tmp_path / "shares"):
             assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     assert len(whole) == len(list((tmp_path / "shares").iterdir())) == 8
+
+
+def test_packs_hold_the_files_that_would_be_written_without(tmp_path: Path, generator: Generator) -> None:
+    expected = generate_models(generator, CONDITIONS, 20, 7, tmp_path / "files", SAMPLING)
+    packs = generate_models(generator, CONDITIONS, 20, 7, tmp_path / "packs", SAMPLING, packed=True)
+    assert sorted((tmp_path / "packs").iterdir()) == sorted(packs)
+    found: dict[str, bytes] = {}
+    for path in packs:
+        with tarfile.open(str(path)) as pack:
+            for member in pack:
+                content = pack.extractfile(member)
+                assert content is not None
+                found[member.name] = content.read()
+    assert found == {path.name: path.read_bytes() for path in expected}
+    with pytest.raises(RPGError, match="there are packed models already"):
+        generate_models(generator, CONDITIONS, 20, 7, tmp_path / "packs", SAMPLING, packed=True)
 
 
 def test_an_interrupted_job_leaves_whole_files_only(

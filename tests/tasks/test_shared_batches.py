@@ -1,12 +1,14 @@
 """Training side by side on shared batches, against training each network by itself with plain PyTorch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpg.tasks import shared_batches
 from rpg.tasks.cifar10_images import Images
 from rpg.tasks.cifar10_net import (
     Cifar10Net,
@@ -127,6 +129,25 @@ def test_a_model_does_not_depend_on_its_neighbours() -> None:
     assert not torch.allclose(trained(slice(1, 2), seed=8)["conv1.weight"], one["conv1.weight"])
 
 
+def test_models_that_only_fill_up_a_compiled_step_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, images = stacked([network.state_dict() for network in networks(3)], CPU), some_images()
+    settings = (binary_loss, SEED, EPOCHS, BATCH, RATE, torch.float64)
+    answers = told(torch.randint(2, (3, 10)).bool())
+    expected = train_on_shared_batches(start, images, answers, *settings)
+    sizes = []
+
+    def total_loss(weights: dict[str, Tensor], inputs: Tensor, right: Tensor, *rest: Any) -> Any:
+        sizes.append((len(weights["head.bias"]), len(right)))
+        return shared_batches._total_loss(weights, inputs, right, *rest)
+
+    monkeypatch.setattr(shared_batches, "_is_compiled", lambda models, device: True)
+    monkeypatch.setattr(shared_batches, "_compiled_total_loss", lambda: total_loss)
+    found = train_on_shared_batches(start, images, answers, *settings)
+    assert set(sizes) == {(8, 8)}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_evaluation_is_that_of_the_plain_network() -> None:
     made, images = networks(3, 10), normalised(some_images(6).pixels).double()
     logits = evaluation_logits(stacked([each.state_dict() for each in made], CPU), first_patches(images))
@@ -189,3 +210,18 @@ def test_augmentation_moves_and_mirrors_each_image() -> None:
         moves.add((down, right, step))
     assert {move[0] for move in moves} == {move[1] for move in moves} == set(range(-4, 5))
     assert len(moves) > 80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_is_that_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    start = stacked([network.state_dict() for network in networks(3)], device)
+    images, answers = some_images().to(device), told(torch.randint(2, (3, 10)).bool().to(device))
+    settings = (binary_loss, SEED, EPOCHS, BATCH, RATE, torch.float64)
+    captured = train_on_shared_batches(start, images, answers, *settings)
+    monkeypatch.setattr(shared_batches, "CapturedStep", lambda step, device: step)
+    expected = train_on_shared_batches(start, images, answers, *settings)
+    for name, value in expected.items():
+        torch.testing.assert_close(captured[name], value)
+        assert name.startswith("norm") or not torch.equal(captured[name], start[name])

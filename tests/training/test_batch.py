@@ -16,7 +16,7 @@ from rpg.config import TrainConfig
 from rpg.errors import RPGError
 from rpg.generator.generator import Batch
 from rpg.seeds import derived_seed
-from rpg.training.batch import BatchSource, epoch_order
+from rpg.training.batch import _ROWS_TOGETHER, BatchSource, epoch_order
 from rpg.training.workers import Workers
 
 COUNT = 10
@@ -59,7 +59,11 @@ def test_a_batch_is_a_function_of_seed_and_step(shards: ShardedCollection) -> No
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
-def test_workers_together_see_the_batch_that_one_worker_sees(shards: ShardedCollection, count: int) -> None:
+@pytest.mark.parametrize("together", [1, 2, 3, 16])
+def test_workers_together_see_the_batch_that_one_worker_sees(
+    shards: ShardedCollection, count: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_ROWS_TOGETHER, "cpu", together)
     whole = source(shards, checkpoints=7, dropout=0.3)
     shares = [
         source(shards, checkpoints=7, dropout=0.3, workers=Workers(rank, count)) for rank in range(count)
@@ -165,7 +169,11 @@ def test_timesteps_are_spread_evenly_at_every_step(shards: ShardedCollection) ->
     assert inside.double().mean().item() == pytest.approx(24.5, abs=5 * 14.4 / 2000**0.5)
 
 
-def test_noise_is_standard_normal_and_new_at_every_step(shards: ShardedCollection) -> None:
+@pytest.mark.parametrize("together", [1, 16])
+def test_noise_is_standard_normal_and_new_at_every_step(
+    shards: ShardedCollection, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_ROWS_TOGETHER, "cpu", together)
     noise = torch.stack([source(shards, 64, 4).batch(step).noise.flatten() for step in range(8)]).double()
     count = noise.numel()
     assert noise.mean().abs() < 5 / count**0.5

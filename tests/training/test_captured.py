@@ -60,8 +60,8 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(
         batch = source.batch(step)
         moved = Batch(**{k: None if v is None else v.to(gpu) for k, v in vars(batch).items()})
         plain, found = trainers[0].train_step(batch), trainers[1].train_step(moved)
-        for name, value in plain.items():
-            torch.testing.assert_close(found[name].cpu(), value, rtol=1e-3, atol=1e-5)
+        for value, on_cpu in zip(found, plain, strict=True):
+            torch.testing.assert_close(value.cpu(), on_cpu, rtol=1e-3, atol=1e-5)
     for one, other in zip(
         *((*t.generator.state_dict().items(), *t.average.state_dict().items()) for t in trainers), strict=True
     ):
@@ -69,11 +69,13 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(
         if re.search(r"coder_list\.\d+\.(0\.bias|1\.0\.running_mean)$", one[0]):
             # BatchNorm takes a bias away again: its gradient is rounding, which Adam makes a whole step of.
             continue
-        expected, found = one[1], other[1].cpu()
+        expected, trained = one[1], other[1].cpu()
         if one[0].endswith("qkv.bias"):
             # So does the softmax with the bias of the keys, the middle third.
-            expected, found = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (expected, found))
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
+            expected, trained = (
+                torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (expected, trained)
+            )
+        torch.testing.assert_close(trained, expected, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", list(TokenDtype))

@@ -20,6 +20,7 @@ from rpg.config import (
     TrainConfig,
 )
 from rpg.training.fit import condition_inputs, fit, new_trainer
+from rpg.training.gradients import Computed
 from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
 
@@ -59,9 +60,9 @@ def test_logs_and_saves_when_asked_and_at_the_end(shards: ShardedCollection) -> 
     losses: list[float] = []
     step = trainer.train_step
 
-    def spy(*arguments: object) -> dict[str, torch.Tensor]:
+    def spy(*arguments: object) -> Computed:
         result = step(*arguments)  # type: ignore[arg-type]
-        losses.append(float(result["loss"]))
+        losses.append(float(result.loss))
         return result
 
     trainer.train_step = spy  # type: ignore[method-assign, assignment]

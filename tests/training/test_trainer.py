@@ -106,8 +106,8 @@ def test_the_gradient_is_that_of_the_direct_formula(shards: ShardedCollection) -
     assert not batch.mask.all()
     loss = direct_loss(before, batch)
     result = trainer.train_step(batch)
-    assert result["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert result["losses"].shape == (4,)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert result.losses.shape == (4,)
     named = [(name, p) for name, p in before.named_parameters() if name != "condition.null"]
     gradients = torch.autograd.grad(loss, [p for _, p in named])
     trained = dict(trainer.generator.named_parameters())
@@ -117,7 +117,7 @@ def test_the_gradient_is_that_of_the_direct_formula(shards: ShardedCollection) -
         assert expected.abs().max() > 0
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
-    assert result["gradient_norm"].item() == pytest.approx(norm, rel=1e-4)
+    assert result.gradient_norm.item() == pytest.approx(norm, rel=1e-4)
 
 
 def test_steps_are_those_of_adamw(shards: ShardedCollection) -> None:
@@ -130,7 +130,7 @@ def test_steps_are_those_of_adamw(shards: ShardedCollection) -> None:
     batches = source(shards, trainer.generator, config)
     for step in range(4):
         result = trainer.train_step(batches.batch(step))
-        assert result["gradient_norm"] > 0.05
+        assert result.gradient_norm > 0.05
         rate, squares = learning_rate(config, step), 0.0
         for name, parameter in trainer.generator.named_parameters():
             if parameter.grad is None:
@@ -222,7 +222,7 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(
 
     def steps(trainer: Trainer, until: int) -> list[float]:
         batches = source(shards, trainer.generator)
-        return [float(trainer.train_step(batches.batch(s))["loss"]) for s in range(trainer.step, until)]
+        return [float(trainer.train_step(batches.batch(s)).loss) for s in range(trainer.step, until)]
 
     whole = new_trainer(shards, config, train, 3, CPU)
     losses = steps(whole, 12)

@@ -41,18 +41,20 @@ Run = tuple[str, int, str, list[str]]
 class Together:
     """Runs scenarios with some number of workers; keeps what they wrote."""
 
-    def __init__(self, root: Path, shards: Path) -> None:
+    def __init__(self, root: Path, shards: Path, *device: str) -> None:
         self._root = root
         self._shards = shards
+        self._device = device
 
     def run(self, runs: Sequence[Run]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
         for name, *_ in runs:
             (self._root / name).mkdir()
         # Importing PyTorch takes longer than any of the runs: each worker takes part in all of them.
+        text = json.dumps(runs)
         processes = [
             subprocess.Popen(
-                [sys.executable, SCRIPT, self._shards, self._root, str(rank), json.dumps(runs)],
+                [sys.executable, SCRIPT, self._shards, self._root, str(rank), text, *self._device],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for rank in range(max(workers for _, workers, *_ in runs))
@@ -93,7 +95,7 @@ def together(
         [
             ("1", 1, "", ["fast", "unet", "transformer", "half", "wide", "eight_bits"]),
             ("2", 2, "", ["fast", "unet", "transformer", *sharded, "half", "half_sharded", "eight_bits"]),
-            ("4", 4, "", ["fast", "unet", "fast_sharded"]),
+            ("4", 4, "", ["fast", "unet", "fast_sharded", "half"]),
             ("1 after 2", 1, "2", ["fast_sharded"]),
             ("2 after 4", 2, "4", ["fast_sharded"]),
             ("1 after 1", 1, "1", ["eight_bits"]),
@@ -134,9 +136,10 @@ def test_workers_train_like_a_single_one(together: Together, run: str) -> None:
     assert any(tensor.abs().max() > 0 for name, tensor in expected.items() if name.startswith("optimiser"))
 
 
-@pytest.mark.parametrize("run", ["2/half", "2/half_sharded"])
+@pytest.mark.parametrize("run", ["2/half", "4/half", "2/half_sharded"])
 def test_workers_train_in_half_precision(together: Together, run: str) -> None:
-    """Rounding to bfloat16 depends on how the batch is shared; what is learned does not."""
+    """Products and the exchange of gradients are rounded to bfloat16, which depends on how the batch is
+    shared; what is learned does not."""
     alone = together.history("1/half")
     assert_same_curve(together.history(run), alone, 1e-2)
     assert [row["loss"] for row in alone] != [row["loss"] for row in together.history("1/fast")]
@@ -191,6 +194,24 @@ def test_moments_of_eight_bits_resume_bit_for_bit(together: Together) -> None:
     found, expected = together.state("1 after 1/eight_bits"), together.state("1/eight_bits")
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_like_one(tmp_path: Path, make_collection: Callable[..., ShardedCollection]) -> None:
+    """A step is a CUDA graph on one as on two, in which the second one exchanges gradients."""
+    make_collection(tmp_path / "shards", token_size=64)
+    runs = Together(tmp_path, tmp_path / "shards", "cuda")
+    scenarios = ["fast", "unet", "half"]
+    runs.run([("1", 1, "", scenarios), ("2", 2, "", [*scenarios, "fast_sharded", "half_sharded"])])
+    for run, alone, tolerance in (
+        ("2/fast", "1/fast", 1e-3),
+        ("2/fast_sharded", "1/fast", 1e-3),
+        ("2/unet", "1/unet", 1e-2),
+        ("2/half", "1/half", 1e-2),
+        ("2/half_sharded", "1/half", 1e-2),
+    ):
+        assert_same_curve(runs.history(run), runs.history(alone), tolerance)
 
 
 def test_rows_are_shared_without_gaps() -> None:

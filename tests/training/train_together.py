@@ -1,10 +1,10 @@
 """One of several workers that train the same generators, each described by a name: see `test_workers.py`.
 
-    python train_together.py SHARDS ROOT RANK RUNS
+    python train_together.py SHARDS ROOT RANK RUNS [cuda]
 
 RUNS is JSON: lists of a run's name, its number of workers, the name of the run to go on from or "", and its
 scenarios. One after another, those whose number of workers is above RANK are taken part in; the first worker
-writes ROOT/NAME/SCENARIO/history.json and the states.
+writes ROOT/NAME/SCENARIO/history.json and the states. With `cuda` each worker has the GPU of its rank.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from rpg.config import (
     Sharding,
     TrainConfig,
 )
+from rpg.training import exchange
 from rpg.training.fit import fit, new_trainer
 from rpg.training.progress import TrainingProgress
 from rpg.training.trainer import Trainer
@@ -84,9 +85,11 @@ SCENARIOS = {
 }
 
 
-def train(shards: ShardedCollection, scenario: str, output: Path, resume: Path | None) -> None:
+def train(
+    shards: ShardedCollection, scenario: str, output: Path, resume: Path | None, device: torch.device
+) -> None:
     generator, config = SCENARIOS[scenario]
-    trainer = new_trainer(shards, generator, config, 0, torch.device("cpu"))
+    trainer = new_trainer(shards, generator, config, 0, device)
     if resume:
         trainer.load(resume / scenario / "step_5")
     logged: list[TrainingProgress] = []
@@ -106,14 +109,21 @@ def main() -> None:
     shards, rank = ShardedCollection.open(Path(sys.argv[1])), int(sys.argv[3])
     root, runs = Path(sys.argv[2]), json.loads(sys.argv[4])
     torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if sys.argv[5:] == ["cuda"]:
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    # These generators are small, and are to be exchanged in several buckets as large ones are.
+    exchange._BUCKET_BYTES = 4096
     for name, workers, resume, scenarios in runs:
         if rank >= workers:
             continue
         if workers > 1:
             store = f"file://{root / name}/store"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
+            backend = "gloo" if device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, init_method=store, rank=rank, world_size=workers)
         for scenario in scenarios:
-            train(shards, scenario, root / name, root / resume if resume else None)
+            train(shards, scenario, root / name, root / resume if resume else None, device)
         if workers > 1:
             dist.destroy_process_group()
 
