@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rpg.config import LONGEST_DESCRIPTION
 from rpg.errors import RPGError, one_line
@@ -43,6 +43,7 @@ class TextEncoder:
 
     Attributes:
         size: values in an embedding.
+        network: the network of transformers, in evaluation mode; fine-tuned weights may be loaded into it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,7 +62,7 @@ class TextEncoder:
                 f"{directory}: the packages for text encoders are not installed: pip install 'rpg[text]'"
             ) from error
         try:
-            with _quiet(transformers.utils.logging):
+            with quiet(transformers.utils.logging):
                 config = transformers.AutoConfig.from_pretrained(
                     directory, local_files_only=True, trust_remote_code=False
                 )
@@ -74,8 +75,8 @@ class TextEncoder:
             ) from error
         if getattr(config, "is_encoder_decoder", False):
             raise RPGError(f"{directory / CONFIG_FILE}: expected an encoder alone, found one with a decoder")
-        self._model = _model(directory, config, transformers)
-        self._most_tokens = _positions(self._model, config)
+        self.network = _model(directory, config, transformers)
+        self._most_tokens = _positions(self.network, config)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
         except Exception as error:
@@ -92,17 +93,13 @@ class TextEncoder:
                 f"found {words}"
             )
 
-    def encode(self, description: str) -> list[float]:
-        """The embedding of a description: `size` float32 values of norm 1.
-
-        It is the mean of the last layer's outputs over all tokens, special ones included, like that of
-        sentence-transformers. Each description is a batch of its own, so that its embedding does not depend
-        on others.
+    def tokens(self, description: str) -> list[int]:
+        """The ids of a description's tokens, special ones included.
 
         Raises:
             RPGError: if the description is empty, too long or not text.
         """
-        what = f"description {description if len(description) <= 40 else description[:40] + '…'!r}"
+        what = _called(description)
         if len(description) > LONGEST_DESCRIPTION:
             raise RPGError(
                 f"{what}: expected at most {LONGEST_DESCRIPTION} characters, got {len(description)}"
@@ -116,19 +113,47 @@ class TextEncoder:
         tokens, most = len(encoded.ids), self._most_tokens
         if most is not None and tokens > most:
             raise RPGError(f"{what}: expected at most {most} tokens, as the encoder reads, got {tokens}")
-        ids, mask = torch.tensor([encoded.ids]), torch.tensor([encoded.attention_mask])
+        return list(encoded.ids)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings [texts, size] of padded token ids [texts, tokens], differentiable.
+
+        Args:
+            ids: of each text's tokens.
+            mask: 1 where there is a token, 0 where there is padding; same shape.
+        """
+        outputs = self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask[..., None].float()
+        mean = (outputs * weights).sum(1) / weights.sum(1)
+        return nn.functional.normalize(mean, dim=1)
+
+    def encode(self, description: str) -> list[float]:
+        """The embedding of a description: `size` float32 values of norm 1.
+
+        It is the mean of the last layer's outputs over all tokens, special ones included, like that of
+        sentence-transformers. Each description is a batch of its own, so that its embedding does not depend
+        on others.
+
+        Raises:
+            RPGError: if the description is empty, too long or not text.
+        """
+        ids = torch.tensor([self.tokens(description)])
         try:
             with torch.inference_mode(), one_thread():
-                outputs = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-                weights = mask[..., None].float()
-                mean = (outputs * weights).sum(1) / weights.sum(1)
-                embedding = nn.functional.normalize(mean, dim=1)[0]
+                embedding = self.embed(ids, torch.ones_like(ids))[0]
         except (IndexError, RuntimeError) as error:
-            raise RPGError(f"{what}: the encoder fails at it: {one_line(error)[:300]}") from error
+            raise RPGError(
+                f"{_called(description)}: the encoder fails at it: {one_line(error)[:300]}"
+            ) from error
         if not embedding.isfinite().all():
-            raise RPGError(f"{what}: the encoder's outputs are NaN or infinite")
+            raise RPGError(f"{_called(description)}: the encoder's outputs are NaN or infinite")
         values: list[float] = embedding.tolist()
         return values
+
+
+def _called(description: str) -> str:
+    """What error messages call a description."""
+    return f"description {description if len(description) <= 40 else description[:40] + '…'!r}"
 
 
 def encoder_digest(directory: AnyPath) -> str:
@@ -213,7 +238,7 @@ def _model(directory: Path, config: Any, transformers: Any) -> nn.Module:
     """The network in evaluation mode. Missing weights are an error; transformers would draw random ones."""
     path = directory / WEIGHTS_FILE
     try:
-        with _quiet(transformers.utils.logging):
+        with quiet(transformers.utils.logging):
             model, found = transformers.AutoModel.from_pretrained(
                 directory,
                 config=config,
@@ -250,7 +275,7 @@ def _positions(network: nn.Module, config: Any) -> int | None:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def quiet(logging: Any) -> Iterator[None]:
     """Silence transformers' progress bars and logs, since problems are raised as errors."""
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
