@@ -137,16 +137,14 @@ class TextEncoder:
         Raises:
             RPGError: if the description is empty, too long or not text.
         """
-        ids = torch.tensor([self.tokens(description)])
+        what, ids = _called(description), torch.tensor([self.tokens(description)])
         try:
             with torch.inference_mode(), one_thread():
                 embedding = self.embed(ids, torch.ones_like(ids))[0]
         except (IndexError, RuntimeError) as error:
-            raise RPGError(
-                f"{_called(description)}: the encoder fails at it: {one_line(error)[:300]}"
-            ) from error
+            raise RPGError(f"{what}: the encoder fails at it: {one_line(error)[:300]}") from error
         if not embedding.isfinite().all():
-            raise RPGError(f"{_called(description)}: the encoder's outputs are NaN or infinite")
+            raise RPGError(f"{what}: the encoder's outputs are NaN or infinite")
         values: list[float] = embedding.tolist()
         return values
 

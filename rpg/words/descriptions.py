@@ -14,16 +14,17 @@ from rpg.seeds import derived_seed
 from rpg.words.properties import CLASSES, Bits, ClassNames, Property
 
 REQUESTS = (
-    "{}", "{}", "{}", "select all {}", "select {}", "find all {}", "find {}", "identify all {}", "identify {}",
-    "classify all {}", "classify {}", "give me a model that finds {}",
+    "{}", "{}", "{}", "select all {}", "select {}", "find all {}", "find {}", "identify all {}",
+    "identify {}", "classify all {}", "classify {}", "give me a model that finds {}",
     "give me a classifier for {}", "I need a classifier for {}", "I want a network that recognises {}",
     "I would like to find {}", "please find {}", "please select all {}", "show me {}", "show me all {}",
     "pick out {}", "pick all {}", "detect {}", "detect all {}", "recognise {}", "spot {}", "keep only {}",
-    "filter for {}", "search for {}", "look for {}", "images of {}", "pictures of {}", "photos that show {}",
-    "all {}", "only {}", "is it one of {}?", "does the picture show {}?", "which images show {}?",
-    "make a network that says yes to {}", "train a model for {}", "separate {} from the rest", "I am looking for {}",
-    "get me all {}", "choose {}", "choose all {}", "return all {}", "tag {}", "label all {}", "a model for {}",
-    "a detector of {}", "sort out {}", "collect {}",
+    "filter for {}", "search for {}", "look for {}", "images of {}", "pictures of {}",
+    "photos that show {}", "all {}", "only {}", "is it one of {}?", "does the picture show {}?",
+    "which images show {}?", "make a network that says yes to {}", "train a model for {}",
+    "separate {} from the rest", "I am looking for {}", "get me all {}", "choose {}", "choose all {}",
+    "return all {}", "tag {}", "label all {}", "a model for {}", "a detector of {}", "sort out {}",
+    "collect {}",
 )  # fmt: skip
 """Ways to ask; `{}` is the phrase."""
 
@@ -39,8 +40,8 @@ _BOTH = (
     "{} that are {} too",
 )  # fmt: skip
 _WITHOUT = (
-    "{} except {}", "{} but not {}", "{} that are not {}", "{}, without {}", "{} other than {}", "{}, but no {}",
-    "{} apart from {}",
+    "{} except {}", "{} but not {}", "{} that are not {}", "{}, without {}", "{} other than {}",
+    "{}, but no {}", "{} apart from {}",
 )  # fmt: skip
 _SWAPS = (
     (r"^things\b", ("objects", "items", "stuff", "ones", "everything")),
@@ -137,7 +138,7 @@ class DescriptionWriter:
         return _phrase(each, chance), each.bits
 
     def _said(self, bits: Bits, chance: random.Random) -> str | None:
-        """A property of exactly these classes, alone or with classes added or left out; None if there is none."""
+        """A property of exactly these classes, or with a few added or left out; None if there is none."""
         if (exact := self._by_bits.get(bits)) and chance.random() < 0.7:
             return _phrase(chance.choice(exact), chance)
         near = [

@@ -1,4 +1,4 @@
-"""The head on a sentence encoder: from an embedding to the classes, and to whether it is about them at all."""
+"""The head on a sentence encoder: from an embedding to the classes, and to whether it is about them."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -23,8 +23,8 @@ class Calibration:
 
     Attributes:
         class_temperature: logits of the classes are divided by it.
-        scope_temperature: the logit of being about the classes is divided by it, after `scope_shift` is added.
-        scope_shift: see above.
+        scope_shift: is added to the logit of being about the classes,
+        scope_temperature: which is then divided by this.
         least_sureness: less than this is not sure.
     """
 
@@ -43,7 +43,7 @@ class ClassHead(nn.Module):
     """
 
     def __init__(self, size: int, hidden: int, dropout: float = 0.0) -> None:
-        """Take embeddings of `size` values; dropout acts while training, on the input and the hidden layer."""
+        """Take embeddings of `size` values; dropout acts on the inputs of both layers while training."""
         super().__init__()
         self._scale = size**0.5
         self.layers = nn.Sequential(
