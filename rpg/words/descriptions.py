@@ -45,8 +45,8 @@ _WITHOUT = (
 )  # fmt: skip
 _SWAPS = (
     (r"^things\b", ("objects", "items", "stuff", "ones", "everything")),
-    (r"^animals\b", ("creatures", "beasts", "any animals", "living animals")),
-    (r"^creatures\b", ("animals", "beings")),
+    (r"^animals\b", ("creatures", "beasts", "any animals")),
+    (r"^creatures\b", ("animals", "critters")),
     (r"^vehicles\b", ("machines", "motor vehicles", "any vehicles")),
     (r" with (an?|the) ", (" that have \\1 ", " having \\1 ", " which have \\1 ")),
     (r" that have ", (" with ", " having ", " which have ")),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rpg.config import LONGEST_DESCRIPTION
 from rpg.errors import RPGError, one_line
+from rpg.text_encoder import quiet
 from rpg.words.properties import CLASSES
 from rpg.words.understood import Understood
 
@@ -56,12 +57,13 @@ class LanguageModel:
             if path.suffix != ".gguf":
                 raise RPGError(f"{path}: expected a language model's directory or .gguf file")
             directory, options = path.parent, options | {"gguf_file": path.name}
+        weights = {} if path.is_file() else {"use_safetensors": True}
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-            weights = {} if path.is_file() else {"use_safetensors": True}
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, **options, **weights
-            )
+            with quiet(transformers.utils.logging):
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    directory, dtype=torch.float32, **options, **weights
+                )
         except Exception as error:
             raise RPGError(
                 f"{path}: not a language model that transformers loads: {one_line(error)[:300]}"
@@ -110,4 +112,5 @@ class LanguageModel:
     def _first_tokens(self, words: Sequence[str]) -> list[int]:
         """The tokens that are one of the words as a whole."""
         ids = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-        return sorted({each[0] for each in ids if len(each) == 1})
+        unknown = self._tokenizer.unk_token_id
+        return sorted({each[0] for each in ids if len(each) == 1 and each[0] != unknown})

@@ -1,0 +1,148 @@
+"""Fitting of encoder and head to written descriptions.
+
+The encoder's weights are changed by LoRA (arXiv 2106.09685), so that what is learnt is small. Descriptions
+come from the training properties, and among them are texts that describe none of the classes.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpg.errors import RPGError
+from rpg.text_encoder import TextEncoder, encoder_digest
+from rpg.threads import one_thread
+from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
+from rpg.words.head import ClassHead
+from rpg.words.properties import Bits, Part, class_names, out_of_scope, properties
+
+_OTHER_THINGS = "other_things"
+_NONSENSE = "nonsense"
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How encoder and head are fitted.
+
+    Attributes:
+        steps: batches.
+        descriptions: about the classes, in a batch.
+        others: texts that are not about them, in a batch.
+        rank: of LoRA's factors.
+        adapter_rate: largest learning rate of the factors.
+        head_rate: largest learning rate of the head.
+        hidden: width of the head's hidden layer.
+        dropout: of the head's inputs and hidden layer.
+        scope_weight: of the loss of telling texts about the classes from others.
+    """
+
+    steps: int = 600
+    descriptions: int = 48
+    others: int = 8
+    rank: int = 8
+    adapter_rate: float = 1e-3
+    head_rate: float = 1e-3
+    hidden: int = 256
+    dropout: float = 0.2
+    scope_weight: float = 0.2
+
+
+Progress = Callable[[int, float], None]
+"""Is told the number of finished steps and the running loss."""
+
+
+def fit(
+    encoder: Path, out: Path, seed: int, settings: FitSettings, progress: Progress
+) -> tuple[TextEncoder, ClassHead]:
+    """Fit to the training properties, and write the adapter to the directory `out`.
+
+    Returns:
+        The encoder with the adapter merged into it, and the head, which is not calibrated yet.
+
+    Raises:
+        RPGError: naming the file of the encoder that is missing or wrong, or if PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RPGError("fitting needs the package peft: pip install 'rpg[dev]'") from error
+    from rpg.words.sentences import adapted_encoder
+
+    torch.manual_seed(seed)
+    loaded = TextEncoder(encoder)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        lora_dropout=0.1,
+        target_modules=["query", "key", "value", "dense"],
+        exclude_modules=["pooler.dense"],
+        base_model_name_or_path="all-MiniLM-L6-v2",
+    )
+    loaded.network = get_peft_model(loaded.network, lora)
+    head = ClassHead(loaded.size, settings.hidden, settings.dropout)
+    head.encoder = encoder_digest(encoder)
+    rates = (settings.adapter_rate, settings.head_rate)
+    groups = [[each for each in loaded.network.parameters() if each.requires_grad], [*head.parameters()]]
+    optimiser = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.01)
+    batches = _batches(seed, settings)
+    running = 0.0
+    loaded.network.train()
+    with one_thread():
+        for step in range(1, settings.steps + 1):
+            factor = min(1.0, step / 30) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            texts, bits, scope = next(batches)
+            with torch.autocast("cpu", torch.bfloat16):
+                embeddings = loaded.embed(*padded(loaded, texts))
+            classes, about = head(embeddings.float())
+            loss = F.binary_cross_entropy_with_logits(classes[scope > 0], bits)
+            loss = loss + settings.scope_weight * F.binary_cross_entropy_with_logits(about, scope)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([each for group in groups for each in group], 1.0)
+            optimiser.step()
+            running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+            progress(step, running)
+    loaded.network.save_pretrained(out)
+    return adapted_encoder(encoder, out), head.eval()
+
+
+def padded(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [texts, tokens] of several texts."""
+    rows = [torch.tensor(encoder.tokens(text)) for text in texts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids, mask
+
+
+def _batches(seed: int, settings: FitSettings) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Endless batches: texts, bits [descriptions, 10] of the first ones, and 1 for each of these, else 0."""
+    writer = DescriptionWriter(class_names(), [*properties(Part.training), *kinds_of_classes(class_names())])
+    described, others = writer.stream(seed), _others(seed)
+    scope = torch.tensor([1.0] * settings.descriptions + [0.0] * settings.others)
+    while True:
+        rows: list[tuple[str, Bits]] = [next(described) for _ in range(settings.descriptions)]
+        texts = [text for text, _ in rows] + [next(others) for _ in range(settings.others)]
+        yield texts, torch.tensor([bits for _, bits in rows], dtype=torch.float32), scope
+
+
+def _others(seed: int) -> Iterator[str]:
+    """Endless texts that describe none of the classes."""
+    chance = random.Random(seed)
+    kinds = out_of_scope(Part.training)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    while True:
+        kind = chance.choice(list(kinds))
+        text = chance.choice(kinds[kind])
+        if kind == _OTHER_THINGS or chance.random() < 0.15:
+            text = chance.choice(REQUESTS).format(text)
+        elif kind == _NONSENSE and chance.random() < 0.5:
+            words = [chance.choices(letters, k=chance.randint(2, 9)) for _ in range(chance.randint(1, 8))]
+            text = " ".join("".join(word) for word in words)
+        yield text[0].upper() + text[1:] if chance.random() < 0.5 else text
