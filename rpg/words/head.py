@@ -98,9 +98,12 @@ class ClassHead(nn.Module):
             raise RPGError(f"{path}: not found; expected the head of a sentence encoder") from error
         except Exception as error:
             raise RPGError(f"{path}: not the head of a sentence encoder: {one_line(error)[:300]}") from error
-        values = [*asdict(head.calibration).values()]
-        if not all(is_number(value) for value in values) or not all(
-            tensor.isfinite().all() for tensor in tensors.values()
-        ):
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise RPGError(f"{path}: holds NaN or infinite values")
+        found = asdict(head.calibration)
+        if (
+            not all(map(is_number, found.values()))
+            or min(found["class_temperature"], found["scope_temperature"]) <= 0
+        ):
+            raise RPGError(f"{path}: expected finite numbers and positive temperatures, found {found}")
         return head.eval()

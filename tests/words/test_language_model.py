@@ -56,7 +56,8 @@ def test_log_odds_are_those_of_the_models_probabilities(tmp_path: Path, template
     network = LlamaForCausalLM.from_pretrained(directory).eval()
     for subject, score in zip(("a dog", "something"), found.tolist(), strict=True):
         question = (
-            f'Here is a request: "things that bark"\nIs {subject} one of the things that the request asks for? '
+            f'Here is a request: "things that bark"\nIs {subject} one of the things that the request asks '
+            "for? "
             "Answer with yes or no."
         )
         prompt = f"<< {question} >>" if template else f"Question: {question}\nAnswer:"
@@ -93,7 +94,7 @@ def test_what_is_no_language_model_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RPGError, match=r"model.bin: expected a language model's directory or .gguf file"):
         LanguageModel(tmp_path / "model.bin")
     (tmp_path / "model.gguf").write_bytes(b"GGUF nothing")
-    with pytest.raises(RPGError, match="model.gguf: not a language model that transformers loads"):
+    with pytest.raises(RPGError, match=r"model.gguf: not a language model that transformers loads"):
         LanguageModel(tmp_path / "model.gguf")
     words = tuple(word for word in WORDS if word.lower() != "no")
     with pytest.raises(RPGError, match="has no token that begins yes, or none that begins no"):
