@@ -21,6 +21,8 @@ from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
 from rpg.words.head import ClassHead
 from rpg.words.properties import Bits, Part, class_names, out_of_scope, properties
 
+BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+"""What the adapter's configuration names as its base."""
 _OTHER_THINGS = "other_things"
 _NONSENSE = "nonsense"
 
@@ -41,11 +43,11 @@ class FitSettings:
         scope_weight: of the loss of telling texts about the classes from others.
     """
 
-    steps: int = 600
+    steps: int = 500
     descriptions: int = 48
     others: int = 8
     rank: int = 8
-    adapter_rate: float = 1e-3
+    adapter_rate: float = 1.5e-3
     head_rate: float = 1e-3
     hidden: int = 256
     dropout: float = 0.2
@@ -81,9 +83,10 @@ def fit(
         lora_dropout=0.1,
         target_modules=["query", "key", "value", "dense"],
         exclude_modules=["pooler.dense"],
-        base_model_name_or_path="all-MiniLM-L6-v2",
     )
     loaded.network = get_peft_model(loaded.network, lora)
+    # The directory of this machine would be written otherwise.
+    lora.base_model_name_or_path = BASE_MODEL
     head = ClassHead(loaded.size, settings.hidden, settings.dropout)
     head.encoder = encoder_digest(encoder)
     rates = (settings.adapter_rate, settings.head_rate)
@@ -109,7 +112,8 @@ def fit(
             optimiser.step()
             running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
             progress(step, running)
-    loaded.network.save_pretrained(out)
+    # PEFT asks Hugging Face for the base's vocabulary unless it is told that the embeddings are not changed.
+    loaded.network.save_pretrained(out, save_embedding_layers=False)
     return adapted_encoder(encoder, out), head.eval()
 
 

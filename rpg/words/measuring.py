@@ -84,7 +84,7 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
     """
     texts, bits, _ = described(Part.validation)
     others = [text for kind in out_of_scope(Part.validation).values() for text in kind]
-    with torch.inference_mode():
+    with torch.no_grad():
         classes, about = head(embeddings(encoder, texts))
         other_classes, other_about = head(embeddings(encoder, others))
     # Both kinds of texts count the same, however many there are of each.
@@ -103,7 +103,8 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
 
     with one_thread():
         optimiser.step(loss)
-    found = Calibration(float(values[0].exp()), float(values[1].exp()), float(values[2]))
+    of_classes, of_scope, shift = values.detach()
+    found = Calibration(float(of_classes.exp()), float(of_scope.exp()), float(shift))
 
     def sureness(logits: Tensor, scopes: Tensor) -> Tensor:
         scope = torch.sigmoid((scopes + found.scope_shift) / found.scope_temperature)
