@@ -43,11 +43,11 @@ class FitSettings:
         scope_weight: of the loss of telling texts about the classes from others.
     """
 
-    steps: int = 500
+    steps: int = 320
     descriptions: int = 48
     others: int = 8
     rank: int = 8
-    adapter_rate: float = 1.5e-3
+    adapter_rate: float = 2e-3
     head_rate: float = 1e-3
     hidden: int = 256
     dropout: float = 0.2
@@ -80,7 +80,6 @@ def fit(
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
-        lora_dropout=0.1,
         target_modules=["query", "key", "value", "dense"],
         exclude_modules=["pooler.dense"],
     )
@@ -113,7 +112,7 @@ def fit(
             running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
             progress(step, running)
     # PEFT asks Hugging Face for the base's vocabulary unless it is told that the embeddings are not changed.
-    loaded.network.save_pretrained(out, save_embedding_layers=False)
+    loaded.network.save_pretrained(str(out), save_embedding_layers=False)
     return adapted_encoder(encoder, out), head.eval()
 
 

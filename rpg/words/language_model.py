@@ -52,7 +52,8 @@ class LanguageModel:
             ) from error
         if not path.exists():
             raise RPGError(f"{path}: not found; expected a language model's directory or .gguf file")
-        directory, options = path, {"local_files_only": True, "trust_remote_code": False}
+        directory: Path = path
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         if path.is_file():
             if path.suffix != ".gguf":
                 raise RPGError(f"{path}: expected a language model's directory or .gguf file")
