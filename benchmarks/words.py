@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rpg.text_encoder import TextEncoder
 from rpg.words.descriptions import DescriptionWriter
-from rpg.words.measuring import Measured, described, embeddings, measure, nearest_training
+from rpg.words.embedding import embeddings
+from rpg.words.measuring import Measured, described, measure, nearest_training
 from rpg.words.properties import Part, class_names, out_of_scope, published
 from rpg.words.sentences import SentenceUnderstanding
 

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from rpg.text_encoder import TextEncoder
+from rpg.words.embedding import embeddings
 
 MOST_SHARED_WORDS = 0.5
 """Descriptions that share at least this part of their content words are close."""
@@ -48,9 +48,7 @@ def shared_words(first: str, second: str) -> float:
 
 def cosines(first: Sequence[str], second: Sequence[str], encoder: TextEncoder) -> Tensor:
     """Cosine similarities [first, second] of the embeddings, without requests."""
-    one, other = (
-        torch.tensor([encoder.encode(without_request(text)) for text in texts]) for texts in (first, second)
-    )
+    one, other = (embeddings(encoder, [without_request(text) for text in texts]) for texts in (first, second))
     return one @ other.T
 
 

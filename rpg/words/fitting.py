@@ -6,7 +6,7 @@ come from the training properties, and among them are texts that describe none o
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rpg.errors import RPGError
 from rpg.text_encoder import TextEncoder, encoder_digest
 from rpg.threads import one_thread
 from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
+from rpg.words.embedding import padded
 from rpg.words.head import ClassHead
 from rpg.words.properties import Bits, Part, class_names, out_of_scope, properties
 
@@ -114,14 +115,6 @@ def fit(
     # PEFT asks Hugging Face for the base's vocabulary unless it is told that the embeddings are not changed.
     loaded.network.save_pretrained(str(out), save_embedding_layers=False)
     return adapted_encoder(encoder, out), head.eval()
-
-
-def padded(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [texts, tokens] of several texts."""
-    rows = [torch.tensor(encoder.tokens(text)) for text in texts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return ids, mask
 
 
 def _batches(seed: int, settings: FitSettings) -> Iterator[tuple[list[str], Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from rpg.text_encoder import TextEncoder
 from rpg.threads import one_thread
 from rpg.words.closeness import cosines
+from rpg.words.embedding import embeddings
 from rpg.words.head import Calibration, ClassHead
 from rpg.words.properties import Bits, Part, out_of_scope, properties
 from rpg.words.sentences import sureness_of
@@ -69,11 +70,6 @@ def measure(
     classes, scope = head.probabilities(embeddings(encoder, texts))
     given = torch.ones(len(texts)) if weights is None else weights
     return Measured(tuple(texts), given, bits, classes, sureness_of(classes, scope))
-
-
-def embeddings(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
-    """[texts, size]."""
-    return torch.tensor([encoder.encode(text) for text in texts])
 
 
 def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:

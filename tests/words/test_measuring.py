@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rpg.text_encoder import TextEncoder
+from rpg.words.embedding import embeddings
 from rpg.words.head import Calibration, ClassHead
-from rpg.words.measuring import Measured, calibrated, described, embeddings, measure, nearest_training
+from rpg.words.measuring import Measured, calibrated, described, measure, nearest_training
 from rpg.words.properties import Part, out_of_scope, properties
 from rpg.words.sentences import sureness_of
 from tests.text_encoders import save_encoder

@@ -12,7 +12,8 @@ from transformers import BertModel
 from rpg.commands.main import main
 from rpg.errors import RPGError
 from rpg.text_encoder import TextEncoder
-from rpg.words.fitting import FitSettings, fit, padded
+from rpg.words.embedding import embeddings
+from rpg.words.fitting import FitSettings, fit
 from rpg.words.head import HEAD_FILE, Calibration, ClassHead
 from rpg.words.sentences import SentenceUnderstanding, adapted_encoder, sureness_of
 from tests.text_encoders import save_encoder
@@ -84,8 +85,7 @@ def test_export_writes_the_fine_tuned_encoder(base: Path, fitted: Path, tmp_path
 def test_padding_changes_no_embedding(base: Path) -> None:
     encoder = TextEncoder(base)
     texts = ["cat", "is it a cat, or any of two dogs?"]
-    with torch.inference_mode():
-        together = encoder.embed(*padded(encoder, texts))
+    together = embeddings(encoder, texts)
     for row, text in zip(together.tolist(), texts, strict=True):
         assert row == pytest.approx(encoder.encode(text), abs=1e-5)
 
