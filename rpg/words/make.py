@@ -29,8 +29,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory of adapter, head and card")
     parser.add_argument("--encoder", type=Path, required=True, help="directory of all-MiniLM-L6-v2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=FitSettings.steps, help="batches (default: %(default)s)")
     options = parser.parse_args()
-    settings = FitSettings()
+    settings = FitSettings(steps=options.steps)
 
     def progress(step: int, loss: float) -> None:
         if step % _SHOWN_EVERY == 0 or step == settings.steps:

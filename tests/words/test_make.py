@@ -1,6 +1,7 @@
 """The command that makes adapter, head and card."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,21 @@ from rpg.words.properties import Part
 from rpg.words.sentences import SentenceUnderstanding
 from tests.text_encoders import save_encoder
 
-SETTINGS = FitSettings(steps=4, descriptions=6, others=2, rank=2, hidden=16)
+
+@dataclass(frozen=True)
+class Settings(FitSettings):
+    """A short fit of small batches."""
+
+    descriptions: int = 6
+    others: int = 2
+    rank: int = 2
+    hidden: int = 16
+    head_descriptions: int = 50
+    head_epochs: int = 2
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(make, "FitSettings", lambda: SETTINGS)
+    monkeypatch.setattr(make, "FitSettings", Settings)
     monkeypatch.setattr(sys, "argv", ["make", *arguments])
     make.main()
 
@@ -26,7 +37,7 @@ def test_what_is_made_loads_and_its_card_says_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, out = save_encoder(tmp_path / "encoder", positions=256), tmp_path / "words"
-    run(monkeypatch, str(out), "--encoder", str(base), "--seed", "3")
+    run(monkeypatch, str(out), "--encoder", str(base), "--seed", "3", "--steps", "4")
     assert "4/4 loss" in capsys.readouterr().err
     understanding = SentenceUnderstanding.load(out, base)
     card = (out / "README.md").read_text()

@@ -18,7 +18,16 @@ from rpg.words.head import HEAD_FILE, Calibration, ClassHead
 from rpg.words.sentences import SentenceUnderstanding, adapted_encoder, sureness_of
 from tests.text_encoders import save_encoder
 
-SETTINGS = FitSettings(steps=6, descriptions=6, others=2, rank=2, adapter_rate=1e-2, hidden=16)
+SETTINGS = FitSettings(
+    steps=6,
+    descriptions=6,
+    others=2,
+    rank=2,
+    adapter_rate=1e-2,
+    hidden=16,
+    head_descriptions=50,
+    head_epochs=2,
+)
 
 
 @pytest.fixture(scope="module")

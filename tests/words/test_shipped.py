@@ -58,7 +58,7 @@ def test_lists_of_classes_are_understood(understanding: SentenceUnderstanding) -
     texts = [writer.of_task(bits, 1, 77)[0] for bits in tasks]
     bits = torch.tensor(tasks, dtype=torch.float32)
     found = measure(understanding.encoder, understanding.head, texts, bits)
-    assert found.share_right() > 0.97
+    assert found.share_right() > 0.92
 
 
 @pytest.mark.slow
