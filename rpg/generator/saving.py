@@ -23,6 +23,7 @@ from rpg.config import (
     save_config,
     to_plain,
 )
+from rpg.encoders import Encoder, load_encoder
 from rpg.errors import RPGError
 from rpg.generator.networks import build_networks
 from rpg.storage.below import check_ordinary_below, path_below
@@ -30,12 +31,7 @@ from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import write_text
 from rpg.storage.locations import AnyPath, fetched, location
-from rpg.text_encoder import (
-    ENCODER_DIRECTORY,
-    TextEncoder,
-    copy_encoder,
-    load_encoder,
-)
+from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "generator.safetensors"
@@ -90,7 +86,7 @@ class PretrainedMixin(nn.Module):
             hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()
 
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> Encoder:
         """Load the encoder that turns a description into a condition.
 
         Raises:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from rpg.errors import RPGError
 from rpg.storage.files import sha256, write_text
-from rpg.text_encoder import TextEncoder
+from rpg.text_encoder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TextEncoder
 from rpg.words.fitting import FitSettings, fit
 from rpg.words.head import HEAD_FILE, ClassHead
 from rpg.words.measuring import calibrated, described, measure
 from rpg.words.properties import Part
-from rpg.words.sentences import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _SHOWN_EVERY = 50
 

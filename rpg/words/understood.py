@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from rpg.errors import RPGError
 from rpg.words.properties import CLASSES, Bits
 
 
@@ -23,13 +24,35 @@ class Understood:
 
     @property
     def bits(self) -> Bits:
-        """The condition: 1 for each class that is more likely meant than not."""
+        """For each class 1 if it is more likely meant than not, else 0."""
         return tuple(int(probability > 0.5) for probability in self.probabilities)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes that are more likely meant than not."""
         return tuple(name for name, bit in zip(CLASSES, self.bits, strict=True) if bit)
+
+    def condition(self, description: str) -> list[float]:
+        """The bits as the condition of a network that is worth making.
+
+        Args:
+            description: what was understood so; named in errors.
+
+        Raises:
+            RPGError: if it is not sure, or the network would give every image the same answer.
+        """
+        said = f"description {description if len(description) <= 40 else description[:40] + '…'!r}"
+        sureness = f"sureness {self.sureness:.2f}"
+        if not self.is_sure:
+            guess = ", ".join(self.classes) or "none of the classes"
+            raise RPGError(f"{said}: not sure what is meant; perhaps {guess} ({sureness})")
+        if len(self.classes) in (0, len(CLASSES)):
+            meant = "all" if self.classes else "none"
+            raise RPGError(
+                f"{said}: means {meant} of the {len(CLASSES)} classes ({sureness}); "
+                "expected some that a network can tell from the others"
+            )
+        return [float(bit) for bit in self.bits]
 
 
 class Understanding(Protocol):
