@@ -24,13 +24,15 @@ from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, SPLITS, Collection, Entry
 from rpg.commands.progress import stage_progress
 from rpg.config import Config, Split
+from rpg.encoders import open_encoder
 from rpg.errors import RPGError
 from rpg.evaluation.judge import Candidate, FamilyJudge
 from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
-from rpg.storage.locations import AnyPath, exists
+from rpg.storage.locations import AnyPath, exists, fetched
 from rpg.tasks.families import Task, calling, can_collect, check_family, uses_gpu
+from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder, encoder_digest
 
 _WRITERS = 4
 BACKBONE_FILE = "backbone.safetensors"
@@ -72,16 +74,38 @@ def run(config: Config) -> None:
         with replacing_file(directory / BACKBONE_FILE) as temporary:
             trained: dict[str, Tensor] = ray.get(backbone)
             write_checkpoint(temporary, trained, {"format": "pt"})
+        encoder = None
+        if paths.encoder is not None:
+            copy_encoder(paths.encoder, directory / ENCODER_DIRECTORY)
+            encoder = encoder_digest(directory / ENCODER_DIRECTORY)
         architecture = {FAMILY: config.tasks}
-        Collection(directory, architecture, [entries[model] for model in models]).save()
+        Collection(directory, architecture, [entries[model] for model in models], encoder).save()
 
 
 def check(config: Config) -> None:
     """Refuse a family, images, splits or an output that networks cannot be trained for."""
     if not config.collect.directory:
         check_family(loaded_family(config), family_name(config))
-        _tasks(config)
+        _check_encoder(config, _tasks(config))
         _refuse_foreign_files(RunPaths.of(config).collection)
+
+
+def _check_encoder(config: Config, tasks: list[Task]) -> None:
+    """Refuse an encoder whose conditions are not like those of the tasks.
+
+    Raises:
+        RPGError: naming what the encoder lacks, or the sizes that differ.
+    """
+    source = RunPaths.of(config).encoder
+    if source is None:
+        return
+    with fetched(source) as local:
+        size = open_encoder(local).size
+    if size != len(tasks[0].condition):
+        raise RPGError(
+            f"collect.encoder: {source}: expected conditions of {len(tasks[0].condition)} values, as the "
+            f"tasks have, got {size}"
+        )
 
 
 def _copies(task: Task, config: Config) -> int:
@@ -212,6 +236,12 @@ def _uses_gpu(config: Config) -> bool:
     return config.ray.use_gpu and uses_gpu(family_name(config))
 
 
+def _encoder(config: Config) -> dict[str, str]:
+    """What tells the encoder of descriptions from others."""
+    source = RunPaths.of(config).encoder
+    return {} if source is None else {"encoder": encoder_digest(source)}
+
+
 def _resources(config: Config) -> ResourceRequest | None:
     if config.collect.directory or not _uses_gpu(config):
         return None
@@ -228,7 +258,9 @@ COLLECT = Stage(
     name="collect",
     run=run,
     sections=("seed", "collect"),
-    further=lambda config: {} if config.collect.directory else family_inputs(config),
+    # Its content counts, and not its place.
+    ignored=("collect.encoder",),
+    further=lambda config: {} if config.collect.directory else {**family_inputs(config), **_encoder(config)},
     after=None,
     resources=_resources,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],

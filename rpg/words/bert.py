@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.errors import RPGError
-from rpg.storage.files import read_json
+from rpg.storage.files import is_number, read_json
 
-_KIND = {"model_type": "bert", "hidden_act": "gelu"}
-_POSITIONS = ("position_embedding_type", "absolute")
+_KIND = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 _WORDS, _PLACES, _TYPES = (f"embeddings.{each}_embeddings" for each in ("word", "position", "token_type"))
 _INPUTS = ("query", "key", "value")
 
@@ -45,15 +45,13 @@ class BertConfig:
         found = read_json(path, "a BERT's configuration")
         if not isinstance(found, dict):
             raise RPGError(f"{path}: expected a JSON object")
-        for key, value in _KIND.items():
-            if found.get(key) != value:
-                raise RPGError(f"{path}: {key}: expected {value}, found {json.dumps(found.get(key)):.80}")
-        key, expected = _POSITIONS
-        if found.get(key, expected) != expected:
-            raise RPGError(f"{path}: {key}: expected {expected}, found {json.dumps(found[key]):.80}")
+        for key, expected in _KIND.items():
+            # Files of older versions do not name the kind of positions, which is this one.
+            if found.get(key, "absolute") != expected:
+                raise RPGError(f"{path}: {key}: expected {expected}, found {json.dumps(found.get(key)):.80}")
         for field in fields(cls):
-            value = found.get(field.name)
-            if not isinstance(value, field.type if isinstance(field.type, type) else float) or value <= 0:
+            value: Any = found.get(field.name)
+            if not is_number(value) or value <= 0 or (field.type is int and not isinstance(value, int)):
                 raise RPGError(
                     f"{path}: {field.name}: expected a positive number, found {json.dumps(value):.80}"
                 )

@@ -32,6 +32,15 @@ class Understood:
         """The names of the classes that are more likely meant than not."""
         return tuple(name for name, bit in zip(CLASSES, self.bits, strict=True) if bit)
 
+    def summary(self) -> str:
+        """Which classes are meant, how likely each is, and the sureness, in one line."""
+        likely = ", ".join(
+            f"{name} ({probability:.2f})"
+            for name, probability in zip(CLASSES, self.probabilities, strict=True)
+            if probability > 0.5
+        )
+        return f"{likely or 'none of the classes'}; sureness {self.sureness:.2f}"
+
     def condition(self, description: str) -> list[float]:
         """The bits as the condition of a network that is worth making.
 

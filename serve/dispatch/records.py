@@ -22,6 +22,7 @@ from rpg.config import Finite
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
 from rpg.sampling.pack import PACK_PATTERN
+from rpg.words.understood import Understood
 
 T = TypeVar("T")
 
@@ -82,6 +83,8 @@ class JobManifest:
     """What the job's conditions are embeddings of, if it was asked for so."""
     encoder: str | None = None
     """Digest of the text encoder that made them."""
+    understood: list[Understood] | None = None
+    """What a words model understood of each description."""
 
     def __post_init__(self) -> None:
         if self.descriptions is None:
@@ -90,6 +93,8 @@ class JobManifest:
             raise ValueError("expected a condition for each description")
         if self.encoder is None:
             raise ValueError("expected the encoder of the descriptions")
+        if self.understood is not None and len(self.understood) != len(self.descriptions):
+            raise ValueError("expected what was understood of each description")
 
     def description_of(self, index: int) -> str | None:
         """The description that model `index` is asked for by."""
