@@ -24,11 +24,6 @@ def samples() -> tuple[Tensor, Tensor]:
     return rows.flatten(0, 1), torch.arange(len(rows)).repeat_interleave(rows.shape[1])
 
 
-def samples_file() -> bytes:
-    """The file that `samples` reads."""
-    return files("rpg.tasks").joinpath("data", _FILE).read_bytes()
-
-
 def picture(path: Path) -> Tensor:
     """A user's picture as a network takes it, uint8 [32, 32, 3].
 
