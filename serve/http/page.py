@@ -5,7 +5,8 @@ from importlib.resources import files
 from fastapi import FastAPI, Response
 
 _SCRIPTS = (
-    "page.js", "answers.js", "card.js", "cifar10.js", "model_file.js", "picture.js", "request.js", "service.js",
+    "page.js", "answers.js", "card.js", "cifar10.js", "model_file.js", "picture.js", "request.js",
+    "service.js",
 )  # fmt: skip
 _SAMPLES = "/static/cifar10_samples.png"
 _FILES = {

@@ -1,4 +1,4 @@
-"""Generators that are asked in words: what was understood comes with the answer, and what is unsure is refused."""
+"""Generators that are asked in words: what was understood is told, and what is not sure is refused."""
 
 import asyncio
 import json
