@@ -313,8 +313,7 @@ def test_a_description_is_entered_in_place_of_numbers(
 def ticked(page: Page) -> list[str]:
     """The names of the classes that are ticked."""
     return [
-        label.split("\n")[0]
-        for label in page.locator("#classes label:has(input:checked)").all_inner_texts()
+        label.split("\n")[0] for label in page.locator("#classes label:has(input:checked)").all_inner_texts()
     ]
 
 
