@@ -1,4 +1,4 @@
-"""The measurement of the generator that is asked in words: its figures against plain ones, with tiny parts."""
+"""The measurement of the generator that is asked in words, with tiny parts, against plain figures."""
 
 import os
 import re
