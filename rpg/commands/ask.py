@@ -112,15 +112,18 @@ def _asked(options: argparse.Namespace, generator: "Generator") -> tuple["Unders
     """
     from rpg.sampling.job import checked_condition
     from rpg.words.sentences import SentenceUnderstanding
-    from rpg.words.understood import Understanding, Understood
+    from rpg.words.understood import Understanding
 
     if options.condition is not None:
         if options.llm is not None:
             raise RPGError("--llm: understands descriptions; expected one in place of --condition")
         condition = condition_values(options.condition, generator.config.condition.size)
         checked_condition(generator.config.condition, condition)
-        certain = Understood(tuple(condition), 1.0, True)
-        return None, certain.condition(f"--condition {options.condition}")
+        if set(condition) != {0.0, 1.0}:
+            raise RPGError(
+                f"--condition: expected 1 for some of the classes and 0 for others, got {options.condition}"
+            )
+        return None, condition
     understanding: Understanding
     if options.llm is not None:
         from rpg.words.language_model import LanguageModel

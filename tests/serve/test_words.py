@@ -13,10 +13,15 @@ import pytest
 from rpg.client import Patience, UnderstoodDescription
 from rpg.client.calls import Calls
 from rpg.client.transport import AsyncTransport
+from rpg.config import SamplingConfig
 from rpg.encoders import open_encoder
+from rpg.errors import RPGError
+from rpg.sampling.job import GenerationJob
 from rpg.words.properties import CLASSES
 from rpg.words.sentences import SentenceUnderstanding
+from rpg.words.understood import Understood
 from serve.config import GeneratorEntry, ServeConfig
+from serve.dispatch.records import JobManifest
 from tests.serve.conftest import Service, bearer, token_entry
 from tests.serve.http.test_routes import problem
 from tests.words_models import UNDERSTOOD, UNSURE
@@ -116,6 +121,31 @@ def test_what_was_understood_outlives_a_restart(
 
     using(ask)
     using(look)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda understood: understood.pop(), "expected what was understood of each description"),
+        (lambda understood: understood[1]["probabilities"].pop(), "expected probabilities of 10 classes"),
+        (lambda understood: understood[0].update(sureness=1.5), "expected probabilities from 0 to 1"),
+        (
+            lambda understood: understood[0].update(sureness=float("nan")),
+            "expected probabilities from 0 to 1",
+        ),
+    ],
+)
+def test_a_manifest_that_lies_about_it_is_refused(change: Callable[[Any], object], words: str) -> None:
+    understood = Understood((0.9, *[0.1] * 9), 0.9, True)
+    job = GenerationJob([[1.0] + [0.0] * 9] * 2, 1, 0, SamplingConfig())
+    manifest = JobManifest(
+        "id", "alice", "small", 0, 1.0, job, descriptions=TEXTS, encoder="3" * 64, understood=[understood] * 2
+    )
+    assert JobManifest.from_json(manifest.to_json()) == manifest
+    content = manifest.to_json()
+    change(content["understood"])
+    with pytest.raises(RPGError, match=words):
+        JobManifest.from_json(content)
 
 
 def test_generate_says_what_was_understood_in_a_header(
