@@ -1,4 +1,4 @@
-"""Stage `collect`: fine-tune networks for every task of a family, side by side, as Ray tasks.
+"""Stage `collect`: networks of a family as Ray tasks: fine-tuned for every task, or along one training run.
 
 python -m ray_jobs.collect CONFIG [key=value …]
 """
@@ -15,11 +15,12 @@ import ray.exceptions
 import torch
 from torch import Tensor
 
+from ray_jobs.along_training import collect_along_training
 from ray_jobs.judging import JudgeSettings, family_inputs, family_name, loaded_family
 from ray_jobs.loading import load_collection
 from ray_jobs.resources import ResourceRequest
 from ray_jobs.run_paths import RunPaths
-from ray_jobs.stage import Stage, stage_main
+from ray_jobs.stage import Stage, fingerprint, stage_main
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, SPLITS, Collection, Entry
 from rpg.commands.progress import stage_progress
@@ -31,7 +32,7 @@ from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, exists, fetched
-from rpg.tasks.families import Task, calling, can_collect, check_family, uses_gpu
+from rpg.tasks.families import Task, calling, can_collect, check_family, has_checkpoints, uses_gpu
 from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder, encoder_digest
 
 _WRITERS = 4
@@ -44,6 +45,9 @@ def run(config: Config) -> None:
     paths = RunPaths.of(config)
     if config.collect.directory:
         load_collection(paths.collection)
+        return
+    if has_checkpoints(loaded_family(config)):
+        collect_along_training(config, _uses_gpu(config), fingerprint(COLLECT, config)[:16])
         return
     tasks = _tasks(config)
     copies_of = {task.name: _copies(task, config) for task in tasks}
@@ -85,8 +89,15 @@ def run(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse a family, images, splits or an output that networks cannot be trained for."""
     if not config.collect.directory:
-        check_family(loaded_family(config), family_name(config))
-        _check_encoder(config, _tasks(config))
+        family = loaded_family(config)
+        check_family(family, family_name(config))
+        if not has_checkpoints(family):
+            _check_encoder(config, _tasks(config))
+        elif config.collect.encoder:
+            raise RPGError(
+                f"collect.encoder: the checkpoints of {family_name(config)} bring conditions of their own; "
+                "expected none"
+            )
         _refuse_foreign_files(RunPaths.of(config).collection)
 
 

@@ -11,8 +11,10 @@ from functools import cached_property
 import ray.data
 import torch
 
+from ray_jobs.judging import family_inputs
 from ray_jobs.loading import load_collection, load_generator
 from ray_jobs.ray_data import Row, map_rows, returns_errors
+from ray_jobs.recomputed_batchnorm import RecomputedBatchNorm, check_recomputed_batchnorm
 from ray_jobs.refine import REFINE
 from ray_jobs.resources import generation_request
 from ray_jobs.run_paths import RunPaths
@@ -32,7 +34,7 @@ from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.generator.saving import CONFIG_FILE
 from rpg.sampling.generate import run_job
-from rpg.sampling.job import GenerationJob
+from rpg.sampling.job import GenerationJob, JobPlan
 from rpg.storage.directories import replacing_directory
 from rpg.storage.files import write_json
 from rpg.storage.locations import AnyPath, fetched
@@ -62,7 +64,7 @@ def run(config: Config) -> None:
             [{"index": i, "models": batch} for i, batch in enumerate(batches)],
             _GenerationWorker,
             finished,
-            fn_constructor_args=(paths.generator, job, directory, config.ray),
+            fn_constructor_args=(paths.generator, job, directory, config.ray, RecomputedBatchNorm.of(config)),
             compute=ray.data.ActorPoolStrategy(size=min(config.ray.generate_workers, len(batches))),
             num_cpus=1,
             num_gpus=1 if config.ray.use_gpu else 0,
@@ -77,6 +79,13 @@ def run(config: Config) -> None:
         ]
         write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
     _set_default_sampling(paths.generator, config.generator.sampling)
+
+
+def check(config: Config) -> None:
+    """Refuse sampling settings that do not fit the generator, and networks without BatchNorm to recompute."""
+    validate_sampling(config.generator.sampling, config.generator, prefix="generator.sampling.")
+    if config.generate.recompute_batchnorm:
+        check_recomputed_batchnorm(config)
 
 
 def _set_default_sampling(generator: AnyPath, sampling: SamplingConfig) -> None:
@@ -111,11 +120,19 @@ def chosen_conditions(collection: Collection, config: Config) -> tuple[list[list
 class _GenerationWorker:
     """An actor that holds the generator and makes batches of the job's models."""
 
-    def __init__(self, generator: AnyPath, job: GenerationJob, directory: AnyPath, config: RayConfig) -> None:
+    def __init__(
+        self,
+        generator: AnyPath,
+        job: GenerationJob,
+        directory: AnyPath,
+        config: RayConfig,
+        batchnorm: RecomputedBatchNorm | None,
+    ) -> None:
         self.path = generator
         self.job = job
         self.directory = directory
         self.config = config
+        self.batchnorm = batchnorm
 
     @cached_property
     def generator(self) -> Generator:
@@ -127,7 +144,11 @@ class _GenerationWorker:
 
     @returns_errors
     def __call__(self, row: Row) -> Row:
-        paths = run_job(self.generator, self.job, [int(i) for i in row["models"]], self.directory)
+        models = [int(i) for i in row["models"]]
+        paths = run_job(self.generator, self.job, models, self.directory)
+        if self.batchnorm:
+            plan = JobPlan(self.generator, self.job)
+            self.batchnorm.rewrite([plan.weights_path(i, self.directory) for i in models])
         return {"index": row["index"], "files": [path.name for path in paths]}
 
 
@@ -137,10 +158,9 @@ GENERATE = Stage(
     sections=("seed", "generate", "generator.sampling"),
     after=REFINE,
     ignored=("generate.models_per_batch",),
+    further=lambda config: family_inputs(config) if config.generate.recompute_batchnorm else {},
     resources=generation_request,
-    check=lambda config: validate_sampling(
-        config.generator.sampling, config.generator, prefix="generator.sampling."
-    ),
+    check=check,
     outputs=lambda paths: [paths.generated / JOB_FILE],
 )
 

@@ -2,20 +2,24 @@
 
     python -m ray_jobs.tune CONFIG [key=value …]
 
-Every trial is a run of Ray Train that takes the same compute over the same shards, cut anew to the trial's
-token size as they are read. ASHA stops the trials whose generated networks are worst on the validation tasks.
-A search that was stopped goes on when it is started again with the same config.
+Every trial fits a generator with Ray Train to the same shards, cut anew to the trial's token size as they are
+read, and refines it if the config does. All trials take the same compute. ASHA stops the trials whose
+generated networks are worst on the validation tasks. A search that was stopped goes on when it is started
+again with the same config.
 """
 
 import sys
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from ray_jobs.judging import check_judge, judge_inputs
 from ray_jobs.loading import load_collection, open_shards
+from ray_jobs.refine import REFINE
+from ray_jobs.refining_tasks import RefiningTasks
 from ray_jobs.run_paths import RunPaths
 from ray_jobs.search.results import (
     BEST_FILE,
@@ -28,7 +32,7 @@ from ray_jobs.search.results import (
     write_results,
 )
 from ray_jobs.search.space import draw_points, search_space
-from ray_jobs.search.trial import Trial, best_config, make_trial
+from ray_jobs.search.trial import Trial, TrialMaker, best_config
 from ray_jobs.search.tuner import SearchMailbox, run_directory, search_task
 from ray_jobs.shard import SHARD
 from ray_jobs.stage import Stage, fingerprint, is_done, job_main, run_stage, with_stages_before
@@ -37,6 +41,7 @@ from rpg.commands.progress import ProgressDisplay, console, stage_progress
 from rpg.config import Config, with_values
 from rpg.errors import RPGError
 from rpg.storage.directories import remove_directory
+from rpg.tasks.task_loss import TaskLoss, TrainingTasks
 
 _TABLE_WIDTH = 120
 _THINNINGS = 2
@@ -65,7 +70,8 @@ def run(config: Config) -> None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     with stage_progress("tune") as display:
         display.update(0, len(points), "counting the arithmetic of a step")
-        trials = [make_trial(str(i), searched, point, shards, rounds) for i, point in enumerate(points)]
+        maker = TrialMaker(searched, shards, rounds, _refining(searched))
+        trials = [maker.make(str(i), point) for i, point in enumerate(points)]
         mailbox = SearchMailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         task = search_task.options(scheduling_strategy=here)
         searching = task.remote(searched, trials, name, rounds, mailbox, tasks.higher_is_better)
@@ -81,6 +87,14 @@ def run(config: Config) -> None:
     console.print(f"best config: {paths.root / 'tune' / BEST_FILE}", soft_wrap=True)
     # The shards of the best config are cut now, so that it can be trained as it is.
     run_stage(SHARD, best)
+
+
+def _refining(config: Config) -> tuple[TrainingTasks, TaskLoss] | None:
+    """By what trials are refined, on the CPU; None without refining."""
+    if not config.refine.steps:
+        return None
+    refining = RefiningTasks.of(config, RunPaths.of(config).fitted)
+    return refining.tasks, refining.loss(torch.device("cpu"))
 
 
 def _wait(searching: Any, mailbox: Any, display: ProgressDisplay, trials: list[Trial]) -> list[TrialResult]:
@@ -101,7 +115,7 @@ def _wait(searching: Any, mailbox: Any, display: ProgressDisplay, trials: list[T
 TUNE = Stage(
     name="tune",
     run=run,
-    sections=("seed", "generator", "train", "tune"),
+    sections=("seed", "generator", "train", "refine", "tune"),
     after=SHARD,
     ignored=("tune.concurrent",),
     further=judge_inputs,
@@ -122,6 +136,8 @@ def check(config: Config) -> None:
     """Refuse a search space that cannot be searched, and what the stages before the search would refuse."""
     search_space(config)
     check_judge(config)
+    if config.refine.steps:
+        REFINE.check(config)
     for stage in with_stages_before(TUNE, config):
         if not is_done(stage, config):
             stage.check(config)

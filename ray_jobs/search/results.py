@@ -68,7 +68,7 @@ def results_table(results: list[TrialResult], searched: list[str]) -> Table:
             f"{result.share:.0%}",
             f"{result.seconds:.0f}",
             f"{trial.parameters / 1e6:.2f} M",
-            f"{trial.config.train.steps:,}",
+            _steps(trial),
             *(_text(attrgetter(key)(trial.config)) for key in searched),
         )
     return table
@@ -106,6 +106,12 @@ def write_results(
     write_json(directory / TABLE_FILE, [_row(rank, r, searched) for rank, r in enumerate(results, 1)])
 
 
+def _steps(trial: Trial) -> str:
+    """Steps of fitting, and of refining where there is some."""
+    refining = trial.config.refine.steps
+    return f"{trial.config.train.steps:,}" + (f" + {refining:,}" if refining else "")
+
+
 def _row(rank: int, result: TrialResult, searched: list[str]) -> dict[str, Any]:
     trial = result.trial
     return {
@@ -117,6 +123,8 @@ def _row(rank: int, result: TrialResult, searched: list[str]) -> dict[str, Any]:
         "parameters": trial.parameters,
         "steps": trial.config.train.steps,
         "flops_per_step": trial.step_flops,
+        "refining_steps": trial.config.refine.steps,
+        "flops_per_refining_step": trial.refining_step_flops,
         "settings": {key: attrgetter(key)(trial.config) for key in searched},
         "failure": result.failure,
     }

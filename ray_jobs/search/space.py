@@ -14,10 +14,14 @@ from rpg.errors import RPGError
 Point = dict[str, Any]
 """Values by dotted key."""
 
-_SECTIONS = ("generator.", "train.", "shard.token_size")
+_SECTIONS = ("generator.", "train.", "refine.", "shard.token_size")
 _SET_BY_THE_SEARCH = (
-    "train.steps", "train.validate_every", "train.validation_models", "train.save_every", "train.keep",
-    "train.log_every", "train.sharding", "generator.condition.kind", "generator.condition.size",
+    *(
+        f"{section}.{name}"
+        for section in ("train", "refine")
+        for name in ("steps", "validate_every", "validation_models", "save_every", "keep", "log_every")
+    ),
+    "train.sharding", "generator.condition.kind", "generator.condition.size",
 )  # fmt: skip
 _LARGEST_GRID = 10_000
 _DRAWS_PER_POINT = 200
@@ -111,12 +115,14 @@ def _dimension(config: Config, key: str, tried: Any) -> Choice | Range:
     if not key.startswith(_SECTIONS):
         raise RPGError(
             f"{where}: cannot be searched, since all trials share one collection and its shards; "
-            "expected shard.token_size or a key of generator or train"
+            "expected shard.token_size or a key of generator, train or refine"
         )
     if key in _SET_BY_THE_SEARCH:
         raise RPGError(
             f"{where}: cannot be searched: it is the same for all trials, or follows from tune.compute"
         )
+    if key.startswith("refine.") and not config.refine.steps:
+        raise RPGError(f"{where}: cannot be searched without refining: refine.steps is 0")
     if isinstance(tried, list):
         if not tried:
             raise RPGError(f"{where}: expected at least one value to try, got an empty list")

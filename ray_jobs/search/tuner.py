@@ -20,10 +20,12 @@ from ray_jobs.run_paths import RunPaths
 from ray_jobs.search.results import TrialResult
 from ray_jobs.search.trial import Trial
 from ray_jobs.training.atomic_files import storage_filesystem
+from ray_jobs.training.checkpoints import copy_generator
 from ray_jobs.training.fitting import fit_generator
 from ray_jobs.training.mailbox import TrainingMailbox
 from rpg.config import Config
-from rpg.storage.directories import remove_directory
+from rpg.generator.saving import WEIGHTS_FILE
+from rpg.storage.directories import remove_directory, replacing_directory
 from rpg.storage.files import read_json, write_json
 from rpg.storage.locations import AnyPath, exists
 
@@ -121,27 +123,46 @@ def _trainable(
     def trainable(parameters: dict[str, Any]) -> None:
         trial = trials[parameters[_TRIAL]]
         config, record = trial.config, storage / f"{trial.name}.json"
-        every, forward = config.train.validate_every, TuneReportCallback()  # type: ignore[no-untyped-call]
+        forward = TuneReportCallback()  # type: ignore[no-untyped-call]
         done: list[dict[str, Any]] = read_json(record, "a trial's rounds") if exists(record) else []
         for each in done:
             ray.tune.report(each)
+        if last_round(done) == rounds:
+            return
 
-        def on_report(metrics: dict[str, Any]) -> None:
-            score, step = metrics.get("validation_score"), metrics["step"]
-            # Training that is resumed may repeat rounds that have been reported.
-            if score is not None and step % every == 0 and step // every > last_round(done):
-                done.append({_ROUND: step // every, _SCORE: score, "seconds": metrics["seconds"]})
-                write_json(record, done)
-                forward.after_report(None, [done[-1]], None)  # type: ignore[arg-type]
+        def reporting(every: int, before: int, seconds: float) -> Callable[[dict[str, Any]], None]:
+            """Reports the rounds of a stage, before which there were so many rounds and seconds."""
 
-        if last_round(done) < rounds:
-            name = _mailbox_name(parameters[_TRIAL])
-            mailbox = TrainingMailbox.options(name=name).remote()  # type: ignore[attr-defined]
-            fit_generator(config, shards, storage, trial.name, mailbox, config.shard.token_size, on_report)
-            progress = ray.get(mailbox.progress.remote())
-            if progress and progress.validation_score is None and progress.validation_note:
-                # Ray Tune takes in no round without a score.
-                write_json(_reason_file(storage, trial), progress.validation_note)
+            def on_report(metrics: dict[str, Any]) -> None:
+                score, step = metrics.get("validation_score"), metrics["step"]
+                number = before + step // every
+                # Training that is resumed may repeat rounds that have been reported.
+                if score is not None and step % every == 0 and number > last_round(done):
+                    spent = seconds + metrics["seconds"]
+                    done.append({_ROUND: number, _SCORE: score, "seconds": spent})
+                    write_json(record, done)
+                    forward.after_report(None, [done[-1]], None)  # type: ignore[arg-type]
+
+            return on_report
+
+        mailbox = TrainingMailbox.options(name=_mailbox_name(parameters[_TRIAL])).remote()  # type: ignore[attr-defined]
+        size, fitted = config.shard.token_size, storage / f"{trial.name}-fitted"
+        if not exists(fitted / WEIGHTS_FILE):
+            on_report = reporting(config.train.validate_every, 0, 0.0)
+            fit = fit_generator(config, shards, storage, trial.name, mailbox, size, on_report).checkpoint
+            assert fit is not None
+            if trial.fitting_rounds < rounds and not ray.get(mailbox.is_stop_requested.remote()):
+                with replacing_directory(fitted) as target:
+                    copy_generator(fit, storage, target)
+        if exists(fitted / WEIGHTS_FILE):
+            every, before = config.refine.validate_every, trial.fitting_rounds
+            seconds = max((each["seconds"] for each in done if each[_ROUND] <= before), default=0.0)
+            on_report, name = reporting(every, before, seconds), f"{trial.name}-refined"
+            fit_generator(config, shards, storage, name, mailbox, None, on_report, fitted)
+        progress = ray.get(mailbox.progress.remote())
+        if progress and progress.validation_score is None and progress.validation_note:
+            # Ray Tune takes in no round without a score.
+            write_json(_reason_file(storage, trial), progress.validation_note)
 
     return trainable
 

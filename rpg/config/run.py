@@ -70,6 +70,7 @@ class CollectConfig:
     """Directory of an encoder of descriptions that gives conditions of the family's tasks, such as
     models/cifar10-words; the collection and the generator keep a copy. Empty: none."""
     checkpoints_per_task: Count = 3
+    """Networks of each task; where the collection has no conditions, networks in all."""
     heldout_checkpoints_per_task: Annotated[int, Ge(0)] = 0
     """The same for held-out tasks, whose networks are what reports compare with; 0: as for all tasks."""
     backbone_epochs: Count = 40
@@ -168,6 +169,9 @@ class GenerateConfig:
     """Tasks of the training set to generate for as well."""
     models_per_batch: Count = 50
     """Models that one worker makes at a time; a lost batch is made again."""
+    recompute_batchnorm: bool = False
+    """Replace BatchNorm's running statistics, which are generated like all else, by those of training data,
+    which the task family's `batch` gives. The report shows for some networks whether that is better."""
 
 
 @dataclass

@@ -1,40 +1,47 @@
-"""A collection of checkpoints along the last epoch of one training run.
+"""Checkpoints along the last epoch of one training run.
 
 In all epochs but the last, the learning rate goes up and down again (one cycle). In the last epoch it stays
 where the cycle ends. The checkpoints are taken in the last epoch, equal numbers of steps apart. So they are
 different networks of about equal quality, and all are fully trained.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from rpg.collection.checkpoint import write_checkpoint
-from rpg.collection.register import register
 from rpg.errors import RPGError, one_line
 from rpg.seeds import derived_seed
-from rpg.storage.directories import replacing_directory
 from rpg.storage.files import replacing_file
 from rpg.tasks.cifar10_images import Images
 from rpg.tasks.cifar10_net import normalised
 from rpg.tasks.shared_batches import batches
 
 _MOMENTUM = 0.9
+_BETAS = (0.9, 0.99)
+_LARGEST_GRADIENT = 1.0
+"""Norm to which AdamW's gradients are clipped."""
 _WARMUP_SHARE = 0.25
 """Share of the cycle in which the learning rate grows."""
 
 
+class Update(StrEnum):
+    """What changes the weights: SGD with Nesterov's momentum, or AdamW with clipped gradients."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained: SGD with Nesterov's momentum on cross-entropy."""
+    """How the network is trained on cross-entropy."""
 
     epochs: int = 26
     """Passes over the images, at least 2; checkpoints are taken during the last."""
@@ -48,52 +55,28 @@ class Recipe:
     checkpoints: int = 50
     save_every: int = 5
     """Epochs between saved states, from which a killed run resumes."""
+    update: Update = Update.sgd
 
 
-def collect_along_training(
-    network: nn.Module, images: Images, recipe: Recipe, seed: int, directory: Path,
-    progress: Callable[[int, float], None],
-) -> float:  # fmt: skip
-    """Train `network` and make `directory` a registered collection of its checkpoints.
-
-    After a kill, training resumes from the last saved epoch, with the same images in the same order. The
-    directory appears when the collection is complete.
+def train_along(
+    network: nn.Module, images: Images, recipe: Recipe, seed: int, state: Path
+) -> Iterator[str | dict[str, Tensor]]:
+    """Train `network`, or resume from the file `state`.
 
     Args:
         network: on the images' device, freshly initialised; it is trained.
         images: to train on; augmented as `rpg.tasks.shared_batches.augmented` does.
         recipe: how to train.
         seed: of the order of images and their augmentation; a GPU and a CPU draw different ones.
-        directory: of the collection; an existing one is replaced.
-        progress: called with finished epochs and their mean loss.
+        state: file from which a killed run goes on at its last saved epoch, with the same images in the same
+            order. It is written meanwhile and not removed.
 
-    Returns:
-        Seconds that training took, without writing checkpoints and registering.
+    Yields:
+        After each epoch, in one line, how far training is. In the last epoch the checkpoints, in order; they
+        are the network's own tensors, which the next step changes.
 
     Raises:
-        RPGError: if an epoch has too few steps, or a file cannot be read or written.
-    """
-    state = directory.parent / f"{directory.name}.training.pt"
-    with replacing_directory(directory) as temporary:
-
-        def keep(index: int, checkpoint: dict[str, Tensor]) -> None:
-            write_checkpoint(temporary / f"checkpoint_{index:03d}.safetensors", checkpoint, {})
-
-        seconds = train_along(network, images, recipe, seed, state, keep, progress)
-        register(temporary)
-    state.unlink(missing_ok=True)
-    return seconds
-
-
-def train_along(
-    network: nn.Module, images: Images, recipe: Recipe, seed: int, state: Path,
-    keep: Callable[[int, dict[str, Tensor]], None], progress: Callable[[int, float], None],
-) -> float:  # fmt: skip
-    """Train `network`, or resume from the file `state`; call `keep` with each checkpoint's number and state
-    dict.
-
-    The other arguments, the result and the errors are those of `collect_along_training`. A state dict
-    contains the network's own tensors, which the next step changes. The file `state` is not removed.
+        RPGError: if an epoch has too few steps, or the file `state` cannot be read or written.
     """
     count, last = len(images.classes), recipe.epochs - 1
     steps = count // recipe.batch_size
@@ -107,7 +90,7 @@ def train_along(
     if state.exists():
         training.load(state)
     while training.epoch <= last:
-        began, saving, losses = time.perf_counter(), 0.0, []
+        losses = []
         order = derived_seed(seed, "order along training", training.epoch)
         for step, (pixels, classes) in enumerate(batches(images, order, 1, recipe.batch_size)):
             losses.append(training.step(pixels, classes))
@@ -117,16 +100,11 @@ def train_along(
             # Steps are counted from the end, so that the last network is a checkpoint.
             place, too_early = divmod(steps - 1 - step, apart)
             if not too_early and place < recipe.checkpoints:
-                before = time.perf_counter()
-                keep(recipe.checkpoints - 1 - place, network.state_dict())
-                saving += time.perf_counter() - before
-        loss = float(torch.stack(losses).mean())
-        training.seconds += time.perf_counter() - began - saving
+                yield network.state_dict()
         training.epoch += 1
         if training.epoch == last or (training.epoch < last and training.epoch % recipe.save_every == 0):
             training.save(state)
-        progress(training.epoch, loss)
-    return training.seconds
+        yield f"epoch {training.epoch}/{recipe.epochs}, loss {float(torch.stack(losses).mean()):.4f}"
 
 
 @dataclass
@@ -134,26 +112,24 @@ class _Training:
     """The state that a step changes."""
 
     network: nn.Module
-    optimiser: SGD
+    optimiser: Optimizer
     schedule: OneCycleLR
-    label_smoothing: float
+    recipe: Recipe
     made_by: dict[str, Any]
     """Recipe, seed and number of images. A saved state of other ones is ignored."""
     epoch: int = 0
     """Finished epochs."""
-    seconds: float = 0.0
 
     @classmethod
     def start(
         cls, network: nn.Module, recipe: Recipe, cycle_steps: int, source: dict[str, int]
     ) -> "_Training":
-        optimiser = SGD(
-            network.parameters(),
-            recipe.last_learning_rate,
-            momentum=_MOMENTUM,
-            nesterov=True,
-            weight_decay=recipe.weight_decay,
-        )
+        optimiser: Optimizer
+        rates: dict[str, Any] = {"lr": recipe.last_learning_rate, "weight_decay": recipe.weight_decay}
+        if recipe.update == Update.sgd:
+            optimiser = SGD(network.parameters(), momentum=_MOMENTUM, nesterov=True, **rates)
+        else:
+            optimiser = AdamW(network.parameters(), betas=_BETAS, **rates)
         # The step after the cycle sets the last epoch's rate.
         schedule = OneCycleLR(
             optimiser,
@@ -164,7 +140,9 @@ class _Training:
             div_factor=recipe.peak_learning_rate / recipe.last_learning_rate,
             final_div_factor=1.0,
         )
-        return cls(network, optimiser, schedule, recipe.label_smoothing, {**asdict(recipe), **source})
+        return cls(
+            network, optimiser, schedule, recipe, {**asdict(recipe), **source, "update": recipe.update.value}
+        )
 
     def step(self, pixels: Tensor, classes: Tensor) -> Tensor:
         """Take one step and return the detached loss. Products are in bfloat16 on a GPU, else in float32."""
@@ -172,9 +150,11 @@ class _Training:
         device = pixels.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logits = self.network(normalised(pixels))
-            loss = F.cross_entropy(logits, classes, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(logits, classes, label_smoothing=self.recipe.label_smoothing)
         self.optimiser.zero_grad()
         torch.autograd.backward(loss)
+        if self.recipe.update == Update.adamw:
+            nn.utils.clip_grad_norm_(self.network.parameters(), _LARGEST_GRADIENT)
         self.optimiser.step()
         return loss.detach()
 
@@ -185,7 +165,6 @@ class _Training:
             "schedule": self.schedule.state_dict(),
             "made_by": self.made_by,
             "epoch": self.epoch,
-            "seconds": self.seconds,
         }
         with replacing_file(path) as temporary:
             torch.save(state, temporary)
@@ -198,7 +177,7 @@ class _Training:
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.schedule.load_state_dict(state["schedule"])
-            self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
+            self.epoch = int(state["epoch"])
         except Exception as error:
             reason = one_line(error)[:200]
             raise RPGError(f"{path}: cannot be resumed from: {reason}") from error

@@ -85,7 +85,10 @@ class TaskFamily(Protocol):
     - for stage `collect`: `tasks(validation_tasks, seed) -> [Task]`, `backbone(config, seed) -> state_dict`,
       and `fine_tune(backbone, models, config, seed) -> [state_dict]` for `models`, a list of (`Task`, copy);
       and `copies_share_order`: True if models of one copy see the data in the same order, so that the copy's
-      number is their permutation state.
+      number is their permutation state;
+    - instead of these, for a collection without conditions: `checkpoints(config, seed, state)`, which yields
+      the state dicts of its networks, one after the other, and where it likes lines of text that say how far
+      it is. In the file `state` it may keep what it needs to go on if it is killed.
     """
 
     def build_network(self) -> nn.Module:
@@ -130,6 +133,11 @@ def takes_split(evaluate: Callable[..., Any]) -> bool:
 def can_collect(family: Any) -> bool:
     """Whether networks of the family can be trained by stage `collect`."""
     return all(callable(getattr(family, method, None)) for method in ("tasks", "backbone", "fine_tune"))
+
+
+def has_checkpoints(family: Any) -> bool:
+    """Whether stage `collect` makes a collection without conditions of the family's networks."""
+    return callable(getattr(family, "checkpoints", None))
 
 
 def check_family(family: Any, name: str) -> None:

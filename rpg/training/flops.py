@@ -9,8 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rpg.collection.layout import Layout
-from rpg.config import ConditionKind, GeneratorConfig, TrainConfig
+from rpg.config import ConditionKind, GeneratorConfig, RefineConfig, TrainConfig
 from rpg.generator.generator import Batch, Generator
+from rpg.tasks.task_loss import TaskLoss, TrainingTasks
+from rpg.training.refining import TaskObjective, TaskSource, with_states
+from rpg.training.workers import Workers
 
 
 def step_flops(
@@ -49,6 +52,36 @@ def step_flops(
         )
         torch.autograd.backward(built.loss(batch).sum())
     return int(counter.get_total_flops()) * train.checkpoints_per_step
+
+
+def refining_step_flops(fitted: Generator, config: RefineConfig, tasks: TrainingTasks, loss: TaskLoss) -> int:
+    """Floating-point operations of a step of refining, of the generator and of the networks that it makes.
+
+    One task's share is run and counted on the CPU.
+
+    Args:
+        fitted: the generator as it would be fitted, on the CPU, with the sampling settings that are refined
+            through.
+        config: settings of refining.
+        tasks: that networks are made for.
+        loss: of the networks, on the CPU.
+
+    Raises:
+        RPGError: if the family's code fails.
+    """
+    sampling, device = fitted.config.sampling, torch.device("cpu")
+    generator = with_states(fitted, config.states, sampling, 0)
+    reference = fitted if config.anchor else None
+    objective = TaskObjective(loss, generator, config, sampling, reference, device)
+    source = TaskSource(tasks, loss, generator, replace(config, tasks_per_step=1), 0, Workers(), device)
+    batch = source.batch(0)
+    with torch.no_grad():
+        # The loss finds out at first whether networks can run side by side, which is no part of a step.
+        objective(generator, batch)
+    with _without_onednn(), FlopCounterMode(display=False) as counter:
+        losses, _ = objective(generator, batch)
+        torch.autograd.backward(losses.sum())
+    return int(counter.get_total_flops()) * config.tasks_per_step
 
 
 @contextmanager

@@ -93,6 +93,27 @@ def test_from_images_to_report(run_job, tmp_path):
     mean = sum(originals) / len(originals)
     assert report["score"]["originals"]["mean"] == pytest.approx(mean, abs=1e-6)
 
+    first = run / "generated" / job["models"][0]["file"]
+    before = load_file(first)
+    result = run_job("generate", [*settings, "generate.recompute_batchnorm=true"])
+    assert result.returncode == 0, result.stderr
+    after = load_file(first)
+    running = {name for name in before if name.rpartition(".")[2].startswith(("running", "num_batches"))}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == running
+    network = Cifar10Net().eval()
+    network.load_state_dict(after, strict=True)
+    train = normalised(cifar10_images(str(images), "train").pixels)
+    inputs: list[torch.Tensor] = []
+    norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        network(train)
+    # The batches are drawn from all training images, so their statistics are about those of all.
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    torch.testing.assert_close(norm.running_mean, inputs[0].mean((0, 2, 3)), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(norm.running_var, inputs[0].var((0, 2, 3)), atol=0.05, rtol=0.1)
+
 
 @pytest.mark.parametrize(("module", "images"), [("collect", ""), ("pipeline", "collect.images=nowhere")])
 def test_missing_images_are_refused_before_any_work(run_job, tmp_path, module, images):
@@ -116,6 +137,14 @@ def test_images_that_only_evaluation_needs_are_missed_before_training(call_job, 
     assert result.returncode == 2, result.stderr
     assert "error: collect.images: expected the directory or URI" in result.stderr
     assert not (tmp_path / "run" / "shards").exists()
+
+
+def test_networks_without_statistics_have_none_to_recompute(call_job, tmp_path):
+    digits = ["tasks=digits", "generate.recompute_batchnorm=true", f"output={tmp_path / 'run'}"]
+    result = call_job("pipeline", [ROOT / "configs" / "digits.yaml", *digits])
+    assert result.returncode == 2, result.stderr
+    assert "generate.recompute_batchnorm: 'digits' has no method batch, or networks without" in result.stderr
+    assert not (tmp_path / "run" / "collection").exists()
 
 
 def test_a_missing_gpu_is_refused(run_job, tmp_path):

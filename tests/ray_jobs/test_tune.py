@@ -60,8 +60,9 @@ def test_a_search_leaves_a_table_a_figure_and_a_best_config_that_trains(searched
     assert len(tried) == 4
     assert (576, 128) in tried
     # Equal compute, to within a step in each of four rounds.
-    spent = [row["steps"] * row["flops_per_step"] for row in rows]
-    assert max(spent) - min(spent) <= 4 * max(row["flops_per_step"] for row in rows)
+    for steps, flops in (("steps", "flops_per_step"), ("refining_steps", "flops_per_refining_step")):
+        spent = [row[steps] * row[flops] for row in rows]
+        assert 0 <= max(spent) - min(spent) <= 4 * max(row[flops] for row in rows) < 4 * min(spent)
     ended = [row for row in rows if row["share_of_budget"] == 1]
     assert ended
     assert rows[0]["score"] == max(row["score"] for row in ended)
@@ -76,6 +77,7 @@ def test_a_search_leaves_a_table_a_figure_and_a_best_config_that_trains(searched
     assert best.shard.token_size == rows[0]["settings"]["shard.token_size"]
     trained = join_job("train", [output / "tune" / "best.yaml"])
     assert trained.returncode == 0, trained.stderr
+    assert best.refine.steps == rows[0]["refining_steps"]
     generator = Generator.from_pretrained(Path(best.output) / "fitted")
     assert sum(parameter.numel() for parameter in generator.parameters()) == rows[0]["parameters"]
 

@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rpg.collection.shards import ShardedCollection
 from rpg.config import (
@@ -14,9 +17,16 @@ from rpg.config import (
     GeneratorConfig,
     RecurrentConfig,
     RecurrentKind,
+    RefineConfig,
+    SamplingConfig,
+    Solver,
     TrainConfig,
 )
-from rpg.training.flops import step_flops
+from rpg.generator.generator import Generator
+from rpg.tasks.families import Asked
+from rpg.tasks.task_loss import TaskLoss, TrainingTasks
+from rpg.training.flops import refining_step_flops, step_flops
+from tests.conftest import SmallNet
 
 GENERATOR = GeneratorConfig(
     recurrent=RecurrentConfig(kind=RecurrentKind.none, width=24),
@@ -72,3 +82,39 @@ def test_collections_without_conditions(shards: ShardedCollection) -> None:
     for kind in (ConditionKind.none, ConditionKind.permutation):
         generator = replace(GENERATOR, condition=ConditionConfig(kind=kind))
         assert step_flops(generator, TRAIN, shards.layout, None) > 0
+
+
+class Means:
+    """Networks of the collection, whose outputs are to be the means of their images."""
+
+    def build_network(self) -> nn.Module:
+        return SmallNet()
+
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor]:
+        return (torch.randn(size, 1, 4, 4, generator=random),)
+
+    def loss(self, outputs: Tensor, batch: tuple[Tensor], condition: Asked) -> Tensor:
+        return F.mse_loss(outputs[:, 0], batch[0].mean((1, 2, 3)))
+
+
+def test_a_step_of_refining_counts_the_generator_and_the_networks(shards: ShardedCollection) -> None:
+    assert shards.conditions is not None
+    tasks = TrainingTasks(shards.conditions, [row.tolist() for row in shards.conditions])
+    loss = TaskLoss(Means(), "means", torch.device("cpu"))
+
+    def flops(steps: int = 1, networks: int = 3, samples: int = 10) -> int:
+        sampling = SamplingConfig(solver=Solver.ddim, steps=steps)
+        config = replace(GENERATOR, sampling=sampling)
+        fitted = Generator.for_collection(config, shards.layout, shards.conditions, len(shards))
+        refine = RefineConfig(tasks_per_step=7, networks_per_task=networks, samples_per_step=samples)
+        return refining_step_flops(fitted, refine, tasks, loss)
+
+    # Four 3 × 3 kernels at 16 places, whose inputs are data, and a linear layer. Backward does it for the
+    # weights too, and in the linear layer for the inputs.
+    network_on_sample = 2 * (2 * 4 * 9 * 16 + 3 * 4 * 18)
+    assert flops(samples=25) - flops(samples=10) == 7 * 3 * 15 * network_on_sample
+    tokens, token_size, width, depth = shards.layout.tokens, 16, 40, 3
+    # The sampler's second step takes the denoiser's matrices anew, and a gradient flows through its input.
+    once = tokens * (2 * token_size * width + depth * 2 * width * width)
+    assert flops(steps=2) - flops(steps=1) > 7 * 3 * 2 * 3 * once
+    assert flops(networks=6) > 1.5 * flops(networks=3)
