@@ -11,6 +11,7 @@ from rpg.text_encoder import TextEncoder
 from rpg.threads import one_thread
 from rpg.words.closeness import cosines
 from rpg.words.embedding import embeddings
+from rpg.words.facts import as_properties, facts
 from rpg.words.head import Calibration, ClassHead
 from rpg.words.properties import Bits, Part, out_of_scope, properties
 from rpg.words.sentences import sureness_of
@@ -113,6 +114,7 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
 
 
 def nearest_training(texts: Sequence[str], encoder: TextEncoder) -> Tensor:
-    """The cosine similarity [texts] of each description to the nearest phrase of a training property."""
-    phrases = [phrase for each in properties(Part.training) for phrase in each.phrases]
+    """The cosine similarity [texts] of each description to the nearest phrase that is learnt from."""
+    learnt = [*properties(Part.training), *as_properties(facts())]
+    phrases = [phrase for each in learnt for phrase in each.phrases]
     return cosines(texts, phrases, encoder).max(1).values
