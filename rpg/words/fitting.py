@@ -24,7 +24,7 @@ from rpg.threads import one_thread
 from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
 from rpg.words.embedding import embeddings
 from rpg.words.facts import facts
-from rpg.words.head import ClassHead
+from rpg.words.head import ClassHead, Memory
 from rpg.words.layers import embed_states, lower_outputs, number_of_layers, upper_layers
 from rpg.words.properties import CLASSES, Part, class_names, out_of_scope, properties
 from rpg.words.sentences import adapted_encoder
@@ -59,8 +59,8 @@ class FitSettings:
         head_epochs: over them.
     """
 
-    steps: int = 1800
-    pool: int = 24_000
+    steps: int = 1600
+    pool: int = 20_000
     descriptions: int = 48
     others: int = 8
     first_layer: int = 3
@@ -69,8 +69,8 @@ class FitSettings:
     head_rate: float = 1e-3
     hidden: int = 512
     scope_weight: float = 0.2
-    head_descriptions: int = 9000
-    head_epochs: int = 40
+    head_descriptions: int = 7000
+    head_epochs: int = 15
 
 
 Progress = Callable[[int, float], None]
@@ -119,6 +119,7 @@ def fit_head(encoder: TextEncoder, seed: int, settings: FitSettings) -> ClassHea
                 loss.backward()
                 optimiser.step()
                 schedule.step()
+    head.memory = Memory.of(inputs[scope > 0], bits[scope > 0])
     return head.eval()
 
 

@@ -76,8 +76,9 @@ def measure(
 def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
     """Temperatures and the bound of sureness that suit the validation descriptions best.
 
-    Temperatures minimise the negative log likelihood. The bound maximises the mean of two shares: of
-    descriptions that are sure, and of other texts that are not.
+    Temperatures minimise the negative log likelihood. The bound maximises the mean of three shares: of
+    descriptions that are understood (at most one bit is wrong) and sure, of descriptions that are
+    misunderstood (three or more are wrong) and not sure, and of other texts that are not sure.
     """
     texts, bits, _ = described(Part.validation)
     others = [text for kind in out_of_scope(Part.validation).values() for text in kind]
@@ -107,10 +108,17 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
         scope = torch.sigmoid((scopes + found.scope_shift) / found.scope_temperature)
         return sureness_of(torch.sigmoid(logits / found.class_temperature), scope)
 
-    sure = (sureness(classes, about)[:, None] >= _BOUNDS).float().mean(0)
+    sure = (sureness(classes, about)[:, None] >= _BOUNDS).float()
     unsure = (sureness(other_classes, other_about)[:, None] < _BOUNDS).float().mean(0)
-    bound = float(_BOUNDS[(sure + unsure).argmax()])
+    wrong = ((classes > 0) != (bits > 0.5)).sum(1)
+    gained = unsure + _mean_of(sure, wrong <= 1) + _mean_of(1 - sure, wrong >= 3)
+    bound = float(_BOUNDS[gained.argmax()])
     return Calibration(found.class_temperature, found.scope_temperature, found.scope_shift, bound)
+
+
+def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean over the chosen rows, 0 if there are none."""
+    return values[chosen].sum(0) / chosen.sum().clamp(min=1)
 
 
 def nearest_training(texts: Sequence[str], encoder: TextEncoder) -> Tensor:
