@@ -76,9 +76,9 @@ def measure(
 def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
     """Temperatures and the bound of sureness that suit the validation descriptions best.
 
-    Temperatures minimise the negative log likelihood. The bound maximises the mean of three shares: of
-    descriptions that are understood (at most one bit is wrong) and sure, of descriptions that are
-    misunderstood (three or more are wrong) and not sure, and of other texts that are not sure.
+    Temperatures minimise the negative log likelihood. The bound maximises the mean of two shares: of the
+    understood descriptions (at most one bit is wrong) that are sure, and of what should not be acted on and
+    is not sure, where misunderstood descriptions (three or more are wrong) and other texts count the same.
     """
     texts, bits, _ = described(Part.validation)
     others = [text for kind in out_of_scope(Part.validation).values() for text in kind]
@@ -111,7 +111,7 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
     sure = (sureness(classes, about)[:, None] >= _BOUNDS).float()
     unsure = (sureness(other_classes, other_about)[:, None] < _BOUNDS).float().mean(0)
     wrong = ((classes > 0) != (bits > 0.5)).sum(1)
-    gained = unsure + _mean_of(sure, wrong <= 1) + _mean_of(1 - sure, wrong >= 3)
+    gained = _mean_of(sure, wrong <= 1) + (unsure + _mean_of(1 - sure, wrong >= 3)) / 2
     bound = float(_BOUNDS[gained.argmax()])
     return Calibration(found.class_temperature, found.scope_temperature, found.scope_shift, bound)
 
