@@ -59,8 +59,8 @@ class FitSettings:
         head_epochs: over them.
     """
 
-    steps: int = 900
-    pool: int = 14_000
+    steps: int = 1600
+    pool: int = 20_000
     descriptions: int = 48
     others: int = 8
     first_layer: int = 3

@@ -29,7 +29,7 @@ _NEAREST = 20
 _NEARNESS = 0.03
 """By how much the cosine must be smaller for a share of 1/e."""
 _LEAST_SHARE = 0.02
-_MEMORY_WEIGHT = 2.0
+_MEMORY_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
