@@ -101,8 +101,11 @@ def main() -> None:
             )
         )
         print(row(f"{name}, error of probabilities", [calibration_error(each) for each in measured[name]]))
-    for name in [each for each in measured if "list" not in each]:
-        near = nearest_training(measured[name][0].texts, plain)
+    compared = [each for each in measured if "list" not in each]
+    # The phrases that are learnt from are embedded once for all sets.
+    nears = nearest_training([text for name in compared for text in measured[name][0].texts], plain)
+    sizes = [len(measured[name][0].texts) for name in compared]
+    for name, near in zip(compared, nears.split(sizes), strict=True):
         print(f"\n| {name}: cosine to the nearest training phrase | descriptions | right bits |")
         print("| --- | ---: | ---: |")
         for low, high in pairwise(EDGES):

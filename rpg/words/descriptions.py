@@ -1,4 +1,4 @@
-"""Descriptions of sets of classes, written from the names and training properties of the classes.
+"""Descriptions of sets of classes, written from names, training properties and facts of the classes.
 
 A description is a request around a phrase: "Find all …", "I need a classifier for …". A phrase names classes
 ("cats or lorries", "everything but ships"), says a property ("things with wings"), or joins two of these
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from rpg.seeds import derived_seed
+from rpg.words.facts import Fact, as_properties
 from rpg.words.properties import CLASSES, Bits, ClassNames, Property
 
 REQUESTS = (
@@ -52,7 +53,7 @@ _SWAPS = (
     (r" that have ", (" with ", " having ", " which have ")),
 )
 """Words that may be replaced without changing which classes are meant."""
-_NO_ALL = r"(a|an|all|any|anything|every|everything|no|not|neither|either|only|whatever)\b"
+_NO_ALL = r"(a|an|all|any|anything|something|every|everything|no|not|neither|either|only|whatever)\b"
 """How phrases begin that "all" cannot stand before."""
 _SINGULAR = ("stuff", "everything")
 _MOST_NAMED = 6
@@ -62,10 +63,14 @@ _MOST_NAMED = 6
 class DescriptionWriter:
     """Writes descriptions; equal seeds give equal descriptions."""
 
-    def __init__(self, names: Sequence[ClassNames], properties: Sequence[Property]) -> None:
-        """Write with these names of the ten classes and these properties."""
+    def __init__(
+        self, names: Sequence[ClassNames], properties: Sequence[Property], facts: Sequence[Fact] = ()
+    ) -> None:
+        """Write with these names of the ten classes, these properties, and these facts."""
         self._names = names
-        self._properties = [each for each in properties if any(each.bits)]
+        meant = [each for each in properties if any(each.bits)]
+        self._sources: list[Property | Fact] = [*meant, *facts]
+        self._properties = [*meant, *as_properties(facts)]
         self._by_bits: dict[Bits, list[Property]] = {}
         for each in self._properties:
             self._by_bits.setdefault(each.bits, []).append(each)
@@ -87,13 +92,14 @@ class DescriptionWriter:
         return list(texts)
 
     def stream(self, seed: int) -> Iterator[tuple[str, Bits]]:
-        """Endless descriptions with their bits: properties, properties joined and negated, lists of classes.
+        """Endless descriptions with their bits: what the properties and facts say, alone, joined and negated,
+        and lists of classes.
 
-        Every property comes up equally often.
+        Every property and fact comes up equally often.
         """
         chance = random.Random(derived_seed(seed, "descriptions", 0))
         while True:
-            for each in chance.sample(self._properties, len(self._properties)):
+            for each in chance.sample(self._sources, len(self._sources)):
                 phrase, bits = self._mixed(each, chance)
                 yield _request(phrase, chance), bits
 
@@ -101,31 +107,30 @@ class DescriptionWriter:
         """The first `number` of `stream(seed)`."""
         return list(islice(self.stream(seed), number))
 
-    def _mixed(self, each: Property, chance: random.Random) -> tuple[str, Bits]:
+    def _mixed(self, each: Property | Fact, chance: random.Random) -> tuple[str, Bits]:
         kind = chance.random()
-        if kind < 0.55:
-            return _phrase(each, chance), each.bits
+        if kind < 0.6:
+            return _say(each, chance)
         if kind < 0.75:
-            size = chance.choice((1, 1, 2, 2, 2, 3, 3, 4, 5, 7, 8, 9))
+            size = chance.choice((1, 1, 2, 2, 2, 3, 3, 4, 5, 7, 8, 9, 9))
             chosen = set(chance.sample(range(len(CLASSES)), size))
             bits = tuple(int(i in chosen) for i in range(len(CLASSES)))
             return self._named(bits, chance), bits
-        if kind < 0.83:
-            bits = tuple(1 - bit for bit in each.bits)
-            return chance.choice(_EXCEPT).format(_phrase(each, chance)), bits
-        return self._joined(each, chance)
+        phrase, bits = _say(each, chance, negated=0.0)
+        if kind < 0.81 and not all(bits):
+            return chance.choice(_EXCEPT).format(phrase), tuple(1 - bit for bit in bits)
+        return self._joined(phrase, bits, chance)
 
-    def _joined(self, each: Property, chance: random.Random) -> tuple[str, Bits]:
-        """A property joined with another one, or with the name of a class."""
+    def _joined(self, phrase: str, meant: Bits, chance: random.Random) -> tuple[str, Bits]:
+        """A phrase joined with another one, or with the name of a class."""
         for _ in range(20):
-            if chance.random() < 0.5:
+            if chance.random() < 0.4:
                 i = chance.randrange(len(CLASSES))
                 other = tuple(int(i == j) for j in range(len(CLASSES)))
                 text = self._name(i, chance)
             else:
-                second = chance.choice(self._properties)
-                other, text = second.bits, _phrase(second, chance)
-            pairs = list(zip(each.bits, other, strict=True))
+                text, other = _say(chance.choice(self._sources), chance, negated=0.0)
+            pairs = list(zip(meant, other, strict=True))
             forms, bits = chance.choice(
                 (
                     (_OR, tuple(a | b for a, b in pairs)),
@@ -133,9 +138,9 @@ class DescriptionWriter:
                     (_WITHOUT, tuple(a & (1 - b) for a, b in pairs)),
                 )
             )
-            if any(bits) and bits not in (each.bits, other):
-                return chance.choice(forms).format(_phrase(each, chance), text), bits
-        return _phrase(each, chance), each.bits
+            if any(bits) and bits not in (meant, other):
+                return chance.choice(forms).format(phrase, text), bits
+        return phrase, meant
 
     def _said(self, bits: Bits, chance: random.Random) -> str | None:
         """A property of exactly these classes, or with a few added or left out; None if there is none."""
@@ -189,6 +194,13 @@ def kinds_of_classes(names: Sequence[ClassNames]) -> list[Property]:
     ]
 
 
+def _say(each: Property | Fact, chance: random.Random, negated: float = 0.15) -> tuple[str, Bits]:
+    """A phrase for a property or fact, and the classes meant; a fact is negated with the chance `negated`."""
+    if isinstance(each, Fact):
+        return each.said(chance, negated)
+    return _phrase(each, chance), each.bits
+
+
 def _phrase(each: Property, chance: random.Random) -> str:
     """One of a property's phrases, sometimes with other words of the same meaning."""
     phrase = chance.choice(each.phrases)
@@ -215,7 +227,7 @@ def _list(names: Sequence[str], chance: random.Random) -> str:
 
 
 def _request(phrase: str, chance: random.Random) -> str:
-    request = chance.choice(REQUESTS)
+    request = "{}" if chance.random() < 0.4 else chance.choice(REQUESTS)
     if re.match(_NO_ALL, phrase):
         request = request.replace("all {}", "{}")
     text = request.format(phrase)

@@ -1,9 +1,9 @@
 """Fitting of encoder and head to written descriptions, one after the other.
 
-The encoder's weights are changed by LoRA (arXiv 2106.09685), so that what is learnt is small; a head is
-trained with it and thrown away. Then the head is trained on the embeddings of a fixed set of descriptions,
-which takes seconds. Descriptions come from the training properties, and among them are texts that describe
-none of the classes.
+The weights of the encoder's upper layers are changed by LoRA (arXiv 2106.09685), so that what is learnt is
+small; a head is trained with it and thrown away. Then the head is trained on the embeddings of other
+descriptions, which takes seconds. Descriptions come from the training properties and facts, and among them
+are texts that describe none of the classes.
 """
 
 import math
@@ -22,9 +22,11 @@ from rpg.seeds import derived_seed
 from rpg.text_encoder import TextEncoder, encoder_digest
 from rpg.threads import one_thread
 from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
-from rpg.words.embedding import embeddings, padded
-from rpg.words.head import ClassHead
-from rpg.words.properties import CLASSES, Bits, Part, class_names, out_of_scope, properties
+from rpg.words.embedding import embeddings
+from rpg.words.facts import facts
+from rpg.words.head import ClassHead, Memory
+from rpg.words.layers import embed_states, lower_outputs, number_of_layers, upper_layers
+from rpg.words.properties import CLASSES, Part, class_names, out_of_scope, properties
 from rpg.words.sentences import adapted_encoder
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -44,8 +46,10 @@ class FitSettings:
 
     Attributes:
         steps: batches of the encoder.
+        pool: descriptions about the classes that batches are drawn from.
         descriptions: about the classes, in a batch.
         others: texts that are not about them, in a batch.
+        first_layer: the lowest layer of the encoder that is changed.
         rank: of LoRA's factors.
         adapter_rate: largest learning rate of the factors.
         head_rate: largest learning rate of the head.
@@ -55,16 +59,18 @@ class FitSettings:
         head_epochs: over them.
     """
 
-    steps: int = 320
+    steps: int = 1600
+    pool: int = 20_000
     descriptions: int = 48
     others: int = 8
-    rank: int = 8
-    adapter_rate: float = 2e-3
+    first_layer: int = 3
+    rank: int = 16
+    adapter_rate: float = 1e-3
     head_rate: float = 1e-3
     hidden: int = 512
     scope_weight: float = 0.2
     head_descriptions: int = 7000
-    head_epochs: int = 40
+    head_epochs: int = 15
 
 
 Progress = Callable[[int, float], None]
@@ -113,6 +119,7 @@ def fit_head(encoder: TextEncoder, seed: int, settings: FitSettings) -> ClassHea
                 loss.backward()
                 optimiser.step()
                 schedule.step()
+    head.memory = Memory.of(inputs[scope > 0], bits[scope > 0])
     return head.eval()
 
 
@@ -135,33 +142,34 @@ def fit_adapter(encoder: Path, out: Path, seed: int, settings: FitSettings, prog
         raise RPGError("fitting needs the package peft: pip install 'rpg[dev]'") from error
 
     torch.manual_seed(seed)
-    loaded = TextEncoder(encoder)
+    pool = _pool(encoder, seed, settings)
+    upper = upper_layers(encoder, settings.first_layer)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
         target_modules=["query", "key", "value", "dense"],
         exclude_modules=["pooler.dense"],
+        layers_to_transform=list(range(settings.first_layer, number_of_layers(upper))),
+        layers_pattern="layer",
     )
-    loaded.network = get_peft_model(loaded.network, lora)
+    upper.network = get_peft_model(upper.network, lora)
     # The directory of this machine would be written otherwise.
     lora.base_model_name_or_path = BASE_MODEL
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.network.to(device)
-    head = ClassHead(loaded.size, _FIRST_HIDDEN, _FIRST_DROPOUT).to(device)
+    upper.network.to(device)
+    head = ClassHead(upper.size, _FIRST_HIDDEN, _FIRST_DROPOUT).to(device)
     rates = (settings.adapter_rate, settings.head_rate)
-    groups = [[each for each in loaded.network.parameters() if each.requires_grad], [*head.parameters()]]
+    groups = [[each for each in upper.network.parameters() if each.requires_grad], [*head.parameters()]]
     optimiser = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.01)
-    batches = _batches(seed, settings)
     running = 0.0
-    loaded.network.train()
+    upper.network.train()
     with one_thread():
-        for step in range(1, settings.steps + 1):
-            factor = min(1.0, step / 30) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+        for step, (states, bits, scope) in enumerate(pool.batches(settings), 1):
+            factor = min(1.0, step / 50) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            texts, bits, scope = next(batches)
             with torch.autocast(device.type, torch.bfloat16):
-                embedded = loaded.embed(*(each.to(device) for each in padded(loaded, texts)))
+                embedded = embed_states(upper, states, device)
             loss = _loss(head, embedded.float(), bits.to(device), scope.to(device), settings)
             optimiser.zero_grad()
             loss.backward()
@@ -169,23 +177,57 @@ def fit_adapter(encoder: Path, out: Path, seed: int, settings: FitSettings, prog
             optimiser.step()
             running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
             progress(step, running)
+    # Half precision halves the file; the factors are float32 again when they are merged.
+    for each in groups[0]:
+        each.data = each.data.half()
     # PEFT asks Hugging Face for the base's vocabulary unless it is told that the embeddings are not changed.
-    loaded.network.save_pretrained(str(out), save_embedding_layers=False)
+    upper.network.save_pretrained(str(out), save_embedding_layers=False)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Texts as the trained layers read them, and what they mean.
+
+    Attributes:
+        described: states [tokens, size] of each description.
+        bits: of each description [descriptions, 10].
+        others: states of texts that describe none of the classes.
+    """
+
+    described: list[Tensor]
+    bits: Tensor
+    others: list[Tensor]
+
+    def batches(self, settings: FitSettings) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+        """`settings.steps` batches, in which every description comes up once before any comes up again.
+
+        Each is states, bits [descriptions, 10] of the first ones, and 1 for each of these, else 0.
+        """
+        scope = torch.tensor([1.0] * settings.descriptions + [0.0] * settings.others)
+        described, others = _endless(len(self.described)), _endless(len(self.others))
+        for _ in range(settings.steps):
+            rows = list(islice(described, settings.descriptions))
+            states = [self.described[i] for i in rows]
+            states += [self.others[i] for i in islice(others, settings.others)]
+            yield states, self.bits[rows], scope
+
+
+def _endless(number: int) -> Iterator[int]:
+    while True:
+        yield from torch.randperm(number).tolist()
+
+
+def _pool(encoder: Path, seed: int, settings: FitSettings) -> _Pool:
+    rows = _writer().sample(settings.pool, seed)
+    others = list(islice(_others(seed), settings.pool * settings.others // settings.descriptions))
+    states = lower_outputs(encoder, settings.first_layer, [text for text, _ in rows] + others)
+    bits = torch.tensor([bits for _, bits in rows], dtype=torch.float32)
+    return _Pool(states[: len(rows)], bits, states[len(rows) :])
 
 
 def _writer() -> DescriptionWriter:
-    return DescriptionWriter(class_names(), [*properties(Part.training), *kinds_of_classes(class_names())])
-
-
-def _batches(seed: int, settings: FitSettings) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Endless batches: texts, bits [descriptions, 10] of the first ones, and 1 for each of these, else 0."""
-    writer = DescriptionWriter(class_names(), [*properties(Part.training), *kinds_of_classes(class_names())])
-    described, others = writer.stream(seed), _others(seed)
-    scope = torch.tensor([1.0] * settings.descriptions + [0.0] * settings.others)
-    while True:
-        rows: list[tuple[str, Bits]] = [next(described) for _ in range(settings.descriptions)]
-        texts = [text for text, _ in rows] + [next(others) for _ in range(settings.others)]
-        yield texts, torch.tensor([bits for _, bits in rows], dtype=torch.float32), scope
+    known = [*properties(Part.training), *kinds_of_classes(class_names())]
+    return DescriptionWriter(class_names(), known, facts())
 
 
 def _others(seed: int) -> Iterator[str]:

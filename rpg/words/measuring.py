@@ -11,6 +11,7 @@ from rpg.text_encoder import TextEncoder
 from rpg.threads import one_thread
 from rpg.words.closeness import cosines
 from rpg.words.embedding import embeddings
+from rpg.words.facts import as_properties, facts
 from rpg.words.head import Calibration, ClassHead
 from rpg.words.properties import Bits, Part, out_of_scope, properties
 from rpg.words.sentences import sureness_of
@@ -75,8 +76,9 @@ def measure(
 def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
     """Temperatures and the bound of sureness that suit the validation descriptions best.
 
-    Temperatures minimise the negative log likelihood. The bound maximises the mean of two shares: of
-    descriptions that are sure, and of other texts that are not.
+    Temperatures minimise the negative log likelihood. The bound maximises the mean of two shares: of the
+    understood descriptions (at most one bit is wrong) that are sure, and of what should not be acted on and
+    is not sure, where misunderstood descriptions (three or more are wrong) and other texts count the same.
     """
     texts, bits, _ = described(Part.validation)
     others = [text for kind in out_of_scope(Part.validation).values() for text in kind]
@@ -106,13 +108,21 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
         scope = torch.sigmoid((scopes + found.scope_shift) / found.scope_temperature)
         return sureness_of(torch.sigmoid(logits / found.class_temperature), scope)
 
-    sure = (sureness(classes, about)[:, None] >= _BOUNDS).float().mean(0)
+    sure = (sureness(classes, about)[:, None] >= _BOUNDS).float()
     unsure = (sureness(other_classes, other_about)[:, None] < _BOUNDS).float().mean(0)
-    bound = float(_BOUNDS[(sure + unsure).argmax()])
+    wrong = ((classes > 0) != (bits > 0.5)).sum(1)
+    gained = _mean_of(sure, wrong <= 1) + (unsure + _mean_of(1 - sure, wrong >= 3)) / 2
+    bound = float(_BOUNDS[gained.argmax()])
     return Calibration(found.class_temperature, found.scope_temperature, found.scope_shift, bound)
 
 
+def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean over the chosen rows, 0 if there are none."""
+    return values[chosen].sum(0) / chosen.sum().clamp(min=1)
+
+
 def nearest_training(texts: Sequence[str], encoder: TextEncoder) -> Tensor:
-    """The cosine similarity [texts] of each description to the nearest phrase of a training property."""
-    phrases = [phrase for each in properties(Part.training) for phrase in each.phrases]
+    """The cosine similarity [texts] of each description to the nearest phrase that is learnt from."""
+    learnt = [*properties(Part.training), *as_properties(facts())]
+    phrases = [phrase for each in learnt for phrase in each.phrases]
     return cosines(texts, phrases, encoder).max(1).values

@@ -72,13 +72,13 @@ def bits_of(classes: str) -> Bits:
 def properties(part: Part) -> tuple[Property, ...]:
     """The properties of one part of the table."""
     path = DATA / f"properties_{part.value}.yaml"
-    return tuple(Property(bits_of(each["classes"]), tuple(each["phrases"])) for each in _read(path))
+    return tuple(Property(bits_of(each["classes"]), tuple(each["phrases"])) for each in read_table(path))
 
 
 @cache
 def class_names() -> tuple[ClassNames, ...]:
     """The names of every class, in the order of `CLASSES`."""
-    tables = _read(DATA / "class_names.yaml")
+    tables = read_table(DATA / "class_names.yaml")
 
     def names(entries: list[str]) -> tuple[Name, ...]:
         return tuple(Name(*entry.split("/")) for entry in entries)
@@ -89,18 +89,23 @@ def class_names() -> tuple[ClassNames, ...]:
 @cache
 def out_of_scope(part: Part) -> dict[str, tuple[str, ...]]:
     """Texts that describe none of the classes, by kind, such as nonsense or other languages."""
-    kinds = _read(DATA / "out_of_scope.yaml")[part.value]
+    kinds = read_table(DATA / "out_of_scope.yaml")[part.value]
     return {kind: tuple(texts) for kind, texts in kinds.items()}
 
 
 @cache
 def published() -> tuple[tuple[str, Bits], ...]:
     """The published descriptions and their bits, which nothing is trained on or chosen by."""
-    entries = _read(DATA / "published.yaml")
+    entries = read_table(DATA / "published.yaml")
     return tuple((each["description"], tuple(each["expected"])) for each in entries)
 
 
-def _read(path: Path) -> Any:
+def read_table(path: Path) -> Any:
+    """What a table of `data/` holds.
+
+    Raises:
+        RPGError: naming the file, if it cannot be read.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

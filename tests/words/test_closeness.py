@@ -14,6 +14,7 @@ from rpg.words.closeness import (
     without_request,
 )
 from rpg.words.descriptions import DescriptionWriter, kinds_of_classes
+from rpg.words.facts import as_properties, facts
 from rpg.words.properties import Part, class_names, properties, published
 
 REWORDINGS = (
@@ -46,7 +47,15 @@ REWORDINGS = (
 
 
 def phrases(part: Part) -> list[str]:
-    return [phrase for each in properties(part) for phrase in each.phrases]
+    """The phrases of a part's properties, and of the facts where it is learnt from."""
+    table = [*properties(part), *(as_properties(facts()) if part is Part.training else [])]
+    return [phrase for each in table for phrase in each.phrases]
+
+
+def writer() -> DescriptionWriter:
+    """Writes what is learnt from."""
+    known = [*properties(Part.training), *kinds_of_classes(class_names())]
+    return DescriptionWriter(class_names(), known, facts())
 
 
 def close_words(texts: list[str]) -> list[tuple[str, str]]:
@@ -75,8 +84,7 @@ def test_no_property_shares_its_words_with_a_published_description() -> None:
 
 
 def test_no_written_description_shares_its_words_with_a_published_one() -> None:
-    writer = DescriptionWriter(class_names(), [*properties(Part.training), *kinds_of_classes(class_names())])
-    assert not close_words([text for text, _ in writer.sample(5000, 0)])
+    assert not close_words([text for text, _ in writer().sample(5000, 0)])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
+from rpg.words.facts import Fact, Form
 from rpg.words.properties import CLASSES, Bits, ClassNames, Name, Part, Property, class_names, properties
 
 # Names and phrases that no other word can be taken for: C3s is class 3, P0100000001 what holds for 1 and 9.
@@ -17,7 +18,9 @@ TABLE = [
     for bits in {tuple(random.Random(seed).choices((0, 1), k=10)) for seed in range(200)}
     if any(bits)
 ]
-WRITER = DescriptionWriter(NAMES, TABLE)
+# Half of them are facts, which come up in the same ways.
+FACTS = [Fact(each.bits, Form.are, each.phrases[0]) for each in TABLE[::2]]
+WRITER = DescriptionWriter(NAMES, TABLE[1::2], FACTS)
 ALL = frozenset(range(10))
 TERM = r"(?:an? )?(?:C\ds?|P[01]{10})"
 TERMS = rf"{TERM}(?:(?:, and |, or |, as well as |, | and | or | as well as ){TERM})*"

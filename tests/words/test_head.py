@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rpg.errors import RPGError
-from rpg.words.head import HEAD_FILE, Calibration, ClassHead
+from rpg.words.head import HEAD_FILE, Calibration, ClassHead, Memory
 from rpg.words.sentences import sureness_of
 
 
@@ -45,6 +45,56 @@ def test_probabilities_are_those_of_the_formulas() -> None:
     classes, scope = head.probabilities(embedding)
     torch.testing.assert_close(classes[0].double(), 1 / (1 + torch.exp(-logits[:10] / 2)), atol=1e-5, rtol=0)
     assert float(scope) == pytest.approx(1 / (1 + math.exp(-(float(logits[10]) + 1.5) / 4)), abs=1e-5)
+
+
+def known(number: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and bits of descriptions."""
+    embeddings = torch.nn.functional.normalize(torch.randn(number, 16), dim=1)
+    return embeddings, (torch.rand(number, 10) > 0.5).float()
+
+
+def test_the_memory_answers_with_the_nearest_descriptions() -> None:
+    torch.manual_seed(1)
+    embeddings, bits = known()
+    memory = Memory.of(embeddings, bits)
+    asked = torch.nn.functional.normalize(torch.randn(3, 16), dim=1)
+    for text, found in zip(asked, memory.logits(asked).tolist(), strict=True):
+        cosines = sorted(((float(row @ text), i) for i, row in enumerate(embeddings)), reverse=True)[:20]
+        weights = [math.exp((cosine - cosines[0][0]) / 0.03) for cosine, _ in cosines]
+        for j in range(10):
+            share = sum(w * float(bits[i, j]) for w, (_, i) in zip(weights, cosines, strict=True)) / sum(
+                weights
+            )
+            share = min(max(share, 0.02), 0.98)
+            # int8 moves a cosine by about 0.003, and so a share by a few hundredths.
+            assert 1 / (1 + math.exp(-found[j])) == pytest.approx(share, abs=0.08)
+    # Of a description that it knows it says what it knows, as far as the clamp lets it.
+    itself = memory.logits(embeddings)
+    assert (((itself > 0).float() == bits).float().mean()) > 0.97
+    assert float(itself.abs().max()) <= math.log(0.98 / 0.02) + 1e-3
+
+
+def test_a_saved_memory_is_added_to_the_logits_as_before(tmp_path: Path) -> None:
+    head, plain, path = made(), made(), tmp_path / HEAD_FILE
+    head.memory = Memory.of(*known())
+    embeddings, _ = known(5)
+    torch.testing.assert_close(
+        head(embeddings)[0], plain(embeddings)[0] + head.memory.logits(embeddings), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(head(embeddings)[1], plain(embeddings)[1])
+    head.save(path)
+    loaded = ClassHead.load(path)
+    for found, expected in zip(loaded.probabilities(embeddings), head.probabilities(embeddings), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    tensors = load_file(path)
+    del tensors["memory.bits"]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    with pytest.raises(
+        RPGError, match=r"head.safetensors: not the head of a sentence encoder: .*memory.bits"
+    ):
+        ClassHead.load(path)
 
 
 def test_sureness_is_a_guess_where_nothing_is_known() -> None:

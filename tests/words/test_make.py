@@ -19,8 +19,10 @@ from tests.text_encoders import save_encoder
 class Settings(FitSettings):
     """A short fit of small batches."""
 
+    pool: int = 60
     descriptions: int = 6
     others: int = 2
+    first_layer: int = 1
     rank: int = 2
     hidden: int = 16
     head_descriptions: int = 50

@@ -85,7 +85,12 @@ def test_calibration_is_the_likeliest_and_its_bound_the_best(encoder: TextEncode
     head.calibration = Calibration()
 
     def gained(bound: float) -> float:
-        return float((inside.sureness >= bound).float().mean() + (outside.sureness < bound).float().mean())
+        sure = inside.sureness >= bound
+        understood, misunderstood = inside.right >= 0.85, inside.right <= 0.75
+        kept_back = [float((outside.sureness < bound).float().mean())]
+        kept_back += [float((~sure)[misunderstood].float().mean())] if misunderstood.any() else [0.0]
+        acted_on = float(sure[understood].float().mean()) if understood.any() else 0.0
+        return acted_on + sum(kept_back) / 2
 
     assert gained(found.least_sureness) == pytest.approx(
         max(gained(i / 200) for i in range(100, 201)), abs=0.01

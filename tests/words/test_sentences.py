@@ -20,8 +20,10 @@ from tests.text_encoders import save_encoder
 
 SETTINGS = FitSettings(
     steps=6,
+    pool=60,
     descriptions=6,
     others=2,
+    first_layer=1,
     rank=2,
     adapter_rate=1e-2,
     hidden=16,
