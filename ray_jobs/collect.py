@@ -25,13 +25,15 @@ from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.collection import COLLECTION_FILE, FAMILY, SPLITS, Collection, Entry
 from rpg.commands.progress import stage_progress
 from rpg.config import Config, Split
+from rpg.encoders import open_encoder
 from rpg.errors import RPGError
 from rpg.evaluation.judge import Candidate, FamilyJudge
 from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import replacing_file, sha256
-from rpg.storage.locations import AnyPath, exists
+from rpg.storage.locations import AnyPath, exists, fetched
 from rpg.tasks.families import Task, calling, can_collect, check_family, has_checkpoints, uses_gpu
+from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder, encoder_digest
 
 _WRITERS = 4
 BACKBONE_FILE = "backbone.safetensors"
@@ -76,8 +78,12 @@ def run(config: Config) -> None:
         with replacing_file(directory / BACKBONE_FILE) as temporary:
             trained: dict[str, Tensor] = ray.get(backbone)
             write_checkpoint(temporary, trained, {"format": "pt"})
+        encoder = None
+        if paths.encoder is not None:
+            copy_encoder(paths.encoder, directory / ENCODER_DIRECTORY)
+            encoder = encoder_digest(directory / ENCODER_DIRECTORY)
         architecture = {FAMILY: config.tasks}
-        Collection(directory, architecture, [entries[model] for model in models]).save()
+        Collection(directory, architecture, [entries[model] for model in models], encoder).save()
 
 
 def check(config: Config) -> None:
@@ -86,8 +92,31 @@ def check(config: Config) -> None:
         family = loaded_family(config)
         check_family(family, family_name(config))
         if not has_checkpoints(family):
-            _tasks(config)
+            _check_encoder(config, _tasks(config))
+        elif config.collect.encoder:
+            raise RPGError(
+                f"collect.encoder: the checkpoints of {family_name(config)} bring conditions of their own; "
+                "expected none"
+            )
         _refuse_foreign_files(RunPaths.of(config).collection)
+
+
+def _check_encoder(config: Config, tasks: list[Task]) -> None:
+    """Refuse an encoder whose conditions are not like those of the tasks.
+
+    Raises:
+        RPGError: naming what the encoder lacks, or the sizes that differ.
+    """
+    source = RunPaths.of(config).encoder
+    if source is None:
+        return
+    with fetched(source) as local:
+        size = open_encoder(local).size
+    if size != len(tasks[0].condition):
+        raise RPGError(
+            f"collect.encoder: {source}: expected conditions of {len(tasks[0].condition)} values, as the "
+            f"tasks have, got {size}"
+        )
 
 
 def _copies(task: Task, config: Config) -> int:
@@ -218,6 +247,12 @@ def _uses_gpu(config: Config) -> bool:
     return config.ray.use_gpu and uses_gpu(family_name(config))
 
 
+def _encoder(config: Config) -> dict[str, str]:
+    """What tells the encoder of descriptions from others."""
+    source = RunPaths.of(config).encoder
+    return {} if source is None else {"encoder": encoder_digest(source)}
+
+
 def _resources(config: Config) -> ResourceRequest | None:
     if config.collect.directory or not _uses_gpu(config):
         return None
@@ -234,7 +269,9 @@ COLLECT = Stage(
     name="collect",
     run=run,
     sections=("seed", "collect"),
-    further=lambda config: {} if config.collect.directory else family_inputs(config),
+    # Its content counts, and not its place.
+    ignored=("collect.encoder",),
+    further=lambda config: {} if config.collect.directory else {**family_inputs(config), **_encoder(config)},
     after=None,
     resources=_resources,
     outputs=lambda paths: [paths.collection / COLLECTION_FILE],

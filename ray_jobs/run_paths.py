@@ -25,6 +25,8 @@ class RunPaths:
     generated: AnyPath
     images: str
     """Location of the task family's images (`rpg.tasks.families.load_family`); empty if none is given."""
+    encoder: AnyPath | None
+    """Where the collection's encoder of descriptions comes from, if one is given."""
     tasks: str
     """The setting `tasks`, its file as an absolute path."""
 
@@ -39,6 +41,7 @@ class RunPaths:
         given = config.collect.directory
         collection = location(given) if given else root / "collection"
         images = str(location(config.collect.images)) if config.collect.images else ""
+        encoder = location(config.collect.encoder) if config.collect.encoder else None
         file, separator, name = config.tasks.rpartition(":")
         tasks = f"{Path(file).absolute()}:{name}" if separator and file.endswith(".py") else config.tasks
         return cls(
@@ -51,5 +54,6 @@ class RunPaths:
             generator=root / "generator",
             generated=root / "generated",
             images=images,
+            encoder=encoder,
             tasks=tasks,
         )

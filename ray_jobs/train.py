@@ -58,6 +58,7 @@ TRAIN = Stage(
         "generator.denoiser",
         "generator.condition",
         "generator.diffusion",
+        "generator.dtype",
         "train",
     ),
     after=SHARD,

@@ -216,6 +216,30 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def words_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny words model (`tests.words_models`), not to be written to; it needs `words_package`."""
+    from tests.words_models import save_words_model
+
+    return save_words_model(tmp_path_factory.mktemp("words_models"))
+
+
+@pytest.fixture
+def words_package(words_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package that the words model's encoder comes in can be imported; the directory that it is in."""
+    site = words_model.parent / "site"
+    monkeypatch.syspath_prepend(site)
+    return site
+
+
+@pytest.fixture(scope="session")
+def asked_generator(words_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained generator of CIFAR-10 networks that reads descriptions by `words_model`."""
+    from tests.words_models import save_asked_generator
+
+    return save_asked_generator(tmp_path_factory.mktemp("asked") / "small", words_model)
+
+
+@pytest.fixture(scope="session")
 def describing(
     make_generator: Callable[..., Generator], make_layout: Callable[..., Layout], text_encoder: Path
 ) -> Generator:

@@ -10,8 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "rpg/errors.py", "rpg/seeds.py", "rpg/threads.py", "rpg/gpu_compiler.py", "rpg/captured.py",
-    "rpg/storage", "rpg/config", "rpg/text_encoder.py", "rpg/collection", "rpg/generator", "rpg/sampling",
-    "rpg/tasks", "rpg/training", "rpg/evaluation", "rpg/client", "rpg/commands", "ray_jobs", "serve",
+    "rpg/storage", "rpg/config", "rpg/state_dicts.py", "rpg/adapter_merge.py", "rpg/text_encoder.py",
+    "rpg/words", "rpg/encoders.py", "rpg/collection", "rpg/generator", "rpg/sampling", "rpg/tasks",
+    "rpg/training", "rpg/evaluation", "rpg/client", "rpg/commands", "ray_jobs", "serve",
 ]  # fmt: skip
 """As docs/architecture.md lists them: a file may import what stands before its own place."""
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 
 from rpg.config import LONGEST_DESCRIPTION
+from rpg.encoders import load_encoder
 from rpg.errors import RPGError
 from rpg.text_encoder import (
     TextEncoder,
     check_encoder,
     copy_encoder,
     encoder_digest,
-    load_encoder,
 )
 from tests.text_encoders import HEADS, LAYERS, SIZE, save_encoder, token_ids
 

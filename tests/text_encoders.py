@@ -14,7 +14,7 @@ WORDS = (
 SIZE, LAYERS, HEADS, POSITIONS = 32, 2, 2, 16
 
 
-def save_encoder(directory: Path, seed: int = 0, size: int = SIZE) -> Path:
+def save_encoder(directory: Path, seed: int = 0, size: int = SIZE, positions: int = POSITIONS) -> Path:
     """Write config.json, tokenizer.json and model.safetensors as their packages do."""
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -31,7 +31,7 @@ def save_encoder(directory: Path, seed: int = 0, size: int = SIZE) -> Path:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         intermediate_size=48,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

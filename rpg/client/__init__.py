@@ -3,7 +3,7 @@
 from rpg.client.back_off import Patience
 from rpg.client.clients import AsyncClient, Client
 from rpg.client.errors import CallError
-from rpg.client.schema import GeneratorInfo, Job, JobPage, JobState, ModelFile
+from rpg.client.schema import GeneratorInfo, Job, JobPage, JobState, ModelFile, UnderstoodDescription
 
 __all__ = [
     "AsyncClient",
@@ -15,4 +15,5 @@ __all__ = [
     "JobState",
     "ModelFile",
     "Patience",
+    "UnderstoodDescription",
 ]

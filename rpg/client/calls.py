@@ -20,7 +20,16 @@ from rpg.client.download import (
     partial_file,
 )
 from rpg.client.errors import CallError, refused, unreachable
-from rpg.client.schema import GeneratorInfo, GeneratorList, Job, JobPage, JobState, ModelFile, ModelPage
+from rpg.client.schema import (
+    GeneratorInfo,
+    GeneratorList,
+    Job,
+    JobPage,
+    JobState,
+    ModelFile,
+    ModelPage,
+    UnderstoodDescription,
+)
 from rpg.client.transport import EventReader, Response, Transport
 from rpg.errors import RPGError
 
@@ -115,6 +124,22 @@ class Calls:
         headers = {"Content-Type": "application/json", "Idempotency-Key": uuid.uuid4().hex}
         body = _encoded(asked)
         return Job.from_json((await self._call("POST", "/v1/jobs", headers=headers, content=body)).json())
+
+    async def understand(self, generator: str, description: str) -> UnderstoodDescription:
+        """Which classes a description means, where the generator has a words model; nothing is made.
+
+        Raises:
+            RPGError: for another description than a text.
+        """
+        [text] = _texts([description])
+        path, headers = (
+            f"/v1/generators/{quote(generator, safe='')}/understand",
+            {"Content-Type": "application/json"},
+        )
+        body = _encoded({"description": text})
+        return UnderstoodDescription.from_json(
+            (await self._call("POST", path, headers=headers, content=body)).json()
+        )
 
     async def job(self, id: str) -> Job:
         """One job."""

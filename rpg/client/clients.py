@@ -107,3 +107,4 @@ class Client:
     cancel = _blocking(Calls.cancel)
     download = _blocking(Calls.download)
     generate = _blocking(Calls.generate)
+    understand = _blocking(Calls.understand)

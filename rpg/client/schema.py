@@ -105,6 +105,12 @@ class GenerateRequest(SamplingRequest):
     """In place of `condition`."""
 
 
+class UnderstandRequest(_Request):
+    """A description, to be understood and not acted on."""
+
+    description: Description
+
+
 class _View(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -132,6 +138,26 @@ def _fault(error: ValidationError) -> str:
     return f"is wrong at {place}: {faults[0]['msg']}"
 
 
+class UnderstoodClass(_View):
+    """One class, and how likely a description means it."""
+
+    name: str
+    probability: float
+    meant: bool
+    """Whether it is 1 in the condition."""
+
+
+class UnderstoodDescription(_View):
+    """What a generator with a words model understood of a description."""
+
+    classes: list[UnderstoodClass]
+    """All of them, in the condition's order."""
+    sureness: float
+    """The share of the answers that is expected to be right, 0.5 (a guess) to 1."""
+    is_sure: bool
+    """Whether that is enough to make a network."""
+
+
 class Job(_View):
     """A job and how far it is. Times are seconds since the epoch."""
 
@@ -149,6 +175,8 @@ class Job(_View):
     dtype: TokenDtype | None
     """Of the networks' floating-point tensors; null: as in the collection."""
     evaluate: bool
+    understood: list[UnderstoodDescription] | None = None
+    """What was understood of each description, where the generator has a words model."""
     accuracy: float | None
     """Mean of the finished models', where it is measured."""
     models: int
@@ -246,6 +274,8 @@ class GeneratorInfo(_View):
     condition_size: int
     descriptions: bool
     """Whether a job may give descriptions in place of conditions."""
+    classes: list[str] | None = None
+    """What the condition's values stand for, where descriptions are understood as classes."""
     evaluates: bool
     """Whether a job may ask for evaluation."""
     sampling: SamplingConfig

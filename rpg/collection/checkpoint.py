@@ -24,10 +24,10 @@ from rpg.collection.adapter import canonical_factors
 from rpg.collection.checkpoint_directory import files_of_directory, needed_files, read_config
 from rpg.collection.reading import AS_STORED, Reading
 from rpg.collection.safetensors_file import LARGEST_HEADER
-from rpg.collection.state_dicts import check_entries
 from rpg.collection.torch_file import LEGACY_MAGIC, ZIP_MAGIC, is_torch_archive, read_torch_file
 from rpg.collection.wrappers import unwrapped
 from rpg.errors import RPGError, one_line
+from rpg.state_dicts import check_entries
 from rpg.storage.below import NotOrdinaryError, open_regular
 from rpg.storage.files import replacing_file, sha256
 from rpg.storage.locations import AnyPath, fetched

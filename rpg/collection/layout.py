@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rpg.collection.checkpoint import read_checkpoint, write_checkpoint
 from rpg.collection.companions import COMPANIONS_DIRECTORY, Companions, companions_in
-from rpg.collection.state_dicts import check_structure, check_ties, owned, same_bits
 from rpg.collection.tensor_spec import TensorKind, TensorSpec, spec_from_json
 from rpg.collection.tokens import (
     count_tokens,
@@ -29,6 +28,7 @@ from rpg.collection.tokens import (
 )
 from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError
+from rpg.state_dicts import check_structure, check_ties, owned, same_bits
 from rpg.storage.below import check_ordinary_below, path_below
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import read_json, write_json

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.collection.state_dicts import dtype_name
 from rpg.errors import RPGError
+from rpg.state_dicts import dtype_name
 
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
 _MARKS = {

@@ -27,10 +27,11 @@ from rpg.collection.tables import check_files
 from rpg.collection.torch_file import OtherContentError
 from rpg.collection.uniformity import Uniformity
 from rpg.collection.wrappers import WRAPPERS
+from rpg.encoders import Encoder, load_encoder, open_encoder
 from rpg.errors import RPGError
 from rpg.storage.errors import StorageError, storage_errors_for
 from rpg.storage.locations import AnyPath, exists, is_remote
-from rpg.text_encoder import ENCODER_DIRECTORY, TextEncoder, copy_encoder, encoder_digest, load_encoder
+from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder, encoder_digest
 
 MINIMUM = 2
 
@@ -77,8 +78,8 @@ def register(
         skip_bad: leave bad checkpoints out.
         progress: called with the numbers of checkpoints done and of all.
         descriptions: CSV or JSON file; not together with `conditions`.
-        encoder: directory of the text encoder that embeds the descriptions (`TextEncoder`), which is copied
-            into the collection; None: use the collection's.
+        encoder: directory of the encoder of the descriptions (`rpg.encoders`), which is copied into
+            the collection; None: use the collection's.
         key: the mapping of tensors to take, as in `Reading.key`.
         ignore: patterns of tensors to leave out, as in `Reading.ignore`.
         canonical_factors: as in `Reading.canonical_factors`; None: as in the earlier collection.
@@ -280,7 +281,8 @@ class _Embedding:
         self._rows = rows
         check_files(self._rows, names, table, "description")
         if encoder is not None:
-            self._encoder, self.digest = TextEncoder(encoder), encoder_digest(encoder)
+            self._encoder: Encoder = open_encoder(encoder)
+            self.digest = encoder_digest(encoder)
         elif earlier.encoder is not None:
             self.digest = earlier.encoder
             self._encoder = load_encoder(earlier.encoder_directory, self.digest)

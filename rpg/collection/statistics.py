@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout
-from rpg.collection.state_dicts import (
+from rpg.collection.tensor_spec import TensorKind, TensorSpec, compute_dtype
+from rpg.collection.tokens import count_tokens, from_log_ratio, log_ratio
+from rpg.config import Normalisation
+from rpg.errors import RPGError
+from rpg.state_dicts import (
     check_entries,
     check_structure,
     check_ties,
@@ -27,10 +31,6 @@ from rpg.collection.state_dicts import (
     owned,
     same_bits,
 )
-from rpg.collection.tensor_spec import TensorKind, TensorSpec, compute_dtype
-from rpg.collection.tokens import count_tokens, from_log_ratio, log_ratio
-from rpg.config import Normalisation
-from rpg.errors import RPGError
 
 _PRE_MEAN_SHARE = 0.95
 """pre_mean is this share of the mean running variance, as published."""

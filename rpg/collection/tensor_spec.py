@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rpg.collection.state_dicts import DTYPES, dtype_name
 from rpg.errors import RPGError
+from rpg.state_dicts import DTYPES, dtype_name
 from rpg.storage.files import is_number
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from rpg.collection.adapter import check_same_function, factor_pairs, product_distances
 from rpg.collection.checkpoint import ExaminedCheckpoint, check_finite
 from rpg.collection.quantised import check_not_quantised
-from rpg.collection.state_dicts import check_structure, check_ties, find_ties
 from rpg.collection.wrappers import WRAPPERS, one_sided_prefix
 from rpg.errors import RPGError
+from rpg.state_dicts import check_structure, check_ties, find_ties
 from rpg.storage.locations import AnyPath
 
 _NO_WEIGHTS = (

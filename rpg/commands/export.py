@@ -54,7 +54,7 @@ def _export(model: "AnyPath", out: "AnyPath") -> None:
 
 
 def _export_merged(model: "AnyPath", base: "AnyPath", out: "AnyPath", is_file: bool) -> None:
-    from rpg.collection.adapter_merge import AdapterMerge
+    from rpg.adapter_merge import AdapterMerge
     from rpg.collection.checkpoint import read_checkpoint
     from rpg.collection.checkpoint_directory import ADAPTER_CONFIG, MODEL_CONFIG, is_adapter
     from rpg.collection.companions import companions_of

@@ -1,7 +1,9 @@
 """`rpg generate`: generate checkpoints on this machine."""
 
 import argparse
+import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rpg.commands.arguments import (
     Commands,
@@ -13,6 +15,9 @@ from rpg.commands.arguments import (
 from rpg.commands.progress import command_progress
 from rpg.config import SamplingConfig, SamplingPrecision, Solver, validate_sampling
 from rpg.errors import RPGError
+
+if TYPE_CHECKING:
+    from rpg.encoders import Encoder
 
 
 def add_generate_command(commands: Commands) -> None:
@@ -59,8 +64,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.condition is not None:
         conditions = [condition_values(text, generator.config.condition.size) for text in options.condition]
     if options.description is not None:
-        encoder = generator.text_encoder()
-        conditions = [encoder.encode(text) for text in options.description]
+        conditions = _conditions(generator.text_encoder(), options.description)
     generator.to(options.device or ("cuda" if has_gpu else "cpu"))
     with command_progress("generating") as display:
         paths = generate_models(
@@ -69,6 +73,19 @@ def _run(options: argparse.Namespace) -> None:
         )  # fmt: skip
     for path in paths:
         print(path)
+
+
+def _conditions(encoder: "Encoder", descriptions: list[str]) -> list[list[float]]:
+    """The conditions of descriptions; what a words model understands is printed to stderr."""
+    from rpg.words.sentences import SentenceUnderstanding
+
+    if not isinstance(encoder, SentenceUnderstanding):
+        return [encoder.encode(text) for text in descriptions]
+    understood = [encoder.understand(text) for text in descriptions]
+    conditions = [each.condition(text) for each, text in zip(understood, descriptions, strict=True)]
+    for each, text in zip(understood, descriptions, strict=True):
+        print(f"{text!r}: {each.summary()}", file=sys.stderr)
+    return conditions
 
 
 def _sampling(options: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:

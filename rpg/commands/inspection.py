@@ -16,12 +16,12 @@ from rpg.collection.collection import COLLECTION_FILE, Collection
 from rpg.collection.layout import Layout
 from rpg.collection.manifest import MANIFEST_FILE
 from rpg.collection.shards import ShardedCollection
-from rpg.collection.state_dicts import dtype_name, find_ties
 from rpg.collection.tensor_spec import TensorKind
 from rpg.collection.tokens import count_tokens
 from rpg.config import RayConfig, generator_config_from_yaml, to_plain
 from rpg.errors import RPGError
 from rpg.generator.saving import CONFIG_FILE, WEIGHTS_FILE
+from rpg.state_dicts import dtype_name, find_ties
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.locations import AnyPath, exists, fetched
 from rpg.storage.node_cache import local_copy

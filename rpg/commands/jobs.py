@@ -124,6 +124,11 @@ def _submit(client: "Client", options: argparse.Namespace) -> None:
         pack=options.pack,
         priority=options.priority,
     )
+    for text, understood in zip(options.description or [], job.understood or [], strict=False):
+        meant = ", ".join(
+            f"{each.name} ({each.probability:.2f})" for each in understood.classes if each.meant
+        )
+        print(f"{text!r}: {meant}; sureness {understood.sureness:.2f}", file=sys.stderr)
     print(job.id)
 
 

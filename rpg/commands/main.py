@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rpg import __version__
 from rpg.commands.align import add_align_command
+from rpg.commands.ask import add_ask_command
 from rpg.commands.config import add_config_command
 from rpg.commands.exit_status import run_command
 from rpg.commands.export import add_export_command
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_register_command(commands)
     add_inspect_command(commands)
+    add_ask_command(commands)
     add_align_command(commands)
     add_generate_command(commands)
     add_export_command(commands)

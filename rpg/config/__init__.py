@@ -26,6 +26,7 @@ from rpg.config.generator import (
     Solver,
     Steps,
     Temperature,
+    TokenDtype,
     validate_generator,
     validate_sampling,
 )
@@ -45,7 +46,6 @@ from rpg.config.run import (
     Sharding,
     Split,
     TokenCut,
-    TokenDtype,
     TrackingConfig,
     TrainConfig,
     TuneConfig,

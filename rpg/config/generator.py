@@ -94,6 +94,14 @@ class SamplingPrecision(StrEnum):
     float8 = "float8"
 
 
+class TokenDtype(StrEnum):
+    """Type that values are stored in: tokens in shards, tensors in networks and in a generator's file."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class RecurrentConfig:
     """The recurrent network."""
@@ -204,6 +212,9 @@ class GeneratorConfig:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    dtype: TokenDtype = TokenDtype.float32
+    """What a saved generator's weights are stored as; computing with them is another matter
+    (`sampling.precision`)."""
 
 
 def validate_generator(config: GeneratorConfig, prefix: str = "") -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Interval
 
 from rpg.config.bounds import Count, Expected, Finite, Seed, check_bounds
-from rpg.config.generator import GeneratorConfig, validate_generator
+from rpg.config.generator import GeneratorConfig, TokenDtype, validate_generator
 from rpg.errors import RPGError
 
 
@@ -24,14 +24,6 @@ class TokenCut(StrEnum):
     by_tensor = "by_tensor"
     by_output_channel = "by_output_channel"
     flat = "flat"
-
-
-class TokenDtype(StrEnum):
-    """Type that values are stored in: tokens in shards, tensors in generated networks."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class Split(StrEnum):
@@ -74,6 +66,9 @@ class CollectConfig:
     images: str = ""
     """Directory or URI of the images, for a task family that takes some (cifar10: `train.parquet` and
     `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
+    encoder: str = ""
+    """Directory of an encoder of descriptions that gives conditions of the family's tasks, such as
+    models/cifar10-words; the collection and the generator keep a copy. Empty: none."""
     checkpoints_per_task: Count = 3
     """Networks of each task; where the collection has no conditions, networks in all."""
     heldout_checkpoints_per_task: Annotated[int, Ge(0)] = 0

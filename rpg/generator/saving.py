@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rpg.collection.checkpoint import write_checkpoint
 from rpg.collection.layout import Layout
@@ -19,10 +21,12 @@ from rpg.config import (
     GeneratorConfig,
     Positions,
     RecurrentKind,
+    TokenDtype,
     generator_config_from_yaml,
     save_config,
     to_plain,
 )
+from rpg.encoders import Encoder, load_encoder
 from rpg.errors import RPGError
 from rpg.generator.networks import build_networks
 from rpg.storage.below import check_ordinary_below, path_below
@@ -30,12 +34,7 @@ from rpg.storage.directories import replacing_directory
 from rpg.storage.errors import storage_errors_for
 from rpg.storage.files import write_text
 from rpg.storage.locations import AnyPath, fetched, location
-from rpg.text_encoder import (
-    ENCODER_DIRECTORY,
-    TextEncoder,
-    copy_encoder,
-    load_encoder,
-)
+from rpg.text_encoder import ENCODER_DIRECTORY, copy_encoder
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "generator.safetensors"
@@ -43,7 +42,7 @@ CARD_FILE = "README.md"
 LAYOUT_KEY = "layout"
 """Metadata key of the weights: the layout's digest, since files behind a URI are replaced one by one."""
 CONFIG_KEY = "config"
-"""Metadata key of the weights: the configuration without `sampling`, as JSON. Older files have none."""
+"""Metadata key of the weights: the configuration as `_architecture` writes it. Older files have none."""
 ENCODER_KEY = "encoder"
 """Metadata key of the weights: the text encoder's digest, if there is an encoder."""
 
@@ -90,7 +89,7 @@ class PretrainedMixin(nn.Module):
             hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()
 
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> Encoder:
         """Load the encoder that turns a description into a condition.
 
         Raises:
@@ -170,7 +169,7 @@ class PretrainedMixin(nn.Module):
             write_text(temporary / CARD_FILE, self.card())
             if self.encoder_directory is not None:
                 copy_encoder(self.encoder_directory, temporary / ENCODER_DIRECTORY)
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            weights = _stored(self.state_dict(), self.config.dtype, directory)
             metadata = {
                 "format": "pt", LAYOUT_KEY: self.layout.digest(), CONFIG_KEY: _architecture(self.config),
             }  # fmt: skip
@@ -226,9 +225,11 @@ class PretrainedMixin(nn.Module):
 
 
 def _architecture(config: GeneratorConfig) -> str:
-    """The configuration without `sampling`, which does not change what the weights mean, as sorted JSON."""
+    """The configuration without `sampling` and `dtype`, which do not change what the weights mean, as sorted
+    JSON."""
     architecture = to_plain(config)
-    del architecture["sampling"]
+    for key in ("sampling", "dtype"):
+        del architecture[key]
     # Older versions did not know these keys: without them, digests stay what they were.
     defaults = to_plain(GeneratorConfig())
     for part, keys in _LATER_KEYS.items():
@@ -236,6 +237,21 @@ def _architecture(config: GeneratorConfig) -> str:
             if architecture[part][key] == defaults[part][key]:
                 del architecture[part][key]
     return json.dumps(architecture, sort_keys=True)
+
+
+def _stored(weights: dict[str, Tensor], dtype: TokenDtype, directory: AnyPath) -> dict[str, Tensor]:
+    """Weights as the file holds them: on the CPU, floating-point ones in `dtype`.
+
+    Raises:
+        RPGError: naming the tensor whose values are beyond the dtype's.
+    """
+    stored = {}
+    for name, tensor in weights.items():
+        whole = tensor.detach().cpu().contiguous()
+        stored[name] = whole.to(getattr(torch, dtype)) if whole.is_floating_point() else whole
+        if whole.isfinite().all() and not stored[name].isfinite().all():
+            raise RPGError(f"{directory}: tensor '{name}' has values that are too large for {dtype}")
+    return stored
 
 
 def _holds(saved: str, config: GeneratorConfig) -> bool:
@@ -276,7 +292,7 @@ def _expected(config: GeneratorConfig, layout: Layout, tensors: int) -> dict[str
                 f"{part}.depth: expected no more layers than {WEIGHTS_FILE} has tensors, {tensors}, "
                 f"got {depth}"
             )
-    with torch.device("meta"):
+    with torch.device("meta"), _NoValues():
         networks = build_networks(config, layout.token_size, layout.tokens)
         positions = torch.empty(layout.tokens, config.recurrent.width)
     expected = {
@@ -285,6 +301,31 @@ def _expected(config: GeneratorConfig, layout: Layout, tensors: int) -> dict[str
         for name, tensor in network.state_dict().items()
     }
     return expected | ({"positions": positions} if config.recurrent.positions == Positions.learned else {})
+
+
+_ELEMENTWISE = ("add", "div", "exp", "expm1", "log", "mul", "neg", "rsub", "sub")
+
+
+class _NoValues(TorchFunctionMode):
+    """Passes over what would fill tensors: `nn.init`, and the functions of values in layers' constructors.
+
+    Tensors on the meta device have no values. But these operations import PyTorch's compiler there, which
+    takes longer than all the rest of loading a small generator.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        if func is torch.arange and len(args) == 1 and not given:
+            return torch.empty(args[0], dtype=torch.int64)
+        if func.__name__ in _ELEMENTWISE:
+            tensors = [each for each in args if isinstance(each, Tensor)]
+            dtype = torch.result_type(*args) if len(args) == 2 else args[0].dtype
+            return torch.empty(np.broadcast_shapes(*(each.shape for each in tensors)), dtype=dtype)
+        return func(*args, **given)
 
 
 @contextmanager

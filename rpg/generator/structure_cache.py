@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from rpg.collection.layout import Layout, placed, total_tokens
-from rpg.collection.state_dicts import DTYPES
 from rpg.collection.tensor_spec import TensorKind, TensorSpec
 from rpg.collection.tokens import LOG_SHIFT
 from rpg.config import Normalisation, TokenCut
 from rpg.errors import RPGError, one_line
+from rpg.state_dicts import DTYPES
 from rpg.storage.below import read_regular
 from rpg.storage.locations import AnyPath, fetched
 

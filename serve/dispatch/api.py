@@ -18,10 +18,11 @@ from rpg.client.schema import (
     ModelPage,
     QuarantinedJob,
     TensorInfo,
+    UnderstoodDescription,
 )
 from serve.dispatch.caller import Caller
 from serve.dispatch.dispatcher import Dispatcher
-from serve.dispatch.live_job import LiveJob
+from serve.dispatch.live_job import LiveJob, understood_view
 from serve.dispatch.records import Made
 from serve.dispatch.scheduler import GeneratorScheduler
 from serve.errors import ProblemError
@@ -116,6 +117,10 @@ class DispatcherAPI:
         """All generators that are served, by name."""
         return [_generator(scheduler) for _, scheduler in sorted(self.dispatcher.schedulers.items())]
 
+    async def understand(self, name: str, description: str) -> UnderstoodDescription:
+        """What a generator's words model understands of a description."""
+        return understood_view(await self.dispatcher.understood(name, description))
+
     async def centre(self, name: str) -> Centre:
         """A sample of the mean checkpoint that a generator learned from."""
         if name not in self.dispatcher.schedulers:
@@ -150,7 +155,7 @@ def _model(job: LiveJob, made: Made) -> ModelFile:
 
 def _generator(scheduler: GeneratorScheduler) -> GeneratorDetail:
     report, served = scheduler.report, scheduler.served
-    keys = ("digest", "device", "tokens", "token_size", "parameters", "model_bytes", "card")
+    keys = ("digest", "device", "tokens", "token_size", "parameters", "model_bytes", "card", "classes")
     reported: dict[str, Any] = {key: getattr(report, key, None) for key in keys}
     reported["layout"] = report and [
         TensorInfo(name=tensor, shape=list(shape), dtype=dtype) for tensor, shape, dtype in report.tensors

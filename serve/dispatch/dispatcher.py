@@ -9,16 +9,18 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from rpg.client.schema import JobRequest, JobState
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
+from rpg.words.understood import Understood
 from serve.config import LimitsConfig, RetentionConfig
 from serve.dispatch.caller import Caller
 from serve.dispatch.job_table import JobTable
-from serve.dispatch.lease import Embedded
+from serve.dispatch.lease import Embedded, Replicas
 from serve.dispatch.live_job import LiveJob
 from serve.dispatch.records import JobManifest
 from serve.dispatch.requests import checked_job, request_digest
@@ -27,6 +29,8 @@ from serve.dispatch.served_generator import ServedGenerator
 from serve.dispatch.store import JobStore, Quarantined, new_id
 from serve.errors import ProblemError
 from serve.metrics import JobMetrics
+
+T = TypeVar("T")
 
 _log = logging.getLogger("ray.serve")
 
@@ -270,6 +274,7 @@ class Dispatcher:
                 request_sha256=digest,
                 descriptions=request.descriptions,
                 encoder=None if embedded is None else embedded.encoder,
+                understood=None if embedded is None else embedded.understood,
             )
             live = await self._table.create(manifest)
         except RPGError as error:
@@ -280,20 +285,40 @@ class Dispatcher:
         self._enqueue(live)
         return live
 
+    async def understood(self, name: str, description: str) -> Understood:
+        """What a generator's words model understands of a description.
+
+        Raises:
+            ProblemError: 404 if there is no such generator; 422 if it has no words model, or for a
+                description that cannot be read; 503 if no replica answers in time.
+        """
+        if name not in self.schedulers:
+            raise ProblemError(404, f"no generator '{name}'")
+        return await self._read(name, lambda replicas: replicas.understand(description))
+
     async def _embedded(self, request: JobRequest) -> Embedded | None:
         """A replica's embeddings of a request's descriptions; None for a request without any.
 
         Raises:
             ProblemError: 422 for a description that cannot be read; 503 if no replica answers in time.
         """
-        if request.descriptions is None:
+        descriptions = request.descriptions
+        if descriptions is None:
             return None
-        name, replicas = request.generator, self.schedulers[request.generator].replicas
+        return await self._read(request.generator, lambda replicas: replicas.embed(descriptions))
+
+    async def _read(self, name: str, ask: Callable[[Replicas], Awaitable[T | str]]) -> T:
+        """What a replica of a generator answers about descriptions.
+
+        Raises:
+            ProblemError: 422 with its line, if it answers with one; 503 if none answers in time.
+        """
+        replicas = self.schedulers[name].replicas
         if replicas is None:
             raise ProblemError(503, f"generator '{name}' has not started yet", headers={"Retry-After": "1"})
         try:
             async with asyncio.timeout(self._embed_seconds):
-                embedded = await replicas.embed(request.descriptions)
+                answer = await ask(replicas)
         except Exception as error:
             _log.warning("generator %s: descriptions were not read: %s", name, last_line(error))
             raise ProblemError(
@@ -301,9 +326,9 @@ class Dispatcher:
                 f"no replica of generator '{name}' has read the descriptions; try once more",
                 headers={"Retry-After": "1"},
             ) from error
-        if isinstance(embedded, str):
-            raise ProblemError(422, embedded)
-        return embedded
+        if isinstance(answer, str):
+            raise ProblemError(422, answer)
+        return answer
 
     def _check_queue_limit(self, models: int) -> None:
         """Refuse `models` more if too many are waiting already.

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from rpg.words.understood import Understood
 from serve.dispatch.records import Made
 
 
@@ -36,6 +37,8 @@ class GeneratorReport:
     """Name, shape and dtype of each tensor of a network."""
     centre: list[tuple[str, list[float]]]
     """Of each generated tensor, values of the mean training checkpoint (`centre_preview`)."""
+    classes: list[str] | None = None
+    """What the condition's values stand for, where a words model understands descriptions."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Embedded:
 
     encoder: str
     conditions: list[list[float]]
+    understood: list[Understood] | None = None
+    """What a words model made the conditions of."""
 
 
 class Replicas(Protocol):
@@ -59,6 +64,10 @@ class Replicas(Protocol):
 
     async def embed(self, descriptions: list[str]) -> Embedded | str:
         """Wait for a replica, and have it embed descriptions; a text says why it cannot."""
+        ...
+
+    async def understand(self, description: str) -> Understood | str:
+        """Wait for a replica, and have it understand a description; a text says why it cannot."""
         ...
 
     async def describe(self) -> GeneratorReport:

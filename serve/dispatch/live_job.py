@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from rpg.client.schema import Job, JobState
+from rpg.client.schema import Job, JobState, UnderstoodClass, UnderstoodDescription
+from rpg.words.properties import CLASSES
+from rpg.words.understood import Understood
 from serve.dispatch.records import JobManifest, JobProgress, Made
 
 
@@ -182,6 +184,7 @@ class LiveJob:
             sampling=manifest.job.sampling,
             dtype=manifest.job.dtype,
             evaluate=manifest.evaluate,
+            understood=None if manifest.understood is None else [*map(understood_view, manifest.understood)],
             accuracy=self._accuracy / self._judged if self._judged else None,
             models=manifest.job.models,
             number=manifest.job.number,
@@ -194,3 +197,12 @@ class LiveJob:
             seconds_left=self.remaining / rate if rate else None,
             version=self.version,
         )
+
+
+def understood_view(understood: Understood) -> UnderstoodDescription:
+    """What was understood of a description, as callers see it."""
+    classes = [
+        UnderstoodClass(name=name, probability=probability, meant=bool(bit))
+        for name, probability, bit in zip(CLASSES, understood.probabilities, understood.bits, strict=True)
+    ]
+    return UnderstoodDescription(classes=classes, sureness=understood.sureness, is_sure=understood.is_sure)

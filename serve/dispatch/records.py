@@ -22,6 +22,8 @@ from rpg.config import Finite
 from rpg.errors import RPGError
 from rpg.sampling.job import GenerationJob
 from rpg.sampling.pack import PACK_PATTERN
+from rpg.words.properties import CLASSES
+from rpg.words.understood import Understood
 
 T = TypeVar("T")
 
@@ -82,6 +84,8 @@ class JobManifest:
     """What the job's conditions are embeddings of, if it was asked for so."""
     encoder: str | None = None
     """Digest of the text encoder that made them."""
+    understood: list[Understood] | None = None
+    """What a words model understood of each description."""
 
     def __post_init__(self) -> None:
         if self.descriptions is None:
@@ -90,6 +94,13 @@ class JobManifest:
             raise ValueError("expected a condition for each description")
         if self.encoder is None:
             raise ValueError("expected the encoder of the descriptions")
+        if self.understood is not None and len(self.understood) != len(self.descriptions):
+            raise ValueError("expected what was understood of each description")
+        for each in self.understood or []:
+            if len(each.probabilities) != len(CLASSES):
+                raise ValueError(f"expected probabilities of {len(CLASSES)} classes")
+            if not all(0 <= value <= 1 for value in (*each.probabilities, each.sureness)):
+                raise ValueError("expected probabilities from 0 to 1")
 
     def description_of(self, index: int) -> str | None:
         """The description that model `index` is asked for by."""

@@ -4,13 +4,17 @@ from importlib.resources import files
 
 from fastapi import FastAPI, Response
 
-_SCRIPTS = ("page.js", "card.js", "model_file.js", "picture.js", "request.js", "service.js")
+_SCRIPTS = (
+    "page.js", "answers.js", "card.js", "cifar10.js", "model_file.js", "picture.js", "request.js",
+    "service.js",
+)  # fmt: skip
+_SAMPLES = "/static/cifar10_samples.png"
 _FILES = {
     "/": ("page.html", "text/html"),
     "/static/page.css": ("page.css", "text/css"),
     **{f"/static/{name}": (name, "text/javascript") for name in _SCRIPTS},
 }
-PAGE_PATHS = tuple(_FILES)
+PAGE_PATHS = (*_FILES, _SAMPLES)
 """Answered without a token, because a browser opens the page before its user can type one."""
 
 _HEADERS = {
@@ -29,6 +33,8 @@ def add_page(app: FastAPI) -> None:
     """Serve the page's files. They are left out of the OpenAPI document, which is about the interface."""
     for path, (name, media_type) in _FILES.items():
         _add_file(app, path, files("serve").joinpath("static", name).read_bytes(), media_type)
+    sheet = files("rpg").joinpath("tasks", "data", "cifar10_samples.png").read_bytes()
+    _add_file(app, _SAMPLES, sheet, "image/png")
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:

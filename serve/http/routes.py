@@ -23,6 +23,8 @@ from rpg.client.schema import (
     JobState,
     ModelFile,
     ModelPage,
+    UnderstandRequest,
+    UnderstoodDescription,
 )
 from serve.dispatch.api import DispatcherAPI
 from serve.dispatch.caller import Caller
@@ -44,6 +46,8 @@ _PAGE = 1000
 """Jobs or models that one answer lists at most."""
 _METRICS_TYPE = "text/plain; version=0.0.4"
 _EVENTS_TYPE = "text/event-stream"
+_UNDERSTOOD_HEADER = "RPG-Understood"
+"""Where the body is a network: JSON of what was understood of the description that it was made for."""
 
 
 def _caller_with(scope: str) -> Callable[..., Caller]:
@@ -169,13 +173,19 @@ def add_jobs(app: FastAPI, api: DispatcherAPI, store: JobStore, events: JobEvent
         },
     )  # fmt: skip
     async def generate(request: GenerateRequest, caller: Submitter) -> Response:
-        """Make one model and answer with it. It is a job like any other, and stays as one."""
+        """Make one model and answer with it. It is a job like any other, and stays as one.
+
+        Where a description was understood as classes, the header RPG-Understood tells these, in JSON
+        (UnderstoodDescription).
+        """
         asked = request.model_dump(exclude={"condition", "description"})
         conditions = None if request.condition is None else [request.condition]
         descriptions = None if request.description is None else [request.description]
         whole = JobRequest(**asked, conditions=conditions, descriptions=descriptions)
         job, model = await api.generate(caller, whole, seconds=GENERATE_SECONDS)
         headers = {"Location": f"/v1/jobs/{job.id}"}
+        if job.understood:
+            headers[_UNDERSTOOD_HEADER] = job.understood[0].model_dump_json()
         if job.state == JobState.failed:
             raise ProblemError(500, job.error or "the job failed")
         if job.state == JobState.cancelled:
@@ -299,6 +309,16 @@ def add_generators(app: FastAPI, api: DispatcherAPI) -> None:
             if each.name == name:
                 return each
         raise ProblemError(404, f"no generator '{name}'")
+
+    @app.post(
+        "/v1/generators/{name}/understand",
+        response_model=UnderstoodDescription,
+        responses=problem_responses(404, 422),
+        operation_id="understand",
+    )
+    async def understand(caller: Submitter, name: str, request: UnderstandRequest) -> UnderstoodDescription:
+        """Which classes a description means, for a generator with a words model. Nothing is made."""
+        return await api.understand(name, request.description)
 
     @app.get(
         "/v1/generators/{name}/centre", response_model=Centre, responses=problem_responses(404, 422),

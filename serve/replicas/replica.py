@@ -19,6 +19,7 @@ from rpg.collection.collection import Collection
 from rpg.collection.companions import Companions
 from rpg.collection.layout import Layout
 from rpg.config import ConditionKind
+from rpg.encoders import Encoder
 from rpg.errors import RPGError
 from rpg.generator.generator import Generator
 from rpg.generator.saving import CARD_FILE
@@ -29,6 +30,9 @@ from rpg.sampling.request import FinishedModel, Request
 from rpg.storage.below import read_below
 from rpg.storage.locations import location
 from rpg.storage.node_cache import local_copy
+from rpg.words.properties import CLASSES
+from rpg.words.sentences import SentenceUnderstanding
+from rpg.words.understood import Understood
 from serve.config import CacheConfig, GeneratorEntry
 from serve.dispatch.lease import Embedded, GeneratorReport, Lease
 from serve.dispatch.records import Made
@@ -157,10 +161,21 @@ class Replica:
         # One request at a time, since plans and files need threads as well.
         async with self._embedding:
             try:
-                conditions = await asyncio.to_thread(lambda: [encoder.encode(text) for text in descriptions])
+                conditions, understood = await asyncio.to_thread(_read, encoder, descriptions)
             except RPGError as error:
                 return str(error)
-        return Embedded(self.generator.config.condition.encoder, conditions)
+        return Embedded(self.generator.config.condition.encoder, conditions, understood)
+
+    async def understand(self, description: str) -> Understood | str:
+        """Understand a description by the generator's words model; text says why that is not possible."""
+        encoder = self._encoder
+        if not isinstance(encoder, SentenceUnderstanding):
+            return f"generator '{self._name}' has no words model, which would name classes"
+        async with self._embedding:
+            try:
+                return await asyncio.to_thread(encoder.understand, description)
+            except RPGError as error:
+                return str(error)
 
     async def describe(self) -> GeneratorReport:
         """What is loaded."""
@@ -178,6 +193,7 @@ class Replica:
                 for spec in layout.specs
             ],
             centre=centre_preview(layout),
+            classes=list(CLASSES) if isinstance(self._encoder, SentenceUnderstanding) else None,
         )
 
     def check_health(self) -> None:
@@ -230,6 +246,14 @@ def centre_preview(layout: Layout) -> list[tuple[str, list[float]]]:
         if spec.tokens
         for flat, count in [(layout.centre[spec.name].view(-1), min(spec.numel, PREVIEW_VALUES))]
     ]
+
+
+def _read(encoder: Encoder, descriptions: list[str]) -> tuple[list[list[float]], list[Understood] | None]:
+    """The conditions that descriptions stand for, and what a words model understood of them."""
+    if not isinstance(encoder, SentenceUnderstanding):
+        return [encoder.encode(text) for text in descriptions], None
+    understood = [encoder.understand(text) for text in descriptions]
+    return [each.condition(text) for each, text in zip(understood, descriptions, strict=True)], understood
 
 
 def _made(plan: _Plan, finished: FinishedModel) -> Made:

@@ -1,5 +1,6 @@
 // The page: choose a generator, ask for networks, watch the job, look at what came out.
 
+import { answers } from "./answers.js";
 import { Card, bytes, count } from "./card.js";
 import { ConditionField, requestBody } from "./request.js";
 import { ask, call, download, follow, getToken, setToken } from "./service.js";
@@ -40,14 +41,24 @@ function showGenerator() {
   condition.show(chosen);
   at("evaluation").hidden = !chosen.evaluates;
   const facts = chosen.ready
-    ? [`networks of ${bytes(chosen.model_bytes)}`, `${chosen.sampling.steps} steps of ${chosen.sampling.solver}`, `on ${chosen.device}`]
+    ? [`networks of ${bytes(chosen.model_bytes)}`, `${chosen.sampling.steps} ${chosen.sampling.steps === 1 ? "step" : "steps"} of ${chosen.sampling.solver}`, `on ${chosen.device}`]
     : ["not started yet: a job waits for it"];
   if (chosen.models_per_second) facts.push(`${count(Number(chosen.models_per_second.toPrecision(2)))} models/s`);
   if (!condition.size) facts.push("takes no condition");
   at("generator-note").textContent = facts.join(", ");
 }
 
+// Show how the description is understood; whether that is sure.
+async function understand(description) {
+  const headers = { "Content-Type": "application/json" };
+  const path = `v1/generators/${encodeURIComponent(at("generator").value)}/understand`;
+  return condition.read(description, await ask(path, { method: "POST", headers, body: JSON.stringify({ description }) }));
+}
+
 async function submit() {
+  const description = condition.unread();
+  // What is not sure is for the user to say.
+  if (description !== null && !(await understand(description))) return;
   const evaluate = !at("evaluation").hidden && at("evaluate").checked;
   const body = requestBody(at("generator").value, condition.value(), at("number").value, at("seed").value, evaluate);
   const headers = { "Content-Type": "application/json" };
@@ -115,7 +126,11 @@ async function showModel(index) {
     detail.append(text);
     return [term, detail];
   }));
+  at("answers").replaceChildren();
   at("network").hidden = false;
+  const shown = await answers(loaded.file);
+  if (loaded !== card) return;
+  at("answers").replaceChildren(...shown);
   const [reason, picture] = await loaded.picture();
   if (loaded === card) showPicture(reason, picture);
 }
@@ -162,6 +177,7 @@ at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   attempt(submit);
 });
+at("understand").addEventListener("click", () => attempt(() => understand(at("description").value)));
 at("generator").addEventListener("change", showGenerator);
 at("cancel").addEventListener("click", () => attempt(cancel));
 at("index").addEventListener("change", () => attempt(() => showModel(Number(at("index").value))));

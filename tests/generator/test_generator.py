@@ -26,11 +26,13 @@ from rpg.config import (
     RecurrentConfig,
     RecurrentKind,
     SamplingConfig,
+    TokenDtype,
 )
 from rpg.errors import RPGError
 from rpg.generator import saving
 from rpg.generator.generator import Batch, Generator
-from rpg.generator.saving import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE
+from rpg.generator.networks import build_networks
+from rpg.generator.saving import CARD_FILE, CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE, _expected
 from tests.sampling.packing import Asked, sampled_tokens
 
 MakeGenerator = Callable[..., Generator]
@@ -494,3 +496,53 @@ def test_weights_of_another_floating_point_type_load(saved: Path, dtype: torch.d
     expected = Generator.from_pretrained(saved).state_dict()[NAME].to(dtype).float()
     change_weights(saved, lambda weights: weights.update({NAME: weights[NAME].to(dtype)}))
     assert torch.equal(Generator.from_pretrained(saved).state_dict()[NAME], expected)
+
+
+@pytest.mark.parametrize("dtype", [TokenDtype.float16, TokenDtype.bfloat16])
+def test_weights_are_stored_as_the_configuration_says(
+    make_generator: MakeGenerator, make_layout: MakeLayout, tmp_path: Path, dtype: TokenDtype
+) -> None:
+    generator = make_generator(make_layout(16))
+    whole = generator.digest()
+    generator.config.dtype = dtype
+    assert generator.digest() == whole, "how weights are stored does not change what they mean"
+    generator.save_pretrained(tmp_path / "generator")
+    stored = load_file(tmp_path / "generator" / WEIGHTS_FILE)
+    loaded = Generator.from_pretrained(tmp_path / "generator")
+    for name, tensor in generator.state_dict().items():
+        assert stored[name].dtype == (getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype)
+        assert torch.equal(loaded.state_dict()[name], tensor.to(stored[name].dtype).to(tensor.dtype))
+    loaded.save_pretrained(tmp_path / "again")
+    assert Generator.from_pretrained(tmp_path / "again").digest() == loaded.digest()
+
+
+def test_weights_beyond_the_dtype_are_refused(
+    make_generator: MakeGenerator, make_layout: MakeLayout, tmp_path: Path
+) -> None:
+    generator = make_generator(make_layout(16))
+    generator.config.dtype = TokenDtype.float16
+    with torch.no_grad():
+        dict(generator.named_parameters())[NAME].fill_(1e6)
+    with pytest.raises(RPGError, match=f"tensor '{NAME}' has values that are too large for float16"):
+        generator.save_pretrained(tmp_path / "generator")
+    assert not (tmp_path / "generator").exists()
+
+
+@pytest.mark.parametrize("recurrent", list(RecurrentKind))
+@pytest.mark.parametrize("denoiser", list(DenoiserKind))
+@pytest.mark.parametrize("form", list(ConditionForm))
+def test_what_weights_are_expected_is_what_the_networks_have(
+    make_layout: MakeLayout, recurrent: RecurrentKind, denoiser: DenoiserKind, form: ConditionForm
+) -> None:
+    config = GeneratorConfig()
+    config.recurrent.kind, config.denoiser.kind, config.condition.form = recurrent, denoiser, form
+    config.condition.size, config.condition.states = 10, 0 if form == ConditionForm.gated else 3
+    layout = make_layout(16)
+    networks = build_networks(config, layout.token_size, layout.tokens)._asdict()
+    built = {
+        f"{part}.{name}": (tensor.shape, tensor.dtype)
+        for part, network in networks.items()
+        for name, tensor in network.state_dict().items()
+    }
+    found = _expected(config, layout, 1000)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == built

@@ -14,14 +14,20 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 from torch import nn
 
 from rpg.config import ConditionKind, RecurrentKind, SamplingConfig, Solver
+from rpg.tasks.cifar10_net import Cifar10Net, normalised
+from rpg.tasks.cifar10_samples import samples
+from rpg.words.properties import CLASSES
 from serve.config import GeneratorEntry, ServeConfig
 from tests.serve.conftest import TOKENS, Measurable, token_entry
+from tests.words_models import UNSURE
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
@@ -136,6 +142,27 @@ def described_url(
     )
     with _listening(config, in_process, free_ports(1)[0]) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def words_url(
+    asked_generator: Path,
+    words_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    in_process: Any,
+    free_ports: Any,
+) -> Iterator[str]:
+    """A service whose generator makes networks for CIFAR-10's classes, and is asked in words."""
+    config = ServeConfig(
+        storage=str(tmp_path_factory.mktemp("asked") / "storage"),
+        roots=[str(asked_generator.parent)],
+        generators=[GeneratorEntry("small", str(asked_generator), num_gpus=0)],
+        auth=False,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(words_model.parent / "site")
+        with _listening(config, in_process, free_ports(1)[0]) as url:
+            yield url
 
 
 @dataclass
@@ -281,6 +308,112 @@ def test_a_description_is_entered_in_place_of_numbers(
     expect(page.locator("#card")).not_to_contain_text("Condition")
     assert here.fits()
     assert here.complaints == []
+
+
+def ticked(page: Page) -> list[str]:
+    """The names of the classes that are ticked."""
+    return [
+        label.split("\n")[0] for label in page.locator("#classes label:has(input:checked)").all_inner_texts()
+    ]
+
+
+def test_words_are_understood_and_become_a_network_by_keyboard(
+    visit: Callable[..., Visit], words_url: str, tmp_path: Path
+) -> None:
+    here = visit(words_url, viewport=PHONE)
+    page, keys = here.page, here.page.keyboard
+    expect(page.get_by_label("Condition, 10 numbers")).to_be_hidden()
+    here.tab_to("Description")
+    keys.type("a cat or a dog")
+    here.tab_to("Understand")
+    keys.press("Enter")
+    expect(page.locator("#understood")).to_contain_text("Understood: cat, dog. Sureness ")
+    assert ticked(page) == ["cat", "dog"]
+    expect(page.locator("#job")).to_be_hidden()
+    here.tab_to("Generate")
+    keys.press("Enter")
+    expect(page.get_by_role("status")).to_contain_text("succeeded: 1 of 1 model")
+    expect(page.locator("#card")).to_contain_text("Descriptiona cat or a dog")
+    expect(page.locator("#answers li")).to_have_count(40)
+    here.tab_to("Download")
+    with page.expect_download() as download:
+        keys.press("Enter")
+    download.value.save_as(tmp_path / "net.safetensors")
+
+    # What the page says, PyTorch says.
+    network = Cifar10Net().eval()
+    network.load_state_dict(load_file(tmp_path / "net.safetensors"), strict=True)
+    pixels, kinds = samples()
+    with torch.no_grad():
+        says = (network(normalised(pixels))[:, 0] > 0).tolist()
+    lines, right = [], 0
+    for yes, kind in zip(says, kinds.tolist(), strict=True):
+        is_right = yes == (CLASSES[kind] in ("cat", "dog"))
+        right += is_right
+        lines.append(f"{CLASSES[kind]}: {'yes' if yes else 'no'}{'' if is_right else ', wrong'}")
+    assert page.locator("#answers li").all_inner_texts() == lines
+    expect(page.locator("#answers")).to_contain_text(f"{right} of 40 answers are right")
+    assert here.fits()
+    assert here.complaints == []
+
+
+def test_chances_of_the_browser_are_those_of_pytorch(visit: Callable[..., Visit], words_url: str) -> None:
+    """Answers are yes or no; the numbers behind them show that no layer is wrong."""
+    here = visit(words_url)
+    made = httpx.post(f"{words_url}/v1/generate", json={"generator": "small", "description": "any cat"})
+    job = made.headers["location"].rpartition("/")[2]
+    chances = here.page.evaluate(
+        """async (path) => {
+            const { ModelFile } = await import("/static/model_file.js");
+            const { Cifar10Net, samples } = await import("/static/cifar10.js");
+            const network = new Cifar10Net(new ModelFile(await (await fetch(path)).arrayBuffer()));
+            const images = await samples(await (await fetch("/static/cifar10_samples.png")).blob());
+            return images.map(({ pixels }) => network.answer(pixels));
+        }""",
+        f"/v1/jobs/{job}/models/0",
+    )
+    network = Cifar10Net().eval()
+    network.load_state_dict(load_safetensors(made.content))
+    with torch.no_grad():
+        expected = torch.sigmoid(network(normalised(samples()[0]))[:, 0])
+    assert chances == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len({round(chance, 4) for chance in chances}) > 20
+
+
+def test_understood_classes_can_be_changed(visit: Callable[..., Visit], words_url: str) -> None:
+    here = visit(words_url)
+    page = here.page
+    page.get_by_label("Description").fill("a cat or a dog")
+    page.get_by_role("button", name="Understand").click()
+    expect(page.locator("#understood")).to_contain_text("Understood: cat, dog")
+    page.get_by_label("dog").uncheck()
+    page.get_by_label("ship").check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("status")).to_contain_text("succeeded: 1 of 1 model")
+    expect(page.locator("#card")).to_contain_text("Condition0 0 0 1 0 0 0 0 1 0")
+    assert here.complaints == []
+
+
+def test_what_is_not_sure_waits_for_ticks(visit: Callable[..., Visit], words_url: str) -> None:
+    here = visit(words_url, viewport=PHONE)
+    page = here.page
+    page.get_by_label("Description").fill(UNSURE)
+    page.keyboard.press("Enter")
+    expect(page.locator("#understood")).to_contain_text("Not sure what is meant")
+    expect(page.locator("#job")).to_be_hidden()
+    for name in ticked(page):
+        page.get_by_label(name).uncheck()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("tick some of the classes, not all")
+    page.get_by_label("truck").check()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("status")).to_contain_text("succeeded: 1 of 1 model")
+    expect(page.locator("#card")).to_contain_text("Condition0 0 0 0 0 0 0 0 0 1")
+    page.get_by_label("Description").fill("one")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_contain_text("means none of the 10 classes")
+    assert here.fits()
+    assert all("status of 422" in complaint for complaint in here.complaints)
 
 
 def test_the_picture_shows_the_file_against_the_centre(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg.collection.state_dicts import find_ties
 from rpg.errors import RPGError
+from rpg.state_dicts import find_ties
 from rpg.storage.files import is_number, read_json
 
 _PREFIX = "base_model.model."
@@ -133,9 +133,9 @@ class AdapterMerge:
             own = module.removeprefix(_PREFIX)
             scale = self._scaling.of(own, a.shape[0])
             target = self._target(f"{own}.weight", name)
-            delta = partial(_product, a, b, scale, self._transposed, "embedding" in end)
-            self._check(delta, target, name)
             by_columns = self._transposed or "embedding" in end
+            self._check(a, b, by_columns, target, name)
+            delta = partial(_product, a, b, scale, by_columns)
             outputs = self._base[target].shape[-1 if by_columns else 0]
             if magnitude is not None and magnitude.numel() != outputs:
                 raise self._misfit(f"{module}{_MAGNITUDES[0]}", magnitude.shape, target)
@@ -208,15 +208,20 @@ class AdapterMerge:
             raise RPGError(f"{self._source}: tensor '{source}': another one changes '{target}' already")
         self._changes[target] = change
 
-    def _check(self, delta: Callable[[Tensor], Tensor], target: str, source: str) -> None:
-        # On the meta device nothing but shapes is computed.
-        like = torch.empty(self._base[target].shape, device="meta")
-        try:
-            found = delta(like).shape
-        except RuntimeError as error:
-            raise RPGError(f"{self._source}: tensor '{source}': A and B do not fit: {error}") from error
-        if found != like.shape:
-            raise self._misfit(source, found, target)
+    def _check(self, a: Tensor, b: Tensor, by_columns: bool, target: str, source: str) -> None:
+        if b.flatten(1).shape[1] != a.shape[0]:
+            raise RPGError(
+                f"{self._source}: tensor '{source}': A and B do not fit: "
+                f"their shapes are {list(a.shape)} and {list(b.shape)}"
+            )
+        like = self._base[target].shape
+        found = (b.shape[0], a.flatten(1).shape[1])
+        if len(like) > 2:
+            found = (b.shape[0], *a.shape[1:])
+        elif by_columns:
+            found = found[::-1]
+        if found != tuple(like):
+            raise self._misfit(source, torch.Size(found), target)
 
     def _misfit(self, source: str, found: torch.Size, target: str) -> RPGError:
         return RPGError(
@@ -225,15 +230,12 @@ class AdapterMerge:
         )
 
 
-def _product(
-    a: Tensor, b: Tensor, scale: float, transposed: bool, is_embedding: bool, like: Tensor
-) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale: float, by_columns: bool, like: Tensor) -> Tensor:
     """scale · B A in the form of the weight `like`; of a convolution, A has the kernel and B is pointwise."""
-    a, b = a.to(like.device, torch.float32), b.to(like.device, torch.float32)
-    product: Tensor = scale * (b.flatten(1) @ a.flatten(1))
+    product: Tensor = scale * (b.float().flatten(1) @ a.float().flatten(1))
     if like.ndim > 2:
         return product.reshape(b.shape[0], *a.shape[1:])
-    return product.T if is_embedding or transposed else product
+    return product.T if by_columns else product
 
 
 def _changed(

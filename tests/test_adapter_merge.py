@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpg.collection.adapter_merge import AdapterMerge
+from rpg.adapter_merge import AdapterMerge
 from rpg.errors import RPGError
 
 BASE = {"net.linear.weight": torch.ones(4, 3), "net.linear.bias": torch.zeros(4), "words": torch.ones(5, 2)}
