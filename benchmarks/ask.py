@@ -185,9 +185,14 @@ def table(title: str, rows: Sequence[Row]) -> list[str]:
         "accuracy of networks for the descriptions": asked,
         "accuracy of networks for the right classes": mean([row.by_bits for row in rows]),
         "the one over the other": asked / max(1e-9, mean([row.by_bits for row in rows])),
-        "accuracy of networks trained for the understood classes": mean([r.trained or 0.0 for r in trained]),
-        "networks for the descriptions over these": mean([row.asked for row in trained])
-        / max(1e-9, mean([row.trained or 0.0 for row in trained])),
+    }
+    if trained:
+        of_originals = mean([row.trained or 0.0 for row in trained])
+        figures |= {
+            "accuracy of networks trained for the understood classes": of_originals,
+            "networks for the descriptions over these": mean([row.asked for row in trained]) / of_originals,
+        }
+    figures |= {
         "sure": len(sure) / max(1, len(rows)),
         "accuracy of networks for the sure ones": mean([row.asked for row in sure]),
     }
