@@ -79,6 +79,8 @@ class CapturedStep(Generic[Batch, Computed]):
             torch.cuda.synchronize(self._stream.device)
             self._graph.reset()
             self._graph = None
+            # Another process group starts NCCL in its first steps, which cannot be captured.
+            self._steps = 0
 
     def _in_own_stream(self, batch: Batch) -> Computed:
         current = torch.cuda.current_stream(self._stream.device)
