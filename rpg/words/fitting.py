@@ -59,7 +59,7 @@ class FitSettings:
         head_epochs: over them.
     """
 
-    steps: int = 1600
+    steps: int = 3000
     pool: int = 20_000
     descriptions: int = 48
     others: int = 8
