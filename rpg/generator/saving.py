@@ -55,12 +55,14 @@ arXiv 2501.11587.
 
 ```python
 from pathlib import Path
-from rpg.sampling.generate import generate_models
+
 from rpg.generator.generator import Generator
+from rpg.sampling.generate import generate_models
 
 generator = Generator.from_pretrained("PATH/TO/THIS/DIRECTORY")
 sampling = generator.config.sampling
-files = generate_models(generator, {argument}, number=5, seed=0, out=Path("generated"), sampling=sampling)
+conditions = {argument}
+files = generate_models(generator, conditions, number=5, seed=0, out=Path("generated"), sampling=sampling)
 ```
 {accuracy}"""
 _LATER_KEYS = {
