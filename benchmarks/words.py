@@ -40,6 +40,11 @@ def published_bits() -> tuple[list[str], Tensor]:
     )
 
 
+def header(name: str, columns: Sequence[str]) -> str:
+    """The first two lines of a table of numbers."""
+    return f"| {name} | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns)
+
+
 def row(name: str, values: Sequence[float]) -> str:
     """A line of a table, with the mean of several values behind them."""
     mean = f" {sum(values) / len(values):.3f} |" if len(values) > 1 else ""
@@ -86,8 +91,8 @@ def main() -> None:
     parts = [Part.validation] if options.validation else [Part.validation, Part.test]
     understandings = [SentenceUnderstanding.load(each, options.encoder) for each in options.directories]
     plain = TextEncoder(options.encoder)
-    print("| share of right bits | " + " | ".join(each.name for each in options.directories) + " | mean |")
-    print("| --- |" + " ---: |" * (len(understandings) + 1))
+    columns = [each.name for each in options.directories] + ["mean"] * (len(understandings) > 1)
+    print(header("share of right bits", columns))
     measured: dict[str, list[Measured]] = {}
     sets = {f"{part.value} properties": described(part) for part in parts}
     if not options.validation:
@@ -114,7 +119,7 @@ def main() -> None:
                 shares = [each.share_right(chosen) for each in measured[name]]
                 mean = sum(shares) / len(shares)
                 print(f"| {low:.1f} to {min(high, 1):.1f} | {int(chosen.sum())} | {mean:.3f} |")
-    print("\n| sure | share |\n| --- | ---: |")
+    print("\n" + header("sure", columns))
     for name, each in measured.items():
         bounds = [understanding.head.calibration.least_sureness for understanding in understandings]
         sure = [one.sureness >= bound for one, bound in zip(each, bounds, strict=True)]
@@ -134,7 +139,7 @@ def main() -> None:
     if not options.validation:
         print("\n| the encoder as it is | all no | best threshold |\n| --- | ---: | ---: |")
         print("\n".join(frozen(plain)))
-        print("\n| published description | expected | understood | sureness |\n| --- | --- | --- | ---: |")
+        print("\n| published description | wrong bits | understood | sureness |\n| --- | --- | --- | ---: |")
         for text, bits in published():
             found = understandings[0].understand(text)
             wrong = sum(a != b for a, b in zip(found.bits, bits, strict=True))

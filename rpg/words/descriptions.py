@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from rpg.seeds import derived_seed
-from rpg.words.facts import Fact, as_properties
-from rpg.words.properties import CLASSES, Bits, ClassNames, Property
+from rpg.words.facts import ANIMALS, VEHICLES, Fact, as_properties
+from rpg.words.properties import CLASSES, Bits, ClassNames, Name, Property
 
 REQUESTS = (
     "{}", "{}", "{}", "select all {}", "select {}", "find all {}", "find {}", "identify all {}",
@@ -25,15 +25,41 @@ REQUESTS = (
     "which images show {}?", "make a network that says yes to {}", "train a model for {}",
     "separate {} from the rest", "I am looking for {}", "get me all {}", "choose {}", "choose all {}",
     "return all {}", "tag {}", "label all {}", "a model for {}", "a detector of {}", "sort out {}",
-    "collect {}",
+    "collect {}", "{} please", "{}, please", "just {}", "{} only", "I only want {}", "I'd like to see {}",
+    "help me find {}", "can you find {}?", "could you pick out {}?", "tell me which ones are {}",
+    "which of these are {}?", "my photos of {}", "I want to know which pictures show {}", "{} or not?",
+    "{} vs everything else", "{} vs. the rest", "{} versus everything else", "{} versus all others",
+    "{} against the rest", "tell {} apart from the rest",
 )  # fmt: skip
 """Ways to ask; `{}` is the phrase."""
+_OF_ONE = (
+    "is there {} in my picture?", "is there {} in this photo?", "is this {}?", "is it {}?", "{}?",
+    "do you see {}?", "can you see {} here?", "does my picture have {} in it?", "does this show {}?",
+    "I want to know if there's {} in my picture", "tell me if there is {} in the image",
+    "I want to know whether it is {}", "check for {}",
+)  # fmt: skip
+"""More ways, for a phrase that begins with "a" or "an"."""
+_OF_MANY = (
+    "are there {} in my picture?", "are there any {} in this photo?", "are these {}?", "any {}?", "{}?",
+    "do you see {}?", "does my picture have {} in it?", "I want to know if there are {} in my picture",
+    "tell me if there are {} in the image", "check for {}",
+)  # fmt: skip
+"""More ways, for a phrase in the plural."""
 
 _EXCEPT = (
     "everything but {}", "everything except {}", "anything but {}", "anything other than {}", "all but {}",
     "all classes except {}", "everything that is not {}", "things that are not {}", "things other than {}",
-    "not {}", "no {}", "everything apart from {}",
+    "not {}", "no {}", "everything apart from {}", "everything excluding {}", "everything minus {}",
+    "everything except for {}", "all except {}", "anything that isn't {}", "anything that is not {}",
+    "anything which isn't {}", "things that aren't {}", "whatever is not {}", "everything without {}",
+    "everything leaving out {}", "all without any {}", "pictures without any {}", "the opposite of {}",
 )  # fmt: skip
+_EXCLUDE = (
+    "exclude {}", "exclude all {}", "excluding {}", "leave out {}", "ignore {}", "filter out {}", "remove {}",
+    "I don't want {}", "I do not want any {}", "don't show {}", "do not select {}", "without {}",
+)  # fmt: skip
+"""Whole sentences that mean everything but the phrase."""
+_NON = "non-{}"
 _NEITHER = ("neither {} nor {}", "things that are neither {} nor {}", "no {} and no {}")
 _OR = ("{} or {}", "{} and {}", "{} as well as {}", "{}, and also {}", "either {} or {}", "{} plus {}")
 _BOTH = (
@@ -42,8 +68,12 @@ _BOTH = (
 )  # fmt: skip
 _WITHOUT = (
     "{} except {}", "{} but not {}", "{} that are not {}", "{}, without {}", "{} other than {}",
-    "{}, but no {}", "{} apart from {}",
+    "{}, but no {}", "{} apart from {}", "{}, no {}", "{} but no {}", "{} and no {}", "{}, not {}",
+    "{} minus {}", "{} excluding {}", "{}, excluding {}", "{}, leaving out {}", "{} that aren't {}",
+    "{} which aren't {}", "{} without any {}", "{} except for {}", "{}, except {}",
 )  # fmt: skip
+_ONLY_PLURAL = ("no {}", "any {}", "all {}", _NON)
+"""How forms end that "a" or "an" cannot follow."""
 _SWAPS = (
     (r"^things\b", ("objects", "items", "stuff", "ones", "everything")),
     (r"^animals\b", ("creatures", "beasts", "any animals")),
@@ -53,9 +83,18 @@ _SWAPS = (
     (r" that have ", (" with ", " having ", " which have ")),
 )
 """Words that may be replaced without changing which classes are meant."""
-_NO_ALL = r"(a|an|all|any|anything|something|every|everything|no|not|neither|either|only|whatever)\b"
+_NO_ALL = (
+    r"(a|an|all|any|anything|something|every|everything|no|not|non|neither|either|only|whatever|pictures|"
+    r"the opposite)\b"
+)
 """How phrases begin that "all" cannot stand before."""
+_WHOLE = tuple(form.partition("{}")[0] for form in _EXCLUDE)
 _SINGULAR = ("stuff", "everything")
+_KINDS = (
+    (ANIMALS, tuple(Name(each, each + "s") for each in ("animal", "animal", "creature"))),
+    (VEHICLES, tuple(Name(each, each + "s") for each in ("vehicle", "vehicle", "machine"))),
+)
+"""Words for several classes, which are listed like names."""
 _MOST_NAMED = 6
 """Larger sets are described by what they lack."""
 
@@ -86,7 +125,7 @@ class DescriptionWriter:
         texts: dict[str, None] = {}
         for attempt in range(20 * number):
             phrase = ways[attempt % 2](bits, chance) or self._named(bits, chance)
-            texts.setdefault(_request(phrase, chance))
+            texts.setdefault(asked(phrase, chance))
             if len(texts) == number:
                 break
         return list(texts)
@@ -101,7 +140,7 @@ class DescriptionWriter:
         while True:
             for each in chance.sample(self._sources, len(self._sources)):
                 phrase, bits = self._mixed(each, chance)
-                yield _request(phrase, chance), bits
+                yield asked(phrase, chance), bits
 
     def sample(self, number: int, seed: int) -> list[tuple[str, Bits]]:
         """The first `number` of `stream(seed)`."""
@@ -109,20 +148,25 @@ class DescriptionWriter:
 
     def _mixed(self, each: Property | Fact, chance: random.Random) -> tuple[str, Bits]:
         kind = chance.random()
-        if kind < 0.6:
+        if kind < 0.4:
             return _say(each, chance)
-        if kind < 0.75:
+        if kind < 0.55:
             size = chance.choice((1, 1, 2, 2, 2, 3, 3, 4, 5, 7, 8, 9, 9))
             chosen = set(chance.sample(range(len(CLASSES)), size))
             bits = tuple(int(i in chosen) for i in range(len(CLASSES)))
             return self._named(bits, chance), bits
+        if kind < 0.7:
+            return self._combined(chance)
         phrase, bits = _say(each, chance, negated=0.0)
-        if kind < 0.81 and not all(bits):
-            return chance.choice(_EXCEPT).format(phrase), tuple(1 - bit for bit in bits)
+        if kind < 0.8 and not all(bits):
+            return chance.choice(_EXCEPT + _EXCLUDE).format(phrase), _not(bits)
         return self._joined(phrase, bits, chance)
 
     def _joined(self, phrase: str, meant: Bits, chance: random.Random) -> tuple[str, Bits]:
-        """A phrase joined with another one, or with the name of a class."""
+        """A phrase joined with another one, or with the name of a class.
+
+        Seldom the other one changes nothing: "animals with antlers, no dogs".
+        """
         for _ in range(20):
             if chance.random() < 0.4:
                 i = chance.randrange(len(CLASSES))
@@ -138,9 +182,48 @@ class DescriptionWriter:
                     (_WITHOUT, tuple(a & (1 - b) for a, b in pairs)),
                 )
             )
-            if any(bits) and bits not in (meant, other):
+            unchanged = forms is _WITHOUT and bits == meant and chance.random() < 0.3
+            if any(bits) and (unchanged or bits not in (meant, other)):
                 return chance.choice(forms).format(phrase, text), bits
         return phrase, meant
+
+    def _combined(self, chance: random.Random) -> tuple[str, Bits]:
+        """Names, and words for all animals or vehicles, listed, excepted, or listed with exceptions."""
+        left, meant = self._terms(range(len(CLASSES)), chance.choice((1, 1, 2, 3)), chance)
+        form = chance.random()
+        if form < 0.3:
+            return _listed_terms(left, chance), meant
+        if form < 0.5:
+            return _except(left, chance), _not(meant)
+        # Of an animal or vehicle words may take something away; of names they would take back what was asked.
+        inside = chance.random() < 0.5 and sum(meant) > 3
+        chosen = [i for i, bit in enumerate(meant) if bit == inside]
+        right, without = self._terms(chosen, chance.choice((1, 1, 2)), chance, kinds=0.15)
+        bits = tuple(a & (1 - b) for a, b in zip(meant, without, strict=True))
+        if not any(bits):
+            return _listed_terms(left, chance), meant
+        text = chance.choice(_WITHOUT)
+        return text.format(_listed_terms(left, chance), _listed_terms(right, chance, text)), bits
+
+    def _terms(
+        self, classes: Sequence[int], number: int, chance: random.Random, kinds: float = 0.5
+    ) -> tuple[list[Name], Bits]:
+        """Names of some of `classes` that differ, with the chance `kinds` one of them for all of a kind."""
+        names: list[Name] = []
+        meant = {i: 0 for i in range(len(CLASSES))}
+        whole, words = chance.choice(_KINDS)
+        of_kind = [i for i, bit in enumerate(whole) if bit]
+        if set(of_kind) <= set(classes) and chance.random() < kinds:
+            names.append(chance.choice(words))
+            meant |= dict.fromkeys(of_kind, 1)
+            classes = [i for i in classes if not whole[i]]
+            # "Vehicles" alone too, and of the other kind not all, so that something is left.
+            number = max(0, min(number - 1 + int(chance.random() < 0.5), len(classes) - 1))
+        for i in chance.sample(list(classes), min(number, len(classes))):
+            names.append(chance.choice(self._names[i].names))
+            meant[i] = 1
+        chance.shuffle(names)
+        return names, tuple(meant.values())
 
     def _said(self, bits: Bits, chance: random.Random) -> str | None:
         """A property of exactly these classes, or with a few added or left out; None if there is none."""
@@ -158,7 +241,7 @@ class DescriptionWriter:
             if more and fewer:
                 continue
             forms = _OR if more else _WITHOUT
-            names = _list([self._name(i, chance) for i in more or fewer], chance)
+            names = listed([self._name(i, chance) for i in more or fewer], chance)
             return chance.choice(forms).format(_phrase(each, chance), names)
         return _phrase(chance.choice(exact), chance) if exact else None
 
@@ -168,14 +251,11 @@ class DescriptionWriter:
         others = [i for i, bit in enumerate(bits) if not bit]
         if others and (len(chosen) > _MOST_NAMED or (len(others) <= 3 and chance.random() < 0.5)):
             chance.shuffle(others)
-            names = [self._name(i, chance) for i in others]
-            if len(names) == 2 and chance.random() < 0.3:
-                return chance.choice(_NEITHER).format(*names)
-            return chance.choice(_EXCEPT).format(_list(names, chance))
+            return _except([chance.choice(self._names[i].names) for i in others], chance)
         chance.shuffle(chosen)
         if chance.random() < 0.25:
-            return _list([self._a(i, chance) for i in chosen], chance)
-        return _list([self._name(i, chance) for i in chosen], chance)
+            return listed([self._a(i, chance) for i in chosen], chance)
+        return listed([self._name(i, chance) for i in chosen], chance)
 
     def _name(self, i: int, chance: random.Random) -> str:
         """The name of a class in the plural."""
@@ -194,7 +274,25 @@ def kinds_of_classes(names: Sequence[ClassNames]) -> list[Property]:
     ]
 
 
-def _say(each: Property | Fact, chance: random.Random, negated: float = 0.15) -> tuple[str, Bits]:
+def _not(bits: Bits) -> Bits:
+    return tuple(1 - bit for bit in bits)
+
+
+def _listed_terms(names: Sequence[Name], chance: random.Random, form: str = "") -> str:
+    """Names in the plural or with articles, as one phrase for the end of `form`."""
+    articles = chance.random() < 0.25 and not form.endswith(_ONLY_PLURAL)
+    return listed([each.with_article() if articles else each.plural for each in names], chance)
+
+
+def _except(names: Sequence[Name], chance: random.Random) -> str:
+    """Everything but what the names mean."""
+    if len(names) == 2 and chance.random() < 0.3:
+        return chance.choice(_NEITHER).format(*(each.plural for each in names))
+    form = _NON if len(names) == 1 and chance.random() < 0.1 else chance.choice(_EXCEPT + _EXCLUDE)
+    return form.format(_listed_terms(names, chance, form))
+
+
+def _say(each: Property | Fact, chance: random.Random, negated: float = 0.4) -> tuple[str, Bits]:
     """A phrase for a property or fact, and the classes meant; a fact is negated with the chance `negated`."""
     if isinstance(each, Fact):
         return each.said(chance, negated)
@@ -215,7 +313,7 @@ def _phrase(each: Property, chance: random.Random) -> str:
     )
 
 
-def _list(names: Sequence[str], chance: random.Random) -> str:
+def listed(names: Sequence[str], chance: random.Random) -> str:
     """Names with commas and "or" or "and" between them."""
     if len(names) == 1:
         return names[0]
@@ -226,10 +324,17 @@ def _list(names: Sequence[str], chance: random.Random) -> str:
     return f"{', '.join(names[:-1])}{comma} {word} {names[-1]}"
 
 
-def _request(phrase: str, chance: random.Random) -> str:
+def asked(phrase: str, chance: random.Random) -> str:
+    """A request around a phrase, or the phrase alone."""
     request = "{}" if chance.random() < 0.4 else chance.choice(REQUESTS)
-    if re.match(_NO_ALL, phrase):
+    if phrase.startswith(_WHOLE):
+        request = "{}"
+    elif re.match(r"an? ", phrase):
+        request = chance.choice(_OF_ONE) if chance.random() < 0.3 else request.replace("all {}", "{}")
+    elif re.match(_NO_ALL, phrase):
         request = request.replace("all {}", "{}")
+    elif chance.random() < 0.1:
+        request = chance.choice(_OF_MANY)
     text = request.format(phrase)
     form = chance.random()
     if form < 0.6:

@@ -38,7 +38,18 @@ _SINGULAR = {
     VEHICLES: ("a vehicle", "any vehicle", "a machine"),
 }
 _HAVE = ("with {}", "with {}", "with {}", "that have {}", "which have {}", "having {}")
-_LACK = ("without {}", "without {}", "that have no {}", "that lack {}", "with no {}")
+_LACK = (
+    "without {}", "without {}", "that have no {}", "that lack {}", "with no {}", "without any {}",
+    "that don't have {}", "which do not have {}",
+)  # fmt: skip
+_BARE = ("no {}", "any {}", "lack {}")
+"""How ways to lack end that no article can follow."""
+_DO_NOT = ("do not", "do not", "don't", "never")
+_NEGATIVES = {
+    "can ": ("cannot ", "can't "),
+    "are ": ("are not ", "aren't "),
+    "were ": ("were not ", "weren't "),
+}
 _NEGATIVE = re.compile(
     r"(do not|cannot|never|lack|need no|seldom|have no|have neither|are not|are unable|must not)\b"
 )
@@ -67,7 +78,7 @@ class Fact:
         heads = [names[0] for classes, names in _HEADS if _meet(self.bits, classes) == self.bits]
         return Property(self.bits, tuple(f"{head} {word} {self.text}" for head in heads))
 
-    def said(self, chance: random.Random, negated: float = 0.15) -> tuple[str, Bits]:
+    def said(self, chance: random.Random, negated: float = 0.4) -> tuple[str, Bits]:
         """A phrase that says the fact, or that lacks it with the chance `negated`, and the classes meant."""
         if self.form is Form.are:
             return self.text, self.bits
@@ -86,18 +97,18 @@ class Fact:
     def _clause(self, chance: random.Random, lacks: bool) -> str | None:
         """What stands behind "things"; None if the fact cannot be negated in simple words."""
         if self.form is Form.have:
-            text = re.sub(r"^(an?|the) ", "", self.text) if lacks else self.text
             clause = chance.choice(_LACK if lacks else _HAVE)
-            return clause.format(self.text if clause.startswith("without") else text)
+            bare = clause.endswith(_BARE)
+            return clause.format(re.sub(r"^(an?|the) ", "", self.text) if bare else self.text)
         word = chance.choice(("that", "that", "which"))
         if not lacks:
             return f"{word} {self.text}"
         if _NEGATIVE.match(self.text):
             return None
-        for verb, negative in (("can ", "cannot "), ("are ", "are not "), ("were ", "were not ")):
+        for verb, negatives in _NEGATIVES.items():
             if self.text.startswith(verb):
-                return f"{word} {negative}{self.text.removeprefix(verb)}"
-        return f"{word} {chance.choice(('do not', 'do not', 'never'))} {self.text}"
+                return f"{word} {chance.choice(negatives)}{self.text.removeprefix(verb)}"
+        return f"{word} {chance.choice(_DO_NOT)} {self.text}"
 
 
 def facts() -> tuple[Fact, ...]:

@@ -21,13 +21,14 @@ from rpg.errors import RPGError
 from rpg.seeds import derived_seed
 from rpg.text_encoder import TextEncoder, encoder_digest
 from rpg.threads import one_thread
-from rpg.words.descriptions import REQUESTS, DescriptionWriter, kinds_of_classes
+from rpg.words.descriptions import REQUESTS, DescriptionWriter, asked, kinds_of_classes, listed
 from rpg.words.embedding import embeddings
 from rpg.words.facts import facts
 from rpg.words.head import ClassHead, Memory
 from rpg.words.layers import embed_states, lower_outputs, number_of_layers, upper_layers
-from rpg.words.properties import CLASSES, Part, class_names, out_of_scope, properties
+from rpg.words.properties import CLASSES, OTHER_THINGS, Bits, Part, class_names, out_of_scope, properties
 from rpg.words.sentences import adapted_encoder
+from rpg.words.typos import mistyped
 
 BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """What the adapter's configuration names as its base."""
@@ -36,8 +37,11 @@ _FIRST_DROPOUT = 0.2
 """Of the head that is trained with the encoder."""
 _HEAD_DROPOUT = 0.5
 _HEAD_BATCH = 256
-_OTHER_THINGS = "other_things"
 _NONSENSE = "nonsense"
+_OTHER_THINGS_SHARE = 0.5
+"""Of the texts that describe none of the classes."""
+_MISTYPED_SHARE = 0.04
+"""Of all texts."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ class FitSettings:
         head_epochs: over them.
     """
 
-    steps: int = 1600
-    pool: int = 20_000
+    steps: int = 3000
+    pool: int = 26_000
     descriptions: int = 48
-    others: int = 8
+    others: int = 12
     first_layer: int = 3
     rank: int = 16
     adapter_rate: float = 1e-3
@@ -99,7 +103,7 @@ def fit_head(encoder: TextEncoder, seed: int, settings: FitSettings) -> ClassHea
     """A head for the embeddings of an encoder, in evaluation mode, on the CPU."""
     torch.manual_seed(seed)
     # Other descriptions than those that the encoder was fitted to.
-    rows = _writer().sample(settings.head_descriptions, derived_seed(seed, "head", 0))
+    rows = _descriptions(settings.head_descriptions, derived_seed(seed, "head", 0))
     share = settings.others / settings.descriptions
     others = list(islice(_others(derived_seed(seed, "head", 1)), round(share * len(rows))))
     inputs = embeddings(encoder, [text for text, _ in rows] + others)
@@ -218,29 +222,41 @@ def _endless(number: int) -> Iterator[int]:
 
 
 def _pool(encoder: Path, seed: int, settings: FitSettings) -> _Pool:
-    rows = _writer().sample(settings.pool, seed)
+    rows = _descriptions(settings.pool, seed)
     others = list(islice(_others(seed), settings.pool * settings.others // settings.descriptions))
     states = lower_outputs(encoder, settings.first_layer, [text for text, _ in rows] + others)
     bits = torch.tensor([bits for _, bits in rows], dtype=torch.float32)
     return _Pool(states[: len(rows)], bits, states[len(rows) :])
 
 
-def _writer() -> DescriptionWriter:
+def _descriptions(number: int, seed: int) -> list[tuple[str, Bits]]:
+    """Descriptions of the classes with their bits, some of them mistyped."""
     known = [*properties(Part.training), *kinds_of_classes(class_names())]
-    return DescriptionWriter(class_names(), known, facts())
+    chance = random.Random(derived_seed(seed, "typos", 0))
+    rows = DescriptionWriter(class_names(), known, facts()).sample(number, seed)
+    return [(_typed(text, chance), bits) for text, bits in rows]
 
 
 def _others(seed: int) -> Iterator[str]:
     """Endless texts that describe none of the classes."""
     chance = random.Random(seed)
-    kinds = out_of_scope(Part.training)
+    kinds = dict(out_of_scope(Part.training))
+    things = kinds.pop(OTHER_THINGS)
     letters = "abcdefghijklmnopqrstuvwxyz"
     while True:
+        if chance.random() < _OTHER_THINGS_SHARE:
+            names = chance.sample(things, chance.choice((1, 1, 1, 2, 2, 3)))
+            yield _typed(asked(listed(names, chance), chance), chance)
+            continue
         kind = chance.choice(list(kinds))
         text = chance.choice(kinds[kind])
-        if kind == _OTHER_THINGS or chance.random() < 0.15:
+        if chance.random() < 0.15:
             text = chance.choice(REQUESTS).format(text)
         elif kind == _NONSENSE and chance.random() < 0.5:
             words = [chance.choices(letters, k=chance.randint(2, 9)) for _ in range(chance.randint(1, 8))]
             text = " ".join("".join(word) for word in words)
         yield text[0].upper() + text[1:] if chance.random() < 0.5 else text
+
+
+def _typed(text: str, chance: random.Random) -> str:
+    return mistyped(text, chance) if chance.random() < _MISTYPED_SHARE else text

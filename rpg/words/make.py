@@ -2,7 +2,7 @@
 
     python -m rpg.words.make models/cifar10-words --encoder all-MiniLM-L6-v2/ --seed 0
 
-It takes about ten minutes of one CPU core. Equal seeds give equal files on one kind of processor.
+It takes about fifteen minutes of one CPU core. Equal seeds give equal files on one kind of processor.
 """
 
 import argparse

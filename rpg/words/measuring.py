@@ -13,7 +13,7 @@ from rpg.words.closeness import cosines
 from rpg.words.embedding import embeddings
 from rpg.words.facts import as_properties, facts
 from rpg.words.head import Calibration, ClassHead
-from rpg.words.properties import Bits, Part, out_of_scope, properties
+from rpg.words.properties import OTHER_THINGS, Bits, Part, out_of_scope, properties
 from rpg.words.sentences import sureness_of
 
 _REQUESTS = ("select all {}", "{}", "find {}", "identify all {}", "I need a classifier for {}")
@@ -79,14 +79,19 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
     Temperatures minimise the negative log likelihood. The bound maximises the mean of two shares: of the
     understood descriptions (at most one bit is wrong) that are sure, and of what should not be acted on and
     is not sure, where misunderstood descriptions (three or more are wrong) and other texts count the same.
+    Of the other texts, half of the weight is that of other things.
     """
     texts, bits, _ = described(Part.validation)
-    others = [text for kind in out_of_scope(Part.validation).values() for text in kind]
+    kinds_of_others = out_of_scope(Part.validation)
+    others = [text for kind in kinds_of_others.values() for text in kind]
+    # Names of other things are what is asked for by mistake, so they count as much as all other kinds.
+    is_thing = torch.tensor([kind == OTHER_THINGS for kind, of in kinds_of_others.items() for _ in of])
+    of_others = torch.where(is_thing, 0.5 / is_thing.sum(), 0.5 / (~is_thing).sum())
     with torch.no_grad():
         classes, about = head(embeddings(encoder, texts))
         other_classes, other_about = head(embeddings(encoder, others))
     # Both kinds of texts count the same, however many there are of each.
-    kinds = torch.tensor([1 / len(texts)] * len(texts) + [1 / len(others)] * len(others))
+    kinds = torch.cat([torch.full((len(texts),), 1 / len(texts)), of_others])
     is_about = torch.tensor([1.0] * len(texts) + [0.0] * len(others))
     values = torch.zeros(3, requires_grad=True)
     optimiser = torch.optim.LBFGS([values], lr=0.5, max_iter=200, line_search_fn="strong_wolfe")
@@ -109,7 +114,7 @@ def calibrated(encoder: TextEncoder, head: ClassHead) -> Calibration:
         return sureness_of(torch.sigmoid(logits / found.class_temperature), scope)
 
     sure = (sureness(classes, about)[:, None] >= _BOUNDS).float()
-    unsure = (sureness(other_classes, other_about)[:, None] < _BOUNDS).float().mean(0)
+    unsure = of_others @ (sureness(other_classes, other_about)[:, None] < _BOUNDS).float()
     wrong = ((classes > 0) != (bits > 0.5)).sum(1)
     gained = _mean_of(sure, wrong <= 1) + (unsure + _mean_of(1 - sure, wrong >= 3)) / 2
     bound = float(_BOUNDS[gained.argmax()])

@@ -15,6 +15,8 @@ CLASSES = (
 )  # fmt: skip
 """CIFAR-10's classes in the order of its labels."""
 DATA = Path(__file__).parent / "data"
+OTHER_THINGS = "other_things"
+"""The kind of texts out of scope that ask for things that are none of the classes."""
 Bits = tuple[int, ...]
 """For each class 1 if it is meant, else 0."""
 

@@ -15,7 +15,7 @@ from rpg.words.closeness import (
 )
 from rpg.words.descriptions import DescriptionWriter, kinds_of_classes
 from rpg.words.facts import as_properties, facts
-from rpg.words.properties import Part, class_names, properties, published
+from rpg.words.properties import OTHER_THINGS, Part, class_names, out_of_scope, properties, published
 
 REWORDINGS = (
     "everything that is alive", "living beings", "organisms", "things that are alive", "living creatures",
@@ -81,6 +81,7 @@ def test_no_property_shares_its_words_with_a_published_description() -> None:
         assert not close_words(phrases(part))
     names = [name.plural for each in class_names() for name in (*each.names, *each.kinds)]
     assert not close_words(names)
+    assert not close_words(list(out_of_scope(Part.training)[OTHER_THINGS]))
 
 
 def test_no_written_description_shares_its_words_with_a_published_one() -> None:

@@ -22,25 +22,47 @@ TABLE = [
 FACTS = [Fact(each.bits, Form.are, each.phrases[0]) for each in TABLE[::2]]
 WRITER = DescriptionWriter(NAMES, TABLE[1::2], FACTS)
 ALL = frozenset(range(10))
-TERM = r"(?:an? )?(?:C\ds?|P[01]{10})"
+KINDS = {"animal": {2, 3, 4, 5, 6, 7}, "creature": {2, 3, 4, 5, 6, 7}}
+KINDS |= {"vehicle": {0, 1, 8, 9}, "machine": {0, 1, 8, 9}}
+WORD = rf"C\ds?|P[01]{{10}}|(?:{'|'.join(KINDS)})s?"
+TERM = rf"(?:an? )?(?:{WORD})"
 TERMS = rf"{TERM}(?:(?:, and |, or |, as well as |, | and | or | as well as ){TERM})*"
+ENDS = (
+    " (?:from|apart from|vs.|against) the rest| (?:vs|versus) everything else| versus all others|,? please"
+    "| only| or not| in my picture| in this photo| in the image| in it| here"
+)
+ALL_BUT = """everything (?:but|except for|except|that is not|apart from|excluding|minus|without|leaving out)
+anything (?:but|other than|that isn't|that is not|which isn't)
+all (?:but|except|classes except|without any)
+things (?:that are not|that aren't|other than)
+whatever is not|pictures without any|the opposite of|no|not
+exclude all|exclude|excluding|leave out|ignore|filter out|remove|don't show|do not select|without
+i don't want|i do not want any""".replace("\n", "|")
+MINUS = """except for|except|but not|but no|and no|not|no|that are not|that aren't|which aren't
+without any|without|other than|apart from|minus|excluding|leaving out""".replace("\n", "|")
 
 
 def term(text: str) -> frozenset[int]:
     """What a name, a phrase or a list of them means."""
     found: frozenset[int] = frozenset()
-    for each in re.findall(r"C\d|P[01]{10}", text):
-        found |= {int(each[1])} if each[0] == "C" else {i for i in ALL if each[i + 1] == "1"}
+    for each in re.findall(WORD, text, re.I):
+        if each[0] in "Cc" and each[1].isdigit():
+            found |= {int(each[1])}
+        elif each[0] in "Pp":
+            found |= {i for i in ALL if each[i + 1] == "1"}
+        else:
+            found |= KINDS[each.lower().removesuffix("s")]
     return found
 
 
 def meaning(text: str) -> frozenset[int]:
     """What a description means, by the rules of English as far as they are needed here."""
+    text = re.sub(rf"({ENDS})?[.?]?$", "", text)
     first = re.search(
-        r"neither|either|everything|anything|all (but|classes)|things|\bnot?\b|(an? )?\b[CP]\d", text, re.I
+        rf"\b(neither|either|things that are (both|neither)|({ALL_BUT}|{TERM})\b|non-)", text, re.I
     )
     assert first is not None, text
-    text = re.sub(r"( from the rest)?[.?]?$", "", text[first.start() :])
+    text = text[first.start() :]
     if match := re.fullmatch(rf"(?:things that are )?neither ({TERMS}) nor ({TERMS})", text, re.I):
         return ALL - term(match[1]) - term(match[2])
     if match := re.fullmatch(rf"no ({TERMS}) and no ({TERMS})", text, re.I):
@@ -48,16 +70,13 @@ def meaning(text: str) -> frozenset[int]:
     if match := re.fullmatch(rf"things that are both ({TERM}) and ({TERM})", text, re.I):
         return term(match[1]) & term(match[2])
     for joint in ("that are also", "which are", "that are"):
-        if match := re.fullmatch(rf"({TERM}) {joint} ({TERM})(?P<end> at the same time| too)?", text):
+        if match := re.fullmatch(rf"({TERM}) {joint} ({TERM})(?P<end> at the same time| too)?", text, re.I):
             assert joint == "that are also" or match["end"], f"{text}: is either 'too' or a mistake"
             return term(match[1]) & term(match[2])
-    without = r"except|but not|that are not|, without|other than|, but no|apart from"
-    if match := re.fullmatch(rf"({TERM}) ?(?:{without}) ({TERMS})", text):
-        return term(match[1]) - term(match[2])
-    all_but = r"(?:everything|anything|all|all classes|things) "
-    all_but += r"(?:but|except|other than|that is not|that are not|apart from)"
-    if match := re.fullmatch(rf"(?:{all_but}|not|no) ({TERMS})", text, re.I):
+    if match := re.fullmatch(rf"(?:(?:{ALL_BUT}) |non-)({TERMS})", text, re.I):
         return ALL - term(match[1])
+    if match := re.fullmatch(rf"({TERMS}),? (?:{MINUS}) ({TERMS})", text, re.I):
+        return term(match[1]) - term(match[2])
     if match := re.fullmatch(
         rf"(?:either )?({TERMS})(?: plus |, and also | or | and )?({TERMS})?", text, re.I
     ):
@@ -84,6 +103,30 @@ def test_descriptions_of_a_task_mean_its_classes(task: int, seed: int) -> None:
     assert len(texts) == len(set(texts)) == 8
     for text in texts:
         assert meaning(text) == members(bits), text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "vs everything else$", "or not\\?$", "^is there an? ", "^are there ", "^exclude ", "^I don't want ",
+        "the opposite of", "non-", "that isn't", "aren't", " minus ", "excluding", "leaving out",
+        "without any", "other than", "apart from", r"C\ds (and|or) C\ds,? (but )?no[t]? C\ds",
+        r"^(vehicles|animals)(,| and) C\ds", r"^C\ds( or|,) (vehicles|animals)",
+        "(vehicles|animals),? (but no|except|minus) C",
+        "(not|but|except|than) (vehicles|animals|a vehicle|an animal)$",
+    ],
+)  # fmt: skip
+def test_what_people_ask_in_is_written(form: str) -> None:
+    found = [text for text, _ in WRITER.sample(20_000, 0) if re.search(form, text, re.I)]
+    assert len(set(found)) > 5, found
+
+
+def test_exclusions_that_change_nothing_are_written() -> None:
+    lists = [
+        re.fullmatch(rf"({TERMS}),? (?:{MINUS}) ({TERMS})", text) for text, _ in WRITER.sample(20_000, 0)
+    ]
+    unchanged = [not term(each[1]) & term(each[2]) for each in lists if each]
+    assert 0.2 < sum(unchanged) / len(unchanged) < 0.8
 
 
 def test_equal_seeds_write_the_same_and_others_do_not() -> None:

@@ -40,7 +40,7 @@ def meaning(text: str, fact: Fact) -> set[str]:
     else:
         heads = set(CLASSES)
     plain = text.replace("never sleep", "")
-    negative = re.search(r"\b(without|no|lack|not|cannot|never)\b", plain)
+    negative = re.search(r"\b(without|no|lack|not|cannot|never)\b|n't\b", plain)
     return heads - members(fact.bits) if negative else heads & members(fact.bits)
 
 
