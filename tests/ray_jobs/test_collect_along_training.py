@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from rpg.collection.collection import Collection
 from rpg.tasks.cifar10_images import cifar10_images
-from rpg.tasks.cifar10_net import normalised
 from rpg.tasks.families import load_family
 from tests.cifar10_files import write_cifar10
 
@@ -22,16 +21,14 @@ import os
 import signal
 from pathlib import Path
 
-from rpg.tasks.cifar10_classifiers import Cifar10Classifier
-from rpg.tasks.cifar10_networks import ADAMW
+from rpg.tasks.image_classifiers import ImageClassifier
 
 MARK = Path(__file__).with_name("killed")
 
 
-class Small(Cifar10Classifier):
+class Small(ImageClassifier):
     network = "timm:test_vit"
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1}
-    recipe = ADAMW
 
 
 class Killed(Small):
@@ -119,7 +116,7 @@ def test_from_images_to_the_report_and_a_kill_changes_nothing(run_job, directory
         network = family.build_network().eval()
         network.load_state_dict(load_file(path), strict=True)
         with torch.no_grad():
-            return float((network(normalised(test.pixels)).argmax(1) == test.classes).double().mean())
+            return float((network(family.inputs(test.pixels)).argmax(1) == test.classes).double().mean())
 
     means = {
         "originals": [accuracy(run / "collection" / entry.file) for entry in collection.entries],
@@ -132,7 +129,7 @@ def test_from_images_to_the_report_and_a_kill_changes_nothing(run_job, directory
 
 @pytest.mark.parametrize(
     ("family", "message"),
-    [("Broken", "checkpoints: ValueError: no such luck (small_family.py, line 30)"),
+    [("Broken", "checkpoints: ValueError: no such luck (small_family.py, line 28)"),
      ("Single", "checkpoints: expected at least 2 networks, got 1")],
 )  # fmt: skip
 def test_a_family_that_fails_is_told_in_one_line(join_job, directory, tmp_path, family, message):
