@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from rpg.collection.collection import Collection
 from rpg.tasks.cifar10_images import cifar10_images
-from rpg.tasks.families import load_family
+from rpg.tasks.families import family_of, load_family
 from tests.cifar10_files import write_cifar10
 
 pytestmark = pytest.mark.slow
@@ -125,6 +126,26 @@ def test_from_images_to_the_report_and_a_kill_changes_nothing(run_job, directory
     for row, values in means.items():
         assert len(values) >= 3
         assert report["score"][row]["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def test_a_network_by_its_name_learns_from_folders_of_images(join_job, directory, tmp_path):
+    test = cifar10_images(str(directory / "images"), "test")
+    for part in ("train", "test"):
+        images = cifar10_images(str(directory / "images"), part)
+        for number, (pixels, label) in enumerate(zip(images.pixels, images.classes, strict=True)):
+            folder = tmp_path / "images" / part / f"class {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(folder / f"{number:02d}.png")
+    given = [OWN, "tasks=timm:test_vit", f"collect.images={tmp_path}/images", *SETTINGS]
+    result = join_job("collect", [*given, "collect.backbone_epochs=1", f"output={tmp_path}/run"])
+    assert result.returncode == 0, result.stderr
+    collection = Collection.load(tmp_path / "run" / "collection")
+    assert len(collection.entries) == 4
+    # The collection's own file says which network it is.
+    family = load_family(family_of(collection), str(tmp_path / "images"))
+    assert sorted(family.labels(None, "test").tolist()) == sorted(test.classes.tolist())
+    for entry in collection.entries:
+        family.build_network().load_state_dict(load_file(collection.root / entry.file), strict=True)
 
 
 @pytest.mark.parametrize(
