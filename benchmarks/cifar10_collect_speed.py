@@ -15,9 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rpg.tasks.binary_cifar10 import Cifar10Net
-from rpg.tasks.cifar10_images import Images
 from rpg.tasks.cifar10_net import stacked
 from rpg.tasks.fine_tuning import binary_loss, with_fresh_heads
+from rpg.tasks.images.image_set import Images
 from rpg.tasks.shared_batches import train_on_shared_batches
 
 FLOPS_AN_IMAGE = 17.5e6

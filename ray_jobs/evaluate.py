@@ -269,7 +269,10 @@ def _networks(
 def _training_set(shards: ShardedCollection) -> TrainingSet:
     everything = range(shards.layout.tokens)
     mask = shards.layout.mask()
-    values = torch.stack([shards.read(i, everything)[mask] for i in range(len(shards))])
+    # Filled row by row, because a list of rows beside the whole would need twice the memory.
+    values = torch.empty(len(shards), int(mask.sum()))
+    for i in range(len(shards)):
+        values[i] = shards.read(i, everything)[mask]
     if shards.conditions is None:
         return TrainingSet(values, None)
     conditions: Sequence[Sequence[float]] = shards.conditions.tolist()

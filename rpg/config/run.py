@@ -64,8 +64,8 @@ class CollectConfig:
     """A collection that is there already (see `rpg register`), a directory or URI, used as it is instead of
     training one."""
     images: str = ""
-    """Directory or URI of the images, for a task family that takes some (cifar10: `train.parquet` and
-    `test.parquet`, see `rpg/tasks/cifar10_images.py`)."""
+    """Directory or URI of the images, for a task family that takes some (`docs/families.md`: Parquet files, a
+    folder for each class, or what torchvision stores)."""
     encoder: str = ""
     """Directory of an encoder of descriptions that gives conditions of the family's tasks, such as
     models/cifar10-words; the collection and the generator keep a copy. Empty: none."""
@@ -264,8 +264,9 @@ class Config:
     """Directory or URI that holds every stage's output."""
     seed: Seed = 0
     tasks: str = ""
-    """Task family, which trains and measures networks (`docs/families.md`): digits, cifar10, or a class of
-    your own as FILE.py:CLASS or MODULE:CLASS. Empty: the one that the collection names."""
+    """Task family, which trains and measures networks (`docs/families.md`): digits, cifar10, a network as
+    torchvision:NAME or timm:NAME, or a class of your own as FILE.py:CLASS or MODULE:CLASS. Empty: the one
+    that the collection names."""
     collect: CollectConfig = field(default_factory=CollectConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

@@ -20,8 +20,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from rpg.errors import RPGError, one_line
 from rpg.seeds import derived_seed
 from rpg.storage.files import replacing_file
-from rpg.tasks.cifar10_images import Images
-from rpg.tasks.cifar10_net import normalised
+from rpg.tasks.images.image_set import Colours, Images
 from rpg.tasks.shared_batches import batches
 
 _MOMENTUM = 0.9
@@ -59,13 +58,14 @@ class Recipe:
 
 
 def train_along(
-    network: nn.Module, images: Images, recipe: Recipe, seed: int, state: Path
+    network: nn.Module, images: Images, colours: Colours, recipe: Recipe, seed: int, state: Path
 ) -> Iterator[str | dict[str, Tensor]]:
     """Train `network`, or resume from the file `state`.
 
     Args:
         network: on the images' device, freshly initialised; it is trained.
         images: to train on; augmented as `rpg.tasks.shared_batches.augmented` does.
+        colours: by which they are normalised for the network.
         recipe: how to train.
         seed: of the order of images and their augmentation; a GPU and a CPU draw different ones.
         state: file from which a killed run goes on at its last saved epoch, with the same images in the same
@@ -93,7 +93,7 @@ def train_along(
         losses = []
         order = derived_seed(seed, "order along training", training.epoch)
         for step, (pixels, classes) in enumerate(batches(images, order, 1, recipe.batch_size)):
-            losses.append(training.step(pixels, classes))
+            losses.append(training.step(colours.normalised(pixels), classes))
             if training.epoch < last:
                 training.schedule.step()
                 continue
@@ -144,12 +144,12 @@ class _Training:
             network, optimiser, schedule, recipe, {**asdict(recipe), **source, "update": recipe.update.value}
         )
 
-    def step(self, pixels: Tensor, classes: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, classes: Tensor) -> Tensor:
         """Take one step and return the detached loss. Products are in bfloat16 on a GPU, else in float32."""
         self.network.train()
-        device = pixels.device.type
+        device = inputs.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            logits = self.network(normalised(pixels))
+            logits = self.network(inputs)
             loss = F.cross_entropy(logits, classes, label_smoothing=self.recipe.label_smoothing)
         self.optimiser.zero_grad()
         torch.autograd.backward(loss)

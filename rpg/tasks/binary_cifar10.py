@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rpg.config import CollectConfig
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.seeds import derived_seed
-from rpg.tasks.cifar10_images import Images, check_files, cifar10_images
+from rpg.tasks.cifar10_images import check_cifar10, cifar10_images
 from rpg.tasks.cifar10_net import (
     Cifar10Net,
     evaluation_logits,
@@ -35,6 +35,7 @@ from rpg.tasks.class_subsets import (
 )
 from rpg.tasks.families import Asked, Task
 from rpg.tasks.fine_tuning import binary_loss, class_and_set_loss, fine_tuned_by_copy, with_set_heads
+from rpg.tasks.images.image_set import Images
 from rpg.tasks.shared_batches import random_batch, train_on_shared_batches
 
 BACKBONE_BATCH_SIZE = 512
@@ -59,7 +60,7 @@ class BinaryCifar10:
 
     def check(self) -> None:
         """Raise an `RPGError` if the images are not there."""
-        check_files(self.directory)
+        check_cifar10(self.directory)
 
     def tasks(self, validation_tasks: int, seed: int) -> list[Task]:
         """The 1,022 tasks (`class_tasks`)."""
@@ -191,7 +192,8 @@ class BinaryCifar10:
 
     def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented training images, as `Cifar10Net` takes them, and their classes."""
-        return random_batch(self._images("train"), size, random)
+        pixels, classes = random_batch(self._images("train"), size, random)
+        return normalised(pixels), classes
 
     def outputs_many(self, networks: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         """Logits [M, images, 1] of networks, stacked."""

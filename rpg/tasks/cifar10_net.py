@@ -6,20 +6,20 @@ times faster than PyTorch's grouped convolutions. The first layer's patches are 
 """
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpg.tasks.images.image_set import Colours
+
 CHANNELS = (32, 48, 48, 64)
 EPSILON = 1e-5
 """BatchNorm's, PyTorch's default."""
 
-# Mean and deviation of CIFAR-10's training images by channel, with values from 0 to 1.
-_MEAN = (0.4914, 0.4822, 0.4465)
-_DEVIATION = (0.2470, 0.2435, 0.2616)
+_COLOURS = Colours((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+"""Of all of CIFAR-10's training images."""
 _PLACES = {"norm1": 16 * 16, "norm2": 8 * 8, "norm3": 8 * 8, "norm4": 4 * 4}
 """Places of the feature map that each BatchNorm layer normalises."""
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -60,14 +60,7 @@ class Cifar10Net(nn.Module):
 
 def normalised(pixels: Tensor) -> Tensor:
     """Pixels, uint8 [N, 32, 32, 3], as inputs of `Cifar10Net`: float32 [N, 3, 32, 32] with mean 0."""
-    mean, deviation = _colours(pixels.device)
-    return ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
-
-
-@cache
-def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation on a device, cached, because copying them at every step would wait for the GPU."""
-    return torch.tensor(_MEAN, device=device), torch.tensor(_DEVIATION, device=device)
+    return _COLOURS.normalised(pixels)
 
 
 def first_patches(images: Tensor) -> Tensor:

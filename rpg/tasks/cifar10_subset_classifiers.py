@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +20,38 @@ from rpg.errors import RPGError
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.seeds import derived_seed
 from rpg.tasks.adam import SideBySideAdam
-from rpg.tasks.cifar10_images import CLASSES, SIZE, cifar10_images
-from rpg.tasks.cifar10_net import normalised
-from rpg.tasks.cifar10_networks import ADAMW, Cifar10Networks
+from rpg.tasks.cifar10_images import CLASSES, check_cifar10, cifar10_images
 from rpg.tasks.class_subsets import class_labels, class_labels_many, class_tasks, in_set, task_name
 from rpg.tasks.families import Asked, Task
 from rpg.tasks.fine_tuning import binary_loss, fine_tuned_by_copy
+from rpg.tasks.image_networks import ImageNetworks
 from rpg.tasks.shared_batches import batches
 
 BACKBONE_BATCH_SIZE = 512
 BACKBONE_LEARNING_RATE = 1e-3
 
 
-class Cifar10SubsetClassifier(Cifar10Networks):
+class Cifar10SubsetClassifier(ImageNetworks):
     """A family of one architecture without BatchNorm. On a GPU it trains with bfloat16 products."""
 
-    outputs = 1
     copies_share_order = True
 
     def __init__(self, images: str, device: torch.device) -> None:
-        """Use the images in the directory or URI `images` (`cifar10_images`), and compute on `device`."""
+        """Use CIFAR-10's images in the directory or URI `images`, and compute on `device`."""
         super().__init__(images, device)
         self._skeleton: nn.Module | None = None
         self._answered: tuple[tuple[str, int], Tensor] | None = None
         """The backbone's classes of a split, computed once for all tasks."""
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the collection's networks."""
+        return 1
+
+    def check(self) -> None:
+        """Raise an `RPGError` if CIFAR-10's images are not there, or the network's library is not."""
+        check_cifar10(self.directory)
+        super().check()
 
     def tasks(self, validation_tasks: int, seed: int) -> list[Task]:
         """The 1,022 tasks (`class_tasks`)."""
@@ -56,7 +64,7 @@ class Cifar10SubsetClassifier(Cifar10Networks):
     def backbone(self, config: CollectConfig, seed: int) -> dict[str, Tensor]:
         """A network of ten classes trained on the training images; its state dict."""
         recipe = replace(
-            self.recipe,
+            self.usual_recipe(),
             epochs=config.backbone_epochs + 1,
             batch_size=BACKBONE_BATCH_SIZE,
             peak_learning_rate=BACKBONE_LEARNING_RATE,
@@ -117,7 +125,7 @@ class Cifar10SubsetClassifier(Cifar10Networks):
         if self.device.type == "cuda" and has_gpu_compiler():
             compute = torch.compile(total_loss, dynamic=False)
         for pixels, classes in batches(images, seed, config.epochs, config.batch_size):
-            loss = compute(weights, normalised(pixels), in_set(conditions, classes))
+            loss = compute(weights, self.inputs(pixels), in_set(conditions, classes))
             adam.step(torch.autograd.grad(loss, leaves))
         return {name: value.detach() for name, value in weights.items()}
 
@@ -197,5 +205,3 @@ class SubsetViTTiny(Cifar10SubsetClassifier):
     """timm's ViT-Tiny with patches of 4 × 4, 5.4 million parameters."""
 
     network = "timm:vit_tiny_patch16_224"
-    arguments: ClassVar[Mapping[str, Any]] = {"img_size": SIZE, "patch_size": 4}
-    recipe = ADAMW

@@ -2,7 +2,8 @@
 
 A family is a plug-in. It is named by `tasks` of a run's config: a Python file and a class
 (`my_tasks.py:MyTasks`), an importable module and a class (`package.module:MyTasks`), or the name of an entry
-point of the group `rpg.families`, as the built-in ones are. `docs/families.md` has an example.
+point of the group `rpg.families`, as the built-in ones are. `docs/families.md` has an example. A network of
+torchvision or timm is a family by its name (`timm:convnext_pico`), see `rpg.tasks.image_classifiers`.
 """
 
 import importlib
@@ -24,8 +25,11 @@ from torch import nn
 
 from rpg.collection.collection import FAMILY, Collection
 from rpg.errors import RPGError, one_line
+from rpg.tasks.named_networks import is_named_network
 
 ENTRY_POINTS = "rpg.families"
+_CLASSIFIERS = "rpg.tasks.image_classifiers"
+"""The module of the families of torchvision's and timm's networks, imported when one is named."""
 
 Asked = list[float] | str | None
 """What a network was made for, as a family is told: a condition, a description where the collection has
@@ -99,7 +103,7 @@ def load_family(name: str, images: str = "", device: torch.device | None = None)
     """The family that `tasks` names.
 
     Args:
-        name: an entry point's name, or `FILE.py:CLASS`, or `MODULE:CLASS`.
+        name: an entry point's name, `FILE.py:CLASS`, `MODULE:CLASS`, `torchvision:NAME` or `timm:NAME`.
         images: directory or URI of images, for families that take them.
         device: where networks are trained and run, for families that take it; None: the CPU.
 
@@ -195,7 +199,7 @@ def family_of(collection: Collection) -> str:
             "name one with tasks=, or a test with evaluate.command="
         )
     name = str(collection.architecture[FAMILY])
-    if ":" in name:
+    if ":" in name and not is_named_network(name):
         raise RPGError(
             f"{collection.root}: was made by the task family '{name}', which is code; to run it: tasks={name}"
         )
@@ -212,6 +216,8 @@ def installed_families() -> dict[str, list[importlib.metadata.EntryPoint]]:
 
 def _find(name: str) -> Any:
     """The class that a name stands for."""
+    if is_named_network(name):
+        return _module(_CLASSIFIERS, name).classifier_of(name)
     if ":" in name:
         module, _, attribute = name.rpartition(":")
         loaded = _module_of_file(Path(module), name) if module.endswith(".py") else _module(module, name)
@@ -221,8 +227,8 @@ def _find(name: str) -> Any:
     installed = installed_families()
     if name not in installed:
         raise RPGError(
-            f"tasks: expected {', '.join(sorted(installed))}, or a class of your own as FILE.py:CLASS or "
-            f"MODULE:CLASS, got '{name}'"
+            f"tasks: expected {', '.join(sorted(installed))}, a network as torchvision:NAME or timm:NAME, "
+            f"or a class of your own as FILE.py:CLASS or MODULE:CLASS, got '{name}'"
         )
     values = sorted({point.value for point in installed[name]})
     if len(values) > 1:

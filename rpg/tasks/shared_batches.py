@@ -14,7 +14,6 @@ from torch import Tensor
 from rpg.captured import CapturedStep
 from rpg.gpu_compiler import has_gpu_compiler
 from rpg.tasks.adam import SideBySideAdam
-from rpg.tasks.cifar10_images import SIZE, Images
 from rpg.tasks.cifar10_net import (
     StateDict,
     Statistics,
@@ -26,6 +25,7 @@ from rpg.tasks.cifar10_net import (
     training_logits,
     update_running_statistics,
 )
+from rpg.tasks.images.image_set import Images
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits [M, N, outputs] and answers [M, N] to one loss a model, [M]."""
@@ -39,8 +39,8 @@ _COMPILED_MULTIPLE = 8
 """Of what the number of models is where a step is compiled: collections are cut into parts that differ by one
 model, and compiling for another number takes longer than training some models in vain."""
 
-SHIFT = 4
-"""The most pixels by which augmentation moves an image, in each direction."""
+_SHIFT_SHARE = 8
+"""Augmentation moves an image by at most its shorter side through this, in each direction: 4 of 32 pixels."""
 
 
 def train_on_shared_batches(
@@ -136,7 +136,8 @@ def _compiled_total_loss() -> Callable[..., tuple[Tensor, Statistics]]:
 
 
 def batches(images: Images, seed: int, epochs: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented pixels, uint8 [batch_size, 32, 32, 3], and classes of every step, on the images' device."""
+    """Augmented pixels, uint8 [batch_size, height, width, 3], and classes of every step, on the images'
+    device."""
     device = images.pixels.device
     random = torch.Generator(device)
     random.manual_seed(seed)
@@ -144,27 +145,31 @@ def batches(images: Images, seed: int, epochs: int, batch_size: int) -> Iterator
     for _ in range(epochs):
         order = torch.randperm(count, generator=random, device=device)
         for chosen in torch.split(order[: count // batch_size * batch_size], batch_size):
-            yield augmented(images.pixels[chosen], random), images.classes[chosen]
+            yield augmented(images.pixels[chosen], random, images.mirrored), images.classes[chosen]
 
 
 def random_batch(images: Images, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Augmented images, as networks take them (`normalised`), and their classes; `random` is on the CPU."""
+    """Augmented pixels, uint8 [size, height, width, 3], and their classes; `random` is on the CPU."""
     device = images.pixels.device
     chosen = torch.randint(len(images.classes), (size,), generator=random).to(device)
     moves = torch.Generator(device)
     moves.manual_seed(int(torch.randint(2**62, (), generator=random)))
-    return normalised(augmented(images.pixels[chosen], moves)), images.classes[chosen]
+    return augmented(images.pixels[chosen], moves, images.mirrored), images.classes[chosen]
 
 
-def augmented(pixels: Tensor, random: torch.Generator) -> Tensor:
-    """Images, uint8 [N, 32, 32, 3], each moved by up to `SHIFT` pixels and half of them mirrored.
+def augmented(pixels: Tensor, random: torch.Generator, mirrored: bool = True) -> Tensor:
+    """Images, uint8 [N, height, width, 3], each moved by up to an eighth of the shorter side, and
+    half of them mirrored if they may be.
 
     Pixels that a move uncovers are copies of the image's edge.
     """
     count, device = len(pixels), pixels.device
-    moves = torch.randint(-SHIFT, SHIFT + 1, (2, count, 1), generator=random, device=device)
-    mirrored = torch.randint(2, (count, 1), generator=random, device=device).bool()
-    places = torch.arange(SIZE, device=device)
-    rows, columns = (places + moves).clamp(0, SIZE - 1)
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    height, width = pixels.shape[1:3]
+    most = min(height, width) // _SHIFT_SHARE
+    down, right = torch.randint(-most, most + 1, (2, count, 1), generator=random, device=device)
+    rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + right).clamp(0, width - 1)
+    if mirrored:
+        chosen = torch.randint(2, (count, 1), generator=random, device=device).bool()
+        columns = torch.where(chosen, columns.flip(1), columns)
     return pixels[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None]]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from rpg.collection.collection import Collection
 from rpg.tasks.cifar10_images import cifar10_images
-from rpg.tasks.cifar10_net import normalised
-from rpg.tasks.families import load_family
+from rpg.tasks.families import family_of, load_family
 from tests.cifar10_files import write_cifar10
 
 pytestmark = pytest.mark.slow
@@ -22,16 +22,14 @@ import os
 import signal
 from pathlib import Path
 
-from rpg.tasks.cifar10_classifiers import Cifar10Classifier
-from rpg.tasks.cifar10_networks import ADAMW
+from rpg.tasks.image_classifiers import ImageClassifier
 
 MARK = Path(__file__).with_name("killed")
 
 
-class Small(Cifar10Classifier):
+class Small(ImageClassifier):
     network = "timm:test_vit"
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1}
-    recipe = ADAMW
 
 
 class Killed(Small):
@@ -119,7 +117,7 @@ def test_from_images_to_the_report_and_a_kill_changes_nothing(run_job, directory
         network = family.build_network().eval()
         network.load_state_dict(load_file(path), strict=True)
         with torch.no_grad():
-            return float((network(normalised(test.pixels)).argmax(1) == test.classes).double().mean())
+            return float((network(family.inputs(test.pixels)).argmax(1) == test.classes).double().mean())
 
     means = {
         "originals": [accuracy(run / "collection" / entry.file) for entry in collection.entries],
@@ -130,9 +128,29 @@ def test_from_images_to_the_report_and_a_kill_changes_nothing(run_job, directory
         assert report["score"][row]["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
 
 
+def test_a_network_by_its_name_learns_from_folders_of_images(join_job, directory, tmp_path):
+    test = cifar10_images(str(directory / "images"), "test")
+    for part in ("train", "test"):
+        images = cifar10_images(str(directory / "images"), part)
+        for number, (pixels, label) in enumerate(zip(images.pixels, images.classes, strict=True)):
+            folder = tmp_path / "images" / part / f"class {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(folder / f"{number:02d}.png")
+    given = [OWN, "tasks=timm:test_vit", f"collect.images={tmp_path}/images", *SETTINGS]
+    result = join_job("collect", [*given, "collect.backbone_epochs=1", f"output={tmp_path}/run"])
+    assert result.returncode == 0, result.stderr
+    collection = Collection.load(tmp_path / "run" / "collection")
+    assert len(collection.entries) == 4
+    # The collection's own file says which network it is.
+    family = load_family(family_of(collection), str(tmp_path / "images"))
+    assert sorted(family.labels(None, "test").tolist()) == sorted(test.classes.tolist())
+    for entry in collection.entries:
+        family.build_network().load_state_dict(load_file(collection.root / entry.file), strict=True)
+
+
 @pytest.mark.parametrize(
     ("family", "message"),
-    [("Broken", "checkpoints: ValueError: no such luck (small_family.py, line 30)"),
+    [("Broken", "checkpoints: ValueError: no such luck (small_family.py, line 28)"),
      ("Single", "checkpoints: expected at least 2 networks, got 1")],
 )  # fmt: skip
 def test_a_family_that_fails_is_told_in_one_line(join_job, directory, tmp_path, family, message):

@@ -239,7 +239,7 @@ def _in_a_round(output: Path) -> int:
     ("tasks", "parts"),
     [
         ("nowhere.py:Sines", ["tasks: ", "nowhere.py"]),
-        ("digit", ["tasks: expected cifar10, ", ", digits, or a class", "got 'digit'"]),
+        ("digit", ["tasks: expected cifar10, ", ", digits, a network as ", "got 'digit'"]),
         ("", ["tasks: expected a task family to train networks for"]),
         (f"{ROOT / 'tests' / 'tasks' / 'my_tasks.py'}:Minimal", ["trains no networks", "fine_tune"]),
     ],

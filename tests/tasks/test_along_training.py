@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from rpg.errors import RPGError
 from rpg.seeds import derived_seed
 from rpg.tasks.along_training import Recipe, Update, train_along
-from rpg.tasks.cifar10_images import Images
-from rpg.tasks.cifar10_net import normalised
+from rpg.tasks.images.image_set import Colours, Images
 from rpg.tasks.shared_batches import batches
 from tests.cifar10_files import pixels_and_classes
 
 RECIPE = Recipe(
     epochs=4, batch_size=10, peak_learning_rate=0.1, last_learning_rate=0.02, checkpoints=3, save_every=2
 )
+COLOURS = Colours((0.5, 0.4, 0.6), (0.2, 0.25, 0.3))
 STEPS = 7
 SEED = 5
 
@@ -59,7 +59,7 @@ def train(
 ) -> list[dict[str, Tensor]]:
     """The checkpoints; what is said about the training goes to `lines`."""
     found = []
-    for got in train_along(fresh(), images, recipe, seed, state):
+    for got in train_along(fresh(), images, COLOURS, recipe, seed, state):
         if isinstance(got, str):
             if lines is not None:
                 lines.append(got)
@@ -92,7 +92,7 @@ def trained_plainly(
             rate = 0.02 + (0.1 - 0.02) * (1 - torch.cos(torch.tensor(share * torch.pi))) / 2
             optimiser.param_groups[0]["lr"] = float(rate)
             optimiser.zero_grad()
-            F.cross_entropy(network(normalised(pixels)), classes, label_smoothing=0.1).backward()
+            F.cross_entropy(network(COLOURS.normalised(pixels)), classes, label_smoothing=0.1).backward()
             norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
             for parameter in network.parameters():
                 assert parameter.grad is not None
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_networks(
     images: Images, tmp_path: Path, finished: int
 ) -> None:
     state = tmp_path / "state.pt"
-    for got in train_along(fresh(), images, RECIPE, SEED, state):
+    for got in train_along(fresh(), images, COLOURS, RECIPE, SEED, state):
         if isinstance(got, str) and got.startswith(f"epoch {finished}/"):
             break
     lines: list[str] = []

@@ -150,5 +150,5 @@ def test_networks_have_tens_of_thousands_of_parameters() -> None:
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RPGError, match=r"train\.parquet: not found"):
+    with pytest.raises(RPGError, match=r"no images found \(collect\.images\); expected .*train\.parquet"):
         BinaryCifar10(str(tmp_path), torch.device("cpu")).check()

@@ -13,11 +13,11 @@ from rpg.config import CollectConfig
 from rpg.errors import RPGError
 from rpg.seeds import derived_seed
 from rpg.tasks.cifar10_images import cifar10_images
-from rpg.tasks.cifar10_net import Cifar10Net, normalised
-from rpg.tasks.cifar10_networks import ADAMW
+from rpg.tasks.cifar10_net import Cifar10Net
 from rpg.tasks.cifar10_subset_classifiers import Cifar10SubsetClassifier, SubsetViTTiny, stacked_from
 from rpg.tasks.class_subsets import class_bits
 from rpg.tasks.families import Task
+from rpg.tasks.image_networks import ADAMW
 from rpg.tasks.shared_batches import batches
 from tests.cifar10_files import write_cifar10
 
@@ -64,7 +64,7 @@ def trained_alone(family: Small, backbone: dict[str, Tensor], task: Task, copy: 
         adam.param_groups[0]["lr"] = rate
         adam.zero_grad()
         right = torch.tensor([task.condition[label] for label in classes.tolist()])
-        loss = F.binary_cross_entropy_with_logits(network(normalised(pixels))[:, 0], right)
+        loss = F.binary_cross_entropy_with_logits(network(family.inputs(pixels))[:, 0], right)
         loss.backward()
         adam.step()
     return network.state_dict()
@@ -79,7 +79,8 @@ def test_networks_trained_side_by_side_are_those_trained_alone(
         alone = trained_alone(family, backbone, task, copy)
         assert list(network) == list(alone)
         for name, value in alone.items():
-            torch.testing.assert_close(network[name], value, rtol=1e-2, atol=2e-4, msg=name)
+            # Adam makes steps of rounding errors where the gradient is zero, as it is for biases of keys.
+            torch.testing.assert_close(network[name], value, rtol=1e-2, atol=2e-3, msg=name)
     # Copies of a task differ in the order of the images.
     assert not found[0]["head.weight"].equal(found[2]["head.weight"])
 
@@ -87,7 +88,7 @@ def test_networks_trained_side_by_side_are_those_trained_alone(
 def test_answers_are_those_of_the_networks_alone(family: Small, backbone: dict[str, Tensor]) -> None:
     found = family.fine_tune(backbone, [(task, 0) for task in TASKS], CONFIG, 5)
     test = cifar10_images(family.directory, "test")
-    inputs = normalised(test.pixels)
+    inputs = family.inputs(test.pixels)
     answers = family.predict_many(found, "test")
     logits = family.outputs_many(
         {name: torch.stack([each[name] for each in found]) for name in found[0]}, (inputs, test.classes)
@@ -111,7 +112,7 @@ def test_the_backbone_answers_by_its_classes(family: Small, backbone: dict[str, 
     network.load_state_dict(backbone, strict=True)
     test = cifar10_images(family.directory, "test")
     with torch.no_grad():
-        classes = network(normalised(test.pixels)).argmax(1).tolist()
+        classes = network(family.inputs(test.pixels)).argmax(1).tolist()
     for task in TASKS:
         [answers] = family.references(backbone, task.condition, "test").values()
         assert answers.tolist() == [bool(task.condition[label]) for label in classes]
@@ -128,9 +129,9 @@ def test_batches_larger_than_the_images_are_refused(family: Small, backbone: dic
         family.fine_tune(backbone, [(TASKS[0], 0)], replace(CONFIG, batch_size=1000), 0)
 
 
-def test_the_transformer_has_a_place_for_every_patch() -> None:
+def test_the_transformer_has_a_place_for_every_patch(family: Small) -> None:
     with torch.device("meta"):
-        network = SubsetViTTiny("", CPU).build_network()
+        network = SubsetViTTiny(family.directory, CPU).build_network()
         assert network.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 1)
     names = dict(network.named_parameters())
     assert names["pos_embed"].shape == (1, 65, 192)

@@ -75,7 +75,7 @@ def test_a_constructor_is_given_what_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("digit", [", digits, or a class of your own", "got 'digit'"]),
+        ("digit", [", digits, a network as torchvision:NAME", ", or a class of your own", "got 'digit'"]),
         ("nowhere.py:Mine", ["nowhere.py", "No such file"]),
         (f"{MINE}:Nobody", ["has no class Nobody"]),
         ("no_such_module:Mine", ["ModuleNotFoundError"]),

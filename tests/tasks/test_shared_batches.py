@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpg.tasks import shared_batches
-from rpg.tasks.cifar10_images import Images
 from rpg.tasks.cifar10_net import (
     Cifar10Net,
     convolved,
@@ -21,6 +20,7 @@ from rpg.tasks.cifar10_net import (
     training_logits,
 )
 from rpg.tasks.fine_tuning import binary_loss, ten_class_loss
+from rpg.tasks.images.image_set import Images
 from rpg.tasks.shared_batches import (
     Answers,
     _compiled_total_loss,
@@ -210,6 +210,19 @@ def test_augmentation_moves_and_mirrors_each_image() -> None:
         moves.add((down, right, step))
     assert {move[0] for move in moves} == {move[1] for move in moves} == set(range(-4, 5))
     assert len(moves) > 80
+
+
+def test_images_of_other_sizes_are_moved_by_an_eighth_and_some_never_mirrored() -> None:
+    rows, columns = torch.meshgrid(torch.arange(24), torch.arange(40), indexing="ij")
+    pixels = torch.stack([rows, columns, rows], dim=-1).to(torch.uint8).expand(200, -1, -1, -1)
+    result = augmented(pixels, torch.Generator().manual_seed(0), mirrored=False).int()
+    moves = set()
+    for image in result:
+        down, right = int(image[12, 20, 0]) - 12, int(image[12, 20, 1]) - 20
+        assert torch.equal(image[..., 0], (rows + down).clamp(0, 23))
+        assert torch.equal(image[..., 1], (columns + right).clamp(0, 39))
+        moves.add((down, right))
+    assert {move[0] for move in moves} == {move[1] for move in moves} == set(range(-3, 4))
 
 
 @pytest.mark.gpu
