@@ -13,7 +13,7 @@ from rpg.collection.reading import AS_STORED, Reading
 from rpg.config import Split
 from rpg.errors import RPGError
 from rpg.storage.errors import storage_errors_for
-from rpg.storage.files import is_float32, is_number, is_storable, read_json, write_json
+from rpg.storage.files import fits_file_systems, is_float32, is_number, is_storable, read_json, write_json
 from rpg.storage.locations import AnyPath
 from rpg.text_encoder import ENCODER_DIRECTORY
 
@@ -291,6 +291,8 @@ def _check_keys(value: dict[str, Any], known: set[str], required: set[str], wher
 def _check_entry(entry: Entry, where: str) -> None:
     if not isinstance(entry.file, str) or not _stays_inside(entry.file):
         raise RPGError(f"{where}: file: expected a relative path that stays inside the collection")
+    if not fits_file_systems(entry.file):
+        raise RPGError(f"{where[:200]}: file: expected at most 2048 bytes, and 255 in each name")
     if not isinstance(entry.sha256, str):
         raise RPGError(f"{where}: sha256: expected text, got {entry.sha256!r}")
     if entry.condition is not None and not (

@@ -23,7 +23,7 @@ from rpg.config import TokenDtype
 from rpg.errors import RPGError, one_line
 from rpg.storage.below import read_below
 from rpg.storage.errors import storage_errors_for
-from rpg.storage.files import is_storable, read_json, replacing_file, sha256, write_json
+from rpg.storage.files import fits_file_systems, is_storable, read_json, replacing_file, sha256, write_json
 from rpg.storage.locations import AnyPath
 
 MANIFEST_FILE = "shards.json"
@@ -282,4 +282,9 @@ def _check(manifest: Any, source: str) -> None:
 
 
 def _is_plain_name(file: str) -> bool:
-    return PurePosixPath(file).name == file and file not in ("", "..") and is_storable(file)
+    return (
+        PurePosixPath(file).name == file
+        and file not in ("", "..")
+        and is_storable(file)
+        and fits_file_systems(file)
+    )

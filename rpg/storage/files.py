@@ -232,6 +232,12 @@ def is_storable(name: str) -> bool:
         return False
 
 
+def fits_file_systems(path: str) -> bool:
+    """Whether a relative path is no longer than usual file systems take: 255 bytes a name, 4096 with all
+    that stands before it."""
+    return len(path.encode()) <= 2048 and all(len(name.encode()) <= 255 for name in path.split("/"))
+
+
 def sha256(path: AnyPath) -> str:
     """Hexadecimal SHA-256 of a regular file's bytes."""
     with storage_errors_for(path), open_regular(path) as file:

@@ -50,7 +50,7 @@ SMALL = (
 
 def test_from_images_to_report(run_job, tmp_path):
     images = tmp_path / "images"
-    write_cifar10(images, train=6, test=20)
+    write_cifar10(images, train=12, test=20)
     run = tmp_path / "run"
     # Relative, as a user would write it: Ray's workers are elsewhere.
     relative = os.path.relpath(images, ROOT)
