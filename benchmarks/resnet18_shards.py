@@ -1,5 +1,6 @@
 """Shards of networks of ResNet-18's size, and the `fast` generator for them, which other benchmarks train."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,29 +53,31 @@ TINY = Size(
 )
 
 
+def noised(template: Mapping[str, Tensor], random: torch.Generator) -> dict[str, Tensor]:
+    """A network like `template` with noise on its weights."""
+    return {
+        name: value + 0.01 * torch.rand(value.shape, generator=random) if value.is_floating_point() else value
+        for name, value in template.items()
+    }
+
+
 def write_collection(directory: Path, size: Size) -> None:
     """Shards of ResNet-18s with noise on their weights."""
     template = resnet18(weights=None).state_dict()
     random = torch.Generator().manual_seed(0)
 
-    def network() -> dict[str, Tensor]:
-        return {
-            name: value + 0.01 * torch.rand(value.shape, generator=random)
-            if value.is_floating_point()
-            else value
-            for name, value in template.items()
-        }
-
     found = LayoutStatistics(template)
     for _ in range(2):
-        found.update(network())
+        found.update(noised(template, random))
     layout = found.layout(size.token_size, Normalisation.residual)
     entries = [
         Entry(f"{i:04d}", "", torch.rand(CONDITION_WIDTH, generator=random).tolist())
         for i in range(size.checkpoints)
     ]
     shards = [
-        write_shard(directory / f"{i:05d}.arrow", layout, [(entry.file, network())], TokenDtype.float32)
+        write_shard(
+            directory / f"{i:05d}.arrow", layout, [(entry.file, noised(template, random))], TokenDtype.float32
+        )
         for i, entry in enumerate(entries)
     ]
     write_manifest(directory, layout, shards, entries, TokenDtype.float32)

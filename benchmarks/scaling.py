@@ -549,21 +549,13 @@ def write_small(directory: Path, count: int) -> None:
     """Shards of networks as the preset has them, with noise for weights."""
     template, random = Cifar10Net().state_dict(), torch.Generator().manual_seed(0)
 
-    def network() -> dict[str, Tensor]:
-        return {
-            name: value + 0.01 * torch.rand(value.shape, generator=random)
-            if value.is_floating_point()
-            else value
-            for name, value in template.items()
-        }
-
     found = LayoutStatistics(template)
     for _ in range(2):
-        found.update(network())
+        found.update(resnet18_shards.noised(template, random))
     layout: Layout = found.layout(768, Normalisation.residual)
     entries = _entries(count)
     directory.mkdir(parents=True)
-    networks = [(entry.file, network()) for entry in entries]
+    networks = [(entry.file, resnet18_shards.noised(template, random)) for entry in entries]
     shard = write_shard(directory / "00000.arrow", layout, networks, TokenDtype.float32)
     write_manifest(directory, layout, [shard], entries, TokenDtype.float32)
 

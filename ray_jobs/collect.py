@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ray_jobs.along_training import collect_along_training
+from ray_jobs.even_parts import evenly
 from ray_jobs.judging import JudgeSettings, family_inputs, family_name, loaded_family
 from ray_jobs.loading import load_collection
 from ray_jobs.resources import ResourceRequest
@@ -55,7 +56,7 @@ def run(config: Config) -> None:
     batches = [
         [(task, copy) for task in some]
         for copy in range(max(copies_of.values()))
-        for some in _evenly(
+        for some in evenly(
             [task for task in tasks if copy < copies_of[task.name]], config.collect.models_per_batch
         )
     ]
@@ -235,12 +236,6 @@ def _judge(settings: JudgeSettings) -> FamilyJudge:
     torch.set_num_threads(1)
     device = torch.device("cuda" if settings.use_gpu else "cpu")
     return FamilyJudge(settings.tasks, settings.images, device, settings.evaluate.time_limit)
-
-
-def _evenly(tasks: list[Task], most: int) -> list[list[Task]]:
-    """Cut `tasks` into as few parts of at most `most` as possible; the sizes differ by at most one."""
-    parts = -(-len(tasks) // most)
-    return [tasks[len(tasks) * i // parts : len(tasks) * (i + 1) // parts] for i in range(parts)]
 
 
 def _uses_gpu(config: Config) -> bool:

@@ -11,6 +11,7 @@ from functools import cached_property
 import ray.data
 import torch
 
+from ray_jobs.even_parts import evenly
 from ray_jobs.judging import family_inputs
 from ray_jobs.loading import load_collection, load_generator
 from ray_jobs.ray_data import Row, map_rows, returns_errors
@@ -80,12 +81,6 @@ def run(config: Config) -> None:
         ]
         write_json(directory / JOB_FILE, {"seed": config.seed, "models": models})
     _set_default_sampling(paths.generator, config.generator.sampling)
-
-
-def evenly(models: range, most: int, workers: int) -> list[range]:
-    """Cut `models` into parts of at most `most`, as many for each of `workers`, of nearly the same size."""
-    parts = min(-(-len(models) // (most * workers)) * workers, len(models))
-    return [models[len(models) * i // parts : len(models) * (i + 1) // parts] for i in range(parts)]
 
 
 def check(config: Config) -> None:

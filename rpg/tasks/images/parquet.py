@@ -60,9 +60,7 @@ def _read_classes(root: AnyPath, name: str) -> npt.NDArray[np.int64]:
     with _opened(root, name) as (parquet, images, classes):
         kind = parquet.schema_arrow.field(images).type
         is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        if is_struct:
-            inner = kind.field("bytes").type
-        if not _is_binary(inner if is_struct else kind):
+        if not _is_binary(kind.field("bytes").type if is_struct else kind):
             raise RPGError(f"{path}: column '{images}' is {kind}; {_EXPECTED}")
         column = parquet.read(columns=[classes])[classes]
         if not pa.types.is_integer(column.type) or column.null_count:

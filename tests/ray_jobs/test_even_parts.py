@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_jobs.generate import evenly
+from ray_jobs.even_parts import evenly
 
 
 @given(st.integers(1, 500), st.integers(1, 60), st.integers(1, 9))
